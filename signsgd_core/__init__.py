@@ -1,0 +1,49 @@
+"""Sign, momentum and vote mathematics of signSGD with majority vote; knows no framework.
+
+Our words and the papers' symbols (arXiv 1802.04434 and 1810.05291):
+
+| word | meaning | symbol |
+|---|---|---|
+| worker `i` of `M` | holds the parameters `x` and its own momentum | ``m``, ``M`` |
+| direction | what a worker votes with | ``c_i`` |
+| ballot | one worker's packed signs, bit 1 = negative | ``sign(c_i)`` |
+| tally | how many ballots say negative | ``Σ_i sign(c_i)`` |
+| verdict | the majority's bits | ``sign(Σ_i sign(c_i))`` |
+| verdict momentum | running mean of the verdicts | ours: ``u``, γ |
+| betas | weights of the momentum in direction and momentum | ``β`` |
+| zeros | what a zero and a tie count as | ``sign(0)`` |
+"""
+
+from .ballots import BLOCK, Zeros, check_zeros, pack, planes, unpack, zero_bit
+from .momentum import (
+    check_betas,
+    direction,
+    finite,
+    update_momentum,
+    update_parameters,
+    update_verdict_momentum,
+    warmup_steps,
+)
+from .reference import Reference
+from .vote import majority, tally, verdict
+
+__all__ = [
+    "BLOCK",
+    "Reference",
+    "Zeros",
+    "check_betas",
+    "check_zeros",
+    "direction",
+    "finite",
+    "majority",
+    "pack",
+    "planes",
+    "tally",
+    "unpack",
+    "update_momentum",
+    "update_parameters",
+    "update_verdict_momentum",
+    "verdict",
+    "warmup_steps",
+    "zero_bit",
+]

@@ -1,0 +1,62 @@
+"""Workers that lie, go silent, or send NaN: what a worker hands on instead of its honest gradient.
+
+An adversary is any function from the gradient a worker computed to the one it votes with; `None` casts no vote. Only
+the minus sign and NumPy's random numbers are used, so `invert` and `silent` also take tensors of any framework.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Adversary = Callable[[Any], Any]
+"""Maps an honest gradient to the one sent, or to `None` for no vote."""
+
+
+def invert(gradient: Any) -> Any:
+    """Return the opposite of the gradient: the strongest single-worker attack on a vote (arXiv 1810.05291, §4.2).
+
+    Example:
+        >>> invert(np.array([1.0, -2.0]))
+        array([-1.,  2.])
+    """
+    return -gradient
+
+
+def silent(gradient: Any) -> None:
+    """Return no gradient: the worker abstains in every coordinate.
+
+    Example:
+        >>> silent(np.ones(2)) is None
+        True
+    """
+
+
+def send_nan(gradient: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return a gradient of NaN alone: by step 1 it counts as zero everywhere.
+
+    Example:
+        >>> send_nan(np.ones(2))
+        array([nan, nan])
+    """
+    return np.full_like(gradient, np.nan)
+
+
+class Randomize:
+    """A worker whose gradient is pure noise, each sign as likely as the other.
+
+    Args:
+        seed: of its own random generator.
+
+    Example:
+        >>> Randomize(seed=0)(np.ones(2))
+        array([ 0.12573022, -0.13210486])
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._random = np.random.default_rng(seed)
+
+    def __call__(self, gradient: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Return noise of the gradient's shape and dtype."""
+        return self._random.standard_normal(gradient.shape).astype(gradient.dtype)

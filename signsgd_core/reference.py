@@ -1,0 +1,122 @@
+"""M workers in one process, step by step: the executable specification that judges every kernel and front end.
+
+Written to be read beside the algorithm's eight steps. It counts plain numbers, never packed bits, so that it can
+judge the code that does.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .adversaries import Adversary
+from .ballots import Zeros, check_zeros, zero_bit
+from .momentum import (
+    check_betas,
+    direction,
+    finite,
+    update_momentum,
+    update_parameters,
+    update_verdict_momentum,
+)
+
+Array = npt.NDArray[Any]
+
+
+class Reference:
+    """Train one model on M simulated workers with steps 1-8 of the algorithm.
+
+    Args:
+        parameters: the tensors `x`, floating point; copied.
+        workers: M, at least 1.
+        lr: learning rate; may be changed between steps.
+        betas: (β1, β2).
+        weight_decay: λ.
+        verdict_momentum: γ.
+        zeros: the zero rule; "abstain" with one worker and "alternate" with more where left out.
+        warmup_steps: for how many first steps the ballot is the sign of the gradient.
+        adversaries: worker -> what it sends instead of its gradient.
+
+    Attributes:
+        parameters: the tensors after the last step, the same on all workers.
+        momenta: ``momenta[i][k]``, worker `i`'s momentum of tensor `k`, float32.
+        verdict_momenta: ``u`` of each tensor, float32.
+        verdicts: ``V`` of each tensor at the last step, `None` where nobody had a gradient.
+        t: how many steps were taken.
+
+    Raises:
+        ValueError: if a setting is outside its range.
+
+    Example:
+        >>> reference = Reference([np.zeros(2)], workers=3, lr=0.5, betas=(0, 0))
+        >>> reference.step([[np.array([1.0, -1.0])], [np.array([1.0, 2.0])], [np.array([-1.0, 3.0])]])
+        >>> reference.parameters[0]
+        array([-0.5, -0.5])
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[Array],
+        workers: int,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.9),
+        weight_decay: float = 0.0,
+        verdict_momentum: float = 0.0,
+        zeros: Zeros | None = None,
+        warmup_steps: int = 0,
+        adversaries: Mapping[int, Adversary] | None = None,
+    ) -> None:
+        if workers < 1:
+            raise ValueError(f"workers must be at least 1, got {workers}")
+        self.parameters = [np.array(x) for x in parameters]
+        self.workers, self.lr, self.betas = workers, lr, check_betas(betas)
+        self.weight_decay, self.gamma, self.warmup_steps = weight_decay, verdict_momentum, warmup_steps
+        self.zeros = check_zeros(zeros or ("abstain" if workers == 1 else "alternate"))
+        self.adversaries = dict(adversaries or {})
+        self.momenta = [[np.zeros(x.shape, np.float32) for x in self.parameters] for _ in range(workers)]
+        self.verdict_momenta = [np.zeros(x.shape, np.float32) for x in self.parameters]
+        self.verdicts: list[Array | None] = [None] * len(self.parameters)
+        self.t = 0
+
+    def step(self, gradients: Sequence[Sequence[Array | None]]) -> None:
+        """Take one step.
+
+        Args:
+            gradients: ``gradients[i][k]``, worker `i`'s own gradient of tensor `k`; `None` abstains there.
+        """
+        for k, x in enumerate(self.parameters):
+            ballots = [self._ballot(i, k, gradients[i][k]) for i in range(self.workers)]
+            cast = [ballot for ballot in ballots if ballot is not None]
+            self.verdicts[k] = self._verdict(np.stack(cast)) if cast else None
+            verdict = self.verdicts[k]
+            if verdict is None:
+                continue  # nobody had a gradient: the tensor stays as it is
+            u = update_verdict_momentum(self.verdict_momenta[k], verdict, self.gamma)  # step 7
+            self.verdict_momenta[k] = u
+            self.parameters[k] = update_parameters(x, u.astype(x.dtype), self.lr, self.weight_decay)  # step 8
+        self.t += 1
+
+    def _ballot(self, i: int, k: int, gradient: Array | None) -> Array | None:
+        """Steps 1-4: worker `i`'s ballot on tensor `k` as −1, 0, +1, or `None` if it has no gradient."""
+        if gradient is not None and i in self.adversaries:
+            gradient = self.adversaries[i](gradient)
+        if gradient is None:
+            return None
+        beta1, beta2 = self.betas
+        m = self.momenta[i][k]
+        g = finite(np.asarray(gradient, np.float32))  # step 1
+        c = direction(m, g, beta1) if self.t >= self.warmup_steps else g  # step 2
+        self.momenta[i][k] = update_momentum(m, g, beta2)  # step 3
+        return np.where(c == 0, self._zero(i), np.sign(c))  # step 4
+
+    def _verdict(self, ballots: Array) -> Array:
+        """Steps 5 and 6: `V` from the ballots of those who have one, shape (voters, …)."""
+        negative, positive = (ballots < 0).sum(axis=0), (ballots > 0).sum(axis=0)  # step 5
+        verdict = np.where(negative > positive, -1, 1)
+        return np.where(negative == positive, self._zero(0), verdict).astype(np.float32)  # step 6
+
+    def _zero(self, worker: int) -> int:
+        """What a zero of `worker`, or with 0 a tie, counts as: −1, 0 or +1."""
+        bit = zero_bit(self.zeros, self.t, worker)
+        return 0 if bit is None else 1 - 2 * bit

@@ -1,0 +1,19 @@
+"""signSGD with majority vote for PyTorch and Lightning; importing it registers ``strategy="majority_vote"``."""
+
+from .callbacks import VoteMonitor
+from .ddp import enable_majority_vote
+from .exchange import Exchange
+from .optimizer import Signum
+from .peers import PeerLostError
+from .statistics import VoteStatistics
+from .strategy import MajorityVoteStrategy
+
+__all__ = [
+    "Exchange",
+    "MajorityVoteStrategy",
+    "PeerLostError",
+    "Signum",
+    "VoteMonitor",
+    "VoteStatistics",
+    "enable_majority_vote",
+]

@@ -1,0 +1,58 @@
+"""Do all ranks speak of the same model, settings and step? 32 bytes each way, before any ballot is cast."""
+
+import hashlib
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from signsgd_core.traffic import HEADER_BYTES
+
+from .kernels.cpu import packbits, unpackbits
+from .peers import Peers
+
+_DIGEST_BYTES = 16
+
+
+def agree(peers: Peers, lines: list[str], present: Tensor, device: torch.device) -> Tensor:
+    """Compare what each rank is about to vote on, and learn who has a gradient for what.
+
+    A header is a 16-byte digest of the lines, one byte that says whether every gradient is there, and zeros. Only
+    where somebody lacks one does each rank send one bit a parameter, too.
+
+    Args:
+        peers: the other ranks.
+        lines: what must be the same on all ranks, in words.
+        present: which parameters have a gradient on this rank, bool of shape (parameters,).
+        device: where the backend wants its bytes.
+
+    Returns:
+        bool of shape (ranks, parameters).
+
+    Raises:
+        PeerLostError: if a rank does not answer.
+        RuntimeError: if the lines differ, on all ranks, naming the first difference.
+    """
+    digest = hashlib.blake2b("\n".join(lines).encode(), digest_size=_DIGEST_BYTES).digest()
+    header = (digest + bytes([bool(present.all())])).ljust(HEADER_BYTES, b"\0")
+    row = torch.tensor(list(header), dtype=torch.uint8).to(device)
+    headers = peers.gather(row, "compared notes").cpu()
+    if (headers[:, :_DIGEST_BYTES] != headers[0, :_DIGEST_BYTES]).any():
+        raise RuntimeError(_difference(peers, lines))
+    if headers[:, _DIGEST_BYTES].all():
+        return torch.ones(peers.world_size, len(present), dtype=torch.bool)
+    bits = peers.gather(packbits(present).to(device), "said which gradients they have")
+    return unpackbits(bits.cpu(), len(present))
+
+
+def _difference(peers: Peers, lines: list[str]) -> str:
+    everyone: list[list[str]] = [[] for _ in range(peers.world_size)]
+    dist.all_gather_object(everyone, lines, group=peers.group)
+    other = next(rank for rank, theirs in enumerate(everyone) if theirs != everyone[0])
+    length = max(len(everyone[0]), len(everyone[other]))
+    ours, theirs = ([*side, *["nothing"] * (length - len(side))] for side in (everyone[0], everyone[other]))
+    first, second = next((a, b) for a, b in zip(ours, theirs, strict=True) if a != b)
+    return (
+        f"the ranks disagree and cannot vote: rank 0 has «{first}» where rank {other} has «{second}». Build the same "
+        "model and the same optimizer, with the same settings, on every rank."
+    )

@@ -1,0 +1,93 @@
+"""VoteMonitor: what the votes look like, in whatever logger the user has."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from .optimizer import Signum
+from .statistics import VoteStatistics
+
+
+class VoteMonitor(Callback):
+    """Log how the ranks agree, what they send, and how long they wait, every ``log_every_n_steps`` steps.
+
+    | name | meaning | unit |
+    |---|---|---|
+    | ``vote/agreement/rank{r}`` | share of coordinates where rank r's ballot was the verdict | 0 to 1 |
+    | ``vote/ties`` | share of coordinates with a tied tally | 0 to 1 |
+    | ``vote/flips`` | share of coordinates whose verdict was not that of the step before | 0 to 1 |
+    | ``vote/bytes_per_step`` | payload that a rank sent per step, the mean of all | bytes |
+    | ``vote/exchange_seconds`` | time a rank waited for others per step, the mean of all | seconds |
+    | ``vote/nonfinite`` | gradient entries that were NaN or ±Inf since the start, all ranks together | count |
+
+    Shares are over all votes since the last time they were logged. With several optimizers their votes are added up.
+    Each time it logs it gathers a few numbers from all ranks; without the callback nothing is counted.
+
+    Raises:
+        RuntimeError: at the start of `fit`, if no optimizer votes.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> trainer = Trainer(callbacks=[VoteMonitor()], logger=False)
+    """
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start to count."""
+        self._exchanges = [o.exchange for o in trainer.optimizers if isinstance(o, Signum) and o.exchange is not None]
+        if not self._exchanges:
+            raise RuntimeError("VoteMonitor has no vote to watch: it needs strategy='majority_vote' and several ranks")
+        self._nonfinite, self._steps = 0, 0
+        for exchange in self._exchanges:
+            exchange.statistics = VoteStatistics()
+        self._sent, self._waited = self._traffic()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Gather and log, at the steps at which Lightning logs."""
+        if trainer.global_step == self._steps or trainer.global_step % trainer.log_every_n_steps:
+            return
+        values = self._gather(trainer.global_step - self._steps, pl_module.device)
+        self._steps = trainer.global_step
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=trainer.global_step)
+        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop counting."""
+        for exchange in self._exchanges:
+            exchange.statistics = None
+
+    def _traffic(self) -> tuple[int, float]:
+        peers = [exchange.peers for exchange in self._exchanges]
+        return sum(peer.sent_bytes for peer in peers), sum(peer.waited_seconds for peer in peers)
+
+    def _gather(self, steps: int, device: torch.device) -> Mapping[str, float]:
+        """Return the figures of all ranks since the last call, and start over."""
+        names = ("coordinates", "disagreements", "compared", "flips", "tallied", "ties", "nonfinite")
+        counts = [0.0] * len(names)
+        for exchange in self._exchanges:
+            assert exchange.statistics is not None
+            counts = [count + getattr(exchange.statistics, name) for count, name in zip(counts, names, strict=True)]
+            exchange.statistics = VoteStatistics(last=exchange.statistics.last)
+        sent, waited = self._traffic()
+        row = torch.tensor([*counts, sent - self._sent, waited - self._waited], dtype=torch.float64)
+        rows = self._exchanges[0].peers.gather(row.to(device), "gathered the monitor's figures").cpu()
+        self._sent, self._waited = self._traffic()
+        coordinates, disagreements, compared, flips, tallied, ties, nonfinite, sent_bytes, seconds = rows.T
+        self._nonfinite += int(nonfinite.sum())
+        values = {
+            f"vote/agreement/rank{rank}": 1 - float(disagreements[rank] / coordinates[rank])
+            for rank in range(len(rows))
+            if coordinates[rank]
+        }
+        if compared[0]:
+            values["vote/flips"] = float(flips[0] / compared[0])  # the verdict is the same on all
+        if tallied.sum():
+            values["vote/ties"] = float(ties.sum() / tallied.sum())
+        values["vote/bytes_per_step"] = float(sent_bytes.mean()) / steps
+        values["vote/exchange_seconds"] = float(seconds.mean()) / steps
+        values["vote/nonfinite"] = float(self._nonfinite)
+        return values

@@ -1,0 +1,68 @@
+"""The vote in a plain `DistributedDataParallel` script."""
+
+from collections.abc import Sequence
+
+import torch.distributed as dist
+from torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks import noop_hook
+from torch.nn.parallel import DistributedDataParallel
+
+from .exchange import Exchange
+from .optimizer import Signum
+
+
+def enable_majority_vote(ddp_model: DistributedDataParallel, *optimizers: Signum) -> None:
+    """Let every `Signum` step be a majority vote of all ranks; two lines in a plain DDP script.
+
+    DDP goes on to broadcast parameters and buffers, and hands every rank its own gradients back instead of averages.
+
+    Args:
+        ddp_model: the wrapped model; its process group votes.
+        optimizers: of the model's parameters, in the same order on all ranks.
+
+    Raises:
+        TypeError: if the model is not wrapped, or an optimizer is not a `Signum`.
+        ValueError: without an optimizer, or if one holds a parameter that is not the model's, or the model's
+            embeddings have sparse gradients.
+        RuntimeError: if the ranks differ in parameters or settings; if the model already has a communication hook.
+
+    Example:
+        >>> model = DistributedDataParallel(model)  # doctest: +SKIP
+        >>> optimizer = Signum(model.parameters(), lr=1e-3)  # doctest: +SKIP
+        >>> enable_majority_vote(model, optimizer)  # doctest: +SKIP
+    """
+    _check(ddp_model, optimizers)
+    ddp_model.register_comm_hook(None, noop_hook)
+    group = ddp_model.process_group
+    if dist.get_world_size(group) == 1:
+        return
+    names = {id(p): name for name, p in ddp_model.module.named_parameters()}
+    for k, optimizer in enumerate(optimizers):
+        exchange = Exchange(group, names, f"optimizer {k}")
+        optimizer.exchange = exchange
+        exchange.agree(optimizer.segments(), optimizer.statement())
+        if ddp_model.find_unused_parameters or ddp_model.static_graph:
+            exchange.watch_use(p for group in optimizer.param_groups for p in group["params"])
+
+
+def _check(ddp_model: DistributedDataParallel, optimizers: Sequence[Signum]) -> None:
+    if not isinstance(ddp_model, DistributedDataParallel):
+        kind = type(ddp_model).__name__
+        raise TypeError(f"enable_majority_vote takes a DistributedDataParallel model, got {kind}; wrap the model first")
+    if not optimizers:
+        raise ValueError("enable_majority_vote needs the optimizers that are to vote, got none")
+    for name, module in ddp_model.module.named_modules():
+        if getattr(module, "sparse", False) is True:
+            raise ValueError(
+                f"{name} ({type(module).__name__}) has sparse gradients, which cannot vote; use sparse=False"
+            )
+    model_parameters = {id(p) for p in ddp_model.module.parameters()}
+    for k, optimizer in enumerate(optimizers):
+        if not isinstance(optimizer, Signum):
+            raise TypeError(
+                f"a majority vote needs signsgd_lightning.Signum, optimizer {k} is {type(optimizer).__name__}: "
+                "replace it, or train with plain DDP (in Lightning: strategy='ddp')"
+            )
+        if any(id(p) not in model_parameters for group in optimizer.param_groups for p in group["params"]):
+            raise ValueError(
+                f"optimizer {k} holds a parameter that is not the DDP model's: it would start different on every rank"
+            )

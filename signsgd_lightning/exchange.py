@@ -1,0 +1,190 @@
+"""Ballots up, verdict down: one vote of all ranks over torch.distributed (steps 4-6)."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from signsgd_core import Zeros, planes
+from signsgd_core.traffic import WORD_BITS
+
+from . import kernels
+from .agreement import agree
+from .kernels.cpu import packbits
+from .peers import Peers
+from .segments import Segment, cover, lay_out
+from .statistics import VoteStatistics
+
+WIRE_VERSION = 1
+BLOCK_SIZE = 1 << 22
+"""Coordinates whose ballots travel together: while they do, the next block is cast."""
+
+
+class _Block(NamedTuple):
+    lo: int
+    hi: int  # coordinates [lo, hi) of the long vector
+    shard_bytes: int  # of one plane
+
+
+class Exchange:
+    """One optimizer's vote among the ranks of a process group.
+
+    All parameters are one long vector in blocks, each block in as many shards as there are ranks. Ballots travel up,
+    each shard to the rank that is its teller, and verdicts down, each from its teller to all; a worker sends
+    ``2·(M−1)/M·d`` bits (doubled by ``zeros="abstain"``), and before them 32 bytes by which all ranks make sure that
+    they speak of the same model, settings and step.
+
+    Args:
+        process_group: of the ranks that vote.
+        parameter_names: how to call a parameter in messages, by its id.
+        name: of the optimizer, the same on all ranks.
+        block_size: coordinates in a block; the verdict does not depend on it.
+
+    Attributes:
+        peers: the other ranks, and the bytes sent to them.
+        statistics: filled at each vote where not None.
+        used: parameters that took part in this rank's backward pass since their last vote, where DDP itself fills in
+            zeros for those that did not; else None.
+    """
+
+    def __init__(
+        self,
+        process_group: dist.ProcessGroup,
+        parameter_names: dict[int, str],
+        name: str = "optimizer 0",
+        block_size: int = BLOCK_SIZE,
+    ) -> None:
+        self.peers = Peers(process_group, name)
+        self.name, self.block_size = name, block_size
+        self.statistics: VoteStatistics | None = None
+        self.used: set[int] | None = None
+        self._names = parameter_names
+
+    def watch_use(self, parameters: Iterable[Tensor]) -> None:
+        """Note which parameters a backward pass really used, where DDP hides it behind gradients of zero."""
+        self.used = used = set[int]()
+        for p in parameters:
+            p.register_post_accumulate_grad_hook(lambda p: used.add(id(p)))
+
+    def vote(self, segments: Sequence[Segment], statement: list[str], zeros: Zeros, step: int) -> None:
+        """Take one step of every parameter by the majority's verdict.
+
+        Args:
+            segments: all parameters of the optimizer, also those without a gradient here.
+            statement: the optimizer's settings, which must be the same on all ranks.
+            zeros: the zero rule.
+            step: `t`.
+
+        Raises:
+            PeerLostError: if a rank does not answer within the process group's timeout.
+            RuntimeError: if the ranks disagree; then nothing was changed on any.
+        """
+        for segment in segments:
+            segment.present = segment.present and (self.used is None or id(segment.parameter) in self.used)
+        if not segments:
+            return
+        present = self.agree(segments, statement)
+        voted = [k for k in range(len(segments)) if present[:, k].any()]
+        segments, present = [segments[k] for k in voted], present[:, voted]
+        self._run(segments, None if present.all() else present, zeros, step)
+        for segment in segments:
+            segment.finish()
+            if self.used is not None:
+                self.used.discard(id(segment.parameter))
+
+    def agree(self, segments: Sequence[Segment], statement: list[str]) -> Tensor:
+        """Make sure that all ranks have the same parameters and settings.
+
+        Returns:
+            Who has a gradient for what, bool of shape (ranks, segments).
+
+        Raises:
+            PeerLostError: if a rank does not answer within the process group's timeout.
+            RuntimeError: if they differ, on all ranks, naming the first difference.
+        """
+        lines = [f"wire version {WIRE_VERSION}", f"{self.name}: block_size={self.block_size}", *statement]
+        for k, segment in enumerate(segments):
+            x = segment.parameter
+            lines.append(f"{self._names.get(id(x), f'parameter {k}')}: shape {tuple(x.shape)}, {x.dtype}")
+        here = torch.tensor([segment.present for segment in segments], dtype=torch.bool)
+        return agree(self.peers, lines, here, segments[0].parameter.device)
+
+    def _run(self, segments: list[Segment], present: Tensor | None, zeros: Zeros, step: int) -> None:
+        """Cast, tally and apply, block by block; every block is under way before the first is waited for."""
+        kernel = kernels.for_device(segments[0].parameter.device) if segments else kernels.cpu
+        peers, count = self.peers, planes(zeros)
+        up, down = [], []
+        for block in self._blocks(lay_out(segments)):
+            ballots = self._cast(kernel, segments, block, zeros, step)
+            received = torch.empty_like(ballots)
+            up.append((block, ballots, received, peers.swap(ballots, received, "sent ballots")))
+        for block, _, received, wait in up:
+            wait()
+            masks = None if present is None else self._masks(segments, present, block).to(received.device)
+            verdict = kernel.verdict(received, zeros, step, masks)
+            everyone = torch.empty_like(received)
+            wait = peers.swap(verdict.expand_as(everyone), everyone, "sent verdicts")
+            down.append((block, everyone, wait, verdict))  # the verdict stays alive until it is sent
+            if self.statistics is not None:
+                self.statistics.count_tally(kernel, received, masks, self._shard_length(block))
+        for (block, ballots, _, _), (_, everyone, wait, _) in zip(up, down, strict=True):
+            wait()
+            bits = everyone.transpose(0, 1).reshape(count, -1)
+            self._apply(kernel, segments, block, bits)
+            if self.statistics is not None:
+                own = ballots.transpose(0, 1).reshape(count, -1)
+                self.statistics.count_verdict(kernel, block.lo, block.hi - block.lo, own, bits)
+
+    def _blocks(self, length: int) -> Iterator[_Block]:
+        unit = WORD_BITS * self.peers.world_size
+        size = unit * -(-self.block_size // unit)
+        for lo in range(0, length, size):
+            hi = min(lo + size, length)
+            yield _Block(lo, hi, WORD_BITS // 8 * -(-(hi - lo) // unit))
+
+    def _shard_length(self, block: _Block) -> int:
+        """How many coordinates of a block this rank is the teller of; the last shards may be short or empty."""
+        shard = 8 * block.shard_bytes
+        return min(max(block.hi - block.lo - self.peers.rank * shard, 0), shard)
+
+    def _cast(self, kernel: kernels.Kernel, segments: list[Segment], block: _Block, zeros: Zeros, step: int) -> Tensor:
+        """Return this rank's ballots of a block, one row a teller: uint8 of shape (ranks, planes, shard bytes)."""
+        ranks, device = self.peers.world_size, segments[0].parameter.device
+        ballot = torch.zeros(planes(zeros), ranks * block.shard_bytes, dtype=torch.uint8, device=device)
+        chunk = min(kernel.CHUNK, block.hi - block.lo)
+        staging = torch.empty(chunk, device=device)
+        for lo in range(block.lo, block.hi, chunk):
+            hi = min(lo + chunk, block.hi)
+            for segment, a, b in cover(segments, lo, hi):
+                place = staging[segment.start + a - lo : segment.start + b - lo]
+                if not segment.present:
+                    place.zero_()  # masked by the teller
+                    continue
+                c, gradient = segment.directions(a, b)
+                place.copy_(c)
+                if self.statistics is not None:
+                    self.statistics.count_gradient(gradient)
+            out = ballot[:, (lo - block.lo) // 8 : -(-(hi - block.lo) // 8)]
+            kernel.pack(staging[: hi - lo], zeros, step, self.peers.rank, out)
+        return ballot.view(len(ballot), ranks, -1).transpose(0, 1).contiguous()
+
+    def _masks(self, segments: list[Segment], present: Tensor, block: _Block) -> Tensor:
+        """Return who votes where in this rank's shard of a block: bits, uint8 of shape (ranks, shard bytes)."""
+        shard = 8 * block.shard_bytes
+        first = block.lo + self.peers.rank * shard
+        votes = torch.ones(self.peers.world_size, shard, dtype=torch.bool)
+        for k, segment in enumerate(segments):
+            a, b = max(segment.start - first, 0), min(segment.stop - first, shard)
+            if a < b:
+                votes[:, a:b] = present[:, k : k + 1]
+        return packbits(votes)
+
+    def _apply(self, kernel: kernels.Kernel, segments: list[Segment], block: _Block, bits: Tensor) -> None:
+        chunk = min(kernel.CHUNK, block.hi - block.lo)
+        for lo in range(block.lo, block.hi, chunk):
+            hi = min(lo + chunk, block.hi)
+            verdict = kernel.unpack(bits[:, (lo - block.lo) // 8 :], hi - lo)
+            for segment, a, b in cover(segments, lo, hi):
+                segment.apply(a, b, verdict[segment.start + a - lo : segment.start + b - lo])

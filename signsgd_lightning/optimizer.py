@@ -1,0 +1,229 @@
+"""Signum: a torch optimizer by itself, and the voter of its rank where a majority vote is enabled."""
+
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
+
+import signsgd_core as core
+from signsgd_core import Zeros
+
+from . import kernels
+from .exchange import Exchange
+from .segments import Segment
+
+
+class Signum(Optimizer):
+    r"""Sign momentum: signSGD, Signum, Lion, and voted signSGD with verdict momentum, by their settings.
+
+    .. math::
+        c_i = β_1 m_i + (1-β_1) g_i, \quad m_i ← β_2 m_i + (1-β_2) g_i, \quad
+        V = \mathrm{majority}_i(\mathrm{sign}\, c_i), \quad
+        u ← γ u + (1-γ) V, \quad x ← x - lr (u + λ x)
+
+    | setting | is |
+    |---|---|
+    | ``betas=(0, 0)`` | signSGD |
+    | ``betas=(β, β)``, the default | Signum |
+    | ``β1 ≠ β2``, e.g. ``(0.9, 0.99)`` | Lion |
+    | ``betas=(0, 0), verdict_momentum=0.8`` | voted signSGD with verdict momentum |
+
+    By itself it is a worker whose verdict is its own ballot. Under `enable_majority_vote` or `MajorityVoteStrategy`
+    every rank votes at `step`, so all that happens between ``backward()`` and ``step()`` (accumulation, clipping,
+    gradient hooks) concerns the rank's own gradient. A gradient entry that is NaN or ±Inf counts as 0; a parameter
+    whose ``grad`` is None abstains on this rank, and stays untouched if it is None on all.
+
+    The momenta are float32 whatever the parameter's dtype, and exist only where a setting needs them:
+    ``state[p]["momentum"]`` if β1 > 0, ``state[p]["verdict_momentum"]`` if γ > 0. The number of steps taken is
+    ``group["step"]``.
+
+    Args:
+        params: parameters or parameter groups, real floating point, dense gradients.
+        lr: learning rate, 0 or more; a float or a tensor of one element.
+        betas: (β1, β2), each in [0, 1).
+        weight_decay: λ, 0 or more, decoupled.
+        verdict_momentum: γ in [0, 1).
+        zeros: what exact zeros and ties count as: "alternate" (default with several workers), "abstain" (default with
+            one) or "positive"; see `signsgd_core.zero_bit`. The same in all groups.
+        warmup_steps: for how many first steps the ballot is the sign of the gradient while the momentum accumulates;
+            "auto" is C(β2) of `signsgd_core.warmup_steps`.
+        maximize: go up instead of down.
+
+    Raises:
+        ValueError: if a setting is outside its range, or a parameter is complex.
+        RuntimeError: at `step`, if a gradient is sparse.
+
+    Source: arXiv 1802.04434 (Signum, warmup), 1810.05291 (majority vote), 2302.06675 (Lion).
+
+    Example:
+        >>> model = torch.nn.Linear(4, 1)
+        >>> optimizer = Signum(model.parameters(), lr=1e-3)
+        >>> model(torch.ones(1, 4)).sum().backward()
+        >>> optimizer.step()
+    """
+
+    _step_supports_amp_scaling = True
+    """Tells a gradient scaler to leave unscaling and overflows to `step`, so that no rank skips a vote alone."""
+
+    exchange: Exchange | None = None
+    """How this rank's ballots meet the others'; None where it is the only worker."""
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.9),
+        weight_decay: float = 0.0,
+        *,
+        verdict_momentum: float = 0.0,
+        zeros: Zeros | None = None,
+        warmup_steps: int | Literal["auto"] = 0,
+        maximize: bool = False,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "weight_decay": weight_decay,
+            "verdict_momentum": verdict_momentum,
+            "zeros": zeros,
+            "warmup_steps": warmup_steps,
+            "maximize": maximize,
+            "step": 0,
+        }
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group, with settings of its own where it names them.
+
+        Raises:
+            ValueError: if a setting is outside its range, `zeros` differs from the other groups', or a parameter is
+                complex; then the optimizer is as before.
+        """
+        _check_settings({**self.defaults, **param_group})
+        zeros = param_group.get("zeros", self.defaults["zeros"])
+        if self.param_groups and zeros != self.param_groups[0]["zeros"]:
+            others = self.param_groups[0]["zeros"]
+            raise ValueError(f"zeros must be the same in all parameter groups, got {zeros!r} beside {others!r}")
+        super().add_param_group(param_group)
+        for p in self.param_groups[-1]["params"]:
+            if not p.is_floating_point():
+                self.param_groups.pop()
+                raise ValueError(
+                    f"parameters must be real floating point, got {p.dtype}: a complex sign has no verdict"
+                )
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step: the worker's momentum, its ballots, the exchange, the verdict, the update.
+
+        Args:
+            closure: reevaluates the model and returns the loss.
+
+        Returns:
+            What the closure returned, else None.
+
+        Raises:
+            RuntimeError: if a gradient is sparse; under a vote, if a rank was lost or the ranks disagree about the
+                model or the settings.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        segments = self.segments()
+        if self.exchange is None:
+            self._step_alone([segment for segment in segments if segment.present])
+        else:
+            self.exchange.vote(segments, self.statement(), self.zeros, self.t)
+        for group in self.param_groups:
+            group["step"] += 1
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` returned; momenta come back bit for bit in float32, whatever the parameters' dtype."""
+        loaded = state_dict
+
+        def keep(_: Optimizer, final: dict[str, Any]) -> None:
+            nonlocal loaded
+            loaded = final
+
+        handle = self.register_load_state_dict_pre_hook(keep)  # the last, so it sees what is really loaded
+        try:
+            super().load_state_dict(state_dict)  # casts state to the parameters' dtype: undone below
+        finally:
+            handle.remove()
+        keys = [key for group in loaded["param_groups"] for key in group["params"]]
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        for key, p in zip(keys, parameters, strict=True):
+            for name, value in loaded["state"].get(key, {}).items():
+                self.state[p][name] = value.detach().to(p.device, torch.float32, copy=True).contiguous()
+
+    @property
+    def t(self) -> int:
+        """How many steps were taken; a group that was added midway counts its own."""
+        return int(self.param_groups[0]["step"])
+
+    @property
+    def zeros(self) -> Zeros:
+        """The zero rule in force."""
+        chosen: Zeros | None = self.param_groups[0]["zeros"]
+        return chosen or ("abstain" if self.exchange is None else "alternate")
+
+    def statement(self) -> list[str]:
+        """Return in words what all ranks must have in common for a vote."""
+        lines = [f"zeros={self.zeros!r}"]
+        for k, group in enumerate(self.param_groups):
+            settings = {name: value for name, value in group.items() if name in self.defaults and name != "zeros"}
+            settings["lr"] = float(settings["lr"])
+            settings["betas"] = tuple(settings["betas"])
+            lines += [f"group {k}: {name}={value!r}" for name, value in settings.items()]
+        return lines
+
+    def segments(self) -> list[Segment]:
+        """Return all parameters in the order of the groups, as `Exchange.vote` takes them."""
+        scale = getattr(self, "grad_scale", None)  # set by a gradient scaler for the time of this step
+        inverse_scale = None if scale is None else scale.reciprocal()
+        segments = []
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None and p.grad.layout is not torch.strided:
+                    raise RuntimeError(
+                        "Signum does not support sparse gradients: a coordinate without an entry would still have to "
+                        "vote. Build the embedding with sparse=False."
+                    )
+                segments.append(Segment(p, group, self.state, p.grad is not None, inverse_scale))
+        return segments
+
+    def _step_alone(self, segments: Iterable[Segment]) -> None:
+        bit = core.zero_bit(self.zeros, self.t)
+        for segment in segments:
+            chunk = kernels.for_device(segment.parameter.device).CHUNK
+            length = segment.parameter.numel()
+            for lo in range(0, length, chunk):
+                hi = min(lo + chunk, length)
+                c, _ = segment.directions(lo, hi)
+                verdict = c.sign()
+                if bit is not None:
+                    verdict = verdict.masked_fill(c == 0, 1 - 2 * bit)
+                segment.apply(lo, hi, verdict)
+            segment.finish()
+
+
+def _check_settings(settings: dict[str, Any]) -> None:
+    lr = settings["lr"]
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(f"lr must be a number or a tensor of one element, got a tensor of shape {tuple(lr.shape)}")
+    for name in ("lr", "weight_decay"):
+        if not 0 <= settings[name] < float("inf"):
+            raise ValueError(f"{name} must be 0 or more, got {settings[name]!r}")
+    core.check_betas(settings["betas"])
+    if not 0 <= settings["verdict_momentum"] < 1:
+        raise ValueError(f"verdict_momentum must lie in [0, 1), got {settings['verdict_momentum']!r}")
+    if settings["zeros"] is not None:
+        core.check_zeros(settings["zeros"])
+    steps = settings["warmup_steps"]
+    if steps != "auto" and (not isinstance(steps, int) or steps < 0):
+        raise ValueError(f"warmup_steps must be 'auto' or a whole number of 0 or more, got {steps!r}")

@@ -1,0 +1,111 @@
+"""The other ranks of a process group: rows swapped with all of them, and a name for the one that stops answering."""
+
+import time
+from collections.abc import Callable
+from datetime import timedelta
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import _get_default_store  # torch has no public name for it
+
+_GRACE = timedelta(seconds=2)
+"""How long a suspect gets to say that it is alive and only saw somebody else fail."""
+
+
+class PeerLostError(RuntimeError):
+    """A rank died, hung or was cut off while the others waited for it.
+
+    Attributes:
+        rank: its rank in the process group, or None where the backend does not tell.
+    """
+
+    def __init__(self, rank: int | None, doing: str, reason: str) -> None:
+        who = "a rank" if rank is None else f"rank {rank}"
+        super().__init__(
+            f"{who} stopped answering while the ranks {doing}: it died, hung for longer than the process group's "
+            f"timeout, or was cut off. Look into its log, then restart all ranks from the last checkpoint. ({reason})"
+        )
+        self.rank = rank
+
+
+class Peers:
+    """Swaps bytes with every other rank, point to point, so that a failure names its peer.
+
+    Args:
+        group: the process group.
+        name: of what is swapped, the same on all ranks.
+
+    Attributes:
+        rank: this rank in the group.
+        world_size: how many ranks it has.
+        sent_bytes: payload sent so far.
+        waited_seconds: time spent waiting so far.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, name: str) -> None:
+        self.group, self.name = group, name
+        self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
+        self.sent_bytes, self.waited_seconds = 0, 0.0
+
+    def swap(self, outgoing: Tensor, incoming: Tensor, doing: str) -> Callable[[], None]:
+        """Start to send row `j` of `outgoing` to rank `j` and to receive row `i` of `incoming` from rank `i`.
+
+        Args:
+            outgoing: shape (world_size, …), each row contiguous.
+            incoming: the same shape and dtype.
+            doing: what for, as a verb, for the error message.
+
+        Returns:
+            A function that waits until all rows are there, and raises `PeerLostError` if one never comes.
+        """
+        incoming[self.rank].copy_(outgoing[self.rank])
+        others = [(self.rank + k) % self.world_size for k in range(1, self.world_size)]
+        operations = [dist.P2POp(dist.irecv, incoming[j], group=self.group, group_peer=j) for j in others]
+        operations += [dist.P2POp(dist.isend, outgoing[j], group=self.group, group_peer=j) for j in others]
+        self.sent_bytes += sum(outgoing[j].nbytes for j in others)
+        works: list[tuple[int | None, dist.Work]] = []
+        if operations and outgoing.numel():
+            try:
+                started = dist.batch_isend_irecv(operations)
+            except RuntimeError as error:
+                raise self._lost(None, doing, error) from error
+            named = [*others, *others] if len(started) == len(operations) else [None] * len(started)
+            works = list(zip(named, started, strict=True))
+
+        def wait() -> None:
+            begin = time.perf_counter()
+            for peer, work in works:
+                try:
+                    work.wait()
+                except RuntimeError as error:
+                    raise self._lost(peer, doing, error) from error
+            self.waited_seconds += time.perf_counter() - begin
+
+        return wait
+
+    def gather(self, row: Tensor, doing: str) -> Tensor:
+        """Return every rank's row, shape (world_size, *row.shape)."""
+        rows = row.new_empty(self.world_size, *row.shape)
+        self.swap(row.expand_as(rows), rows, doing)()
+        return rows
+
+    def _lost(self, suspect: int | None, doing: str, error: Exception) -> PeerLostError:
+        """Name the rank that failed first.
+
+        A rank that fails closes its connections, and its peers see that before they see the one it blames. So each
+        leaves word in the store, and a suspect that left word is alive: the one it blames takes its place.
+        """
+        store = dist.PrefixStore(f"signsgd/{self.group.group_name}/{self.name}", _get_default_store())
+        seen = {suspect}
+        try:
+            store.set(f"blamed by {self.rank}", str(suspect))
+            while suspect is not None:
+                store.wait([f"blamed by {suspect}"], _GRACE)
+                word = store.get(f"blamed by {suspect}").decode()
+                if word in ("None", str(self.rank)) or int(word) in seen:
+                    break
+                suspect = int(word)
+                seen.add(suspect)
+        except (RuntimeError, ValueError):
+            pass  # no word from the suspect, or the store is lost too: the suspicion stands
+        return PeerLostError(suspect, doing, str(error).splitlines()[0])

@@ -1,0 +1,61 @@
+"""The Lightning strategy: DDP whose ranks vote at the optimizer's step."""
+
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
+from lightning.pytorch.trainer.states import TrainerFn
+from torch.nn.parallel import DistributedDataParallel
+
+from .ddp import enable_majority_vote
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+    from lightning.pytorch.strategies.strategy_registry import _StrategyRegistry
+
+
+class MajorityVoteStrategy(DDPStrategy):
+    """DDP that sends one bit per parameter each way: every `Signum` step is a majority vote of all ranks.
+
+    Args:
+        **kwargs: those of `lightning.pytorch.strategies.DDPStrategy`, but for communication hooks. ``timeout`` bounds
+            how long a rank waits for a lost one.
+
+    Raises:
+        ValueError: for a communication hook.
+        TypeError: before the first step, if an optimizer is not a `Signum`.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> Trainer(accelerator="cpu", devices=2, strategy="majority_vote", logger=False).strategy.__class__.__name__
+        'MajorityVoteStrategy'
+    """
+
+    strategy_name = "majority_vote"
+
+    def __init__(self, **kwargs: Any) -> None:
+        hooks = [name for name in kwargs if name.startswith("ddp_comm_") and kwargs[name] is not None]
+        if hooks:
+            raise ValueError(f"a majority vote takes the place of a communication hook; leave out {', '.join(hooks)}")
+        super().__init__(**kwargs)
+
+    def setup(self, trainer: "Trainer") -> None:
+        """Set up DDP and the optimizers, then let them vote."""
+        super().setup(trainer)
+        if trainer.state.fn == TrainerFn.FITTING:
+            assert isinstance(self.model, DistributedDataParallel)
+            enable_majority_vote(self.model, *self.optimizers)  # type: ignore[arg-type]
+
+    @classmethod
+    def register_strategies(cls, strategy_registry: "_StrategyRegistry") -> None:
+        """Register "majority_vote" with the variants that DDP itself registers."""
+        for suffix, start_method in (("", "popen"), ("_spawn", "spawn"), ("_fork", "fork"), ("_notebook", "fork")):
+            for unused in (None, False, True):
+                name, settings = cls.strategy_name + suffix, {"start_method": start_method}
+                if unused is not None:
+                    name += f"_find_unused_parameters_{str(unused).lower()}"
+                    settings["find_unused_parameters"] = unused
+                description = f"one-bit majority vote over DDP, start_method={start_method!r}"
+                strategy_registry.register(name, cls, description=description, override=True, **settings)
+
+
+MajorityVoteStrategy.register_strategies(StrategyRegistry)

@@ -1,0 +1,116 @@
+"""Real worker processes, started once and used by many tests; every task gets a fresh process group over Gloo."""
+
+import multiprocessing
+import os
+import socket
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+
+class Workers:
+    """`size` processes; `run` lets the first few of them call a function as the ranks of one process group."""
+
+    def __init__(self, size: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._ends: list[Connection] = []
+        self.processes = []
+        for _ in range(size):
+            end, other = context.Pipe()
+            process = context.Process(target=_serve, args=(other,), daemon=True)
+            process.start()
+            other.close()
+            self._ends.append(end)
+            self.processes.append(process)
+
+    def run(
+        self,
+        world_size: int,
+        function: Callable[..., Any],
+        *args: Any,
+        lost: tuple[int, ...] = (),
+        group_timeout: float = 30.0,
+        timeout: float = 90.0,
+    ) -> list[Any]:
+        """Return what `function(*args)` returned on each rank; None for the ranks that are expected to get `lost`."""
+        port = free_port()
+        for rank, end in enumerate(self._ends[:world_size]):
+            end.send((rank, world_size, port, group_timeout, function, args))
+        results: list[Any] = [None] * world_size
+        waiting = {end: rank for rank, end in enumerate(self._ends[:world_size]) if rank not in lost}
+        deadline = time.monotonic() + timeout
+        while waiting:
+            ready = wait(list(waiting), timeout=max(deadline - time.monotonic(), 0))
+            if not ready:
+                raise TimeoutError(f"ranks {sorted(waiting.values())} did not come back within {timeout} s")
+            for end in ready:
+                assert isinstance(end, Connection)
+                ok, result = end.recv()
+                rank = waiting.pop(end)
+                if not ok:
+                    raise AssertionError(f"rank {rank} raised\n{result}")
+                results[rank] = result
+        return results
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.join()
+
+
+@contextmanager
+def fresh_workers(size: int) -> Iterator[Workers]:
+    """Workers of one's own, for tests that kill some of them."""
+    workers = Workers(size)
+    try:
+        yield workers
+    finally:
+        workers.close()
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def _serve(end: Connection) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    while True:
+        try:
+            rank, world_size, port, group_timeout, function, args = end.recv()
+        except EOFError:
+            return
+        os.environ.update(_environment(rank, world_size, port))
+        try:
+            torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=group_timeout))
+            answer = (True, function(*args))
+        except BaseException:
+            answer = (False, traceback.format_exc())
+        end.send(answer)
+        try:
+            torch.distributed.destroy_process_group()
+        except Exception:
+            traceback.print_exc()
+
+
+def _environment(rank: int, world_size: int, port: int) -> dict[str, str]:
+    """As torchrun sets it, so that a Lightning Trainer takes its place among the workers."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "GROUP_RANK": "0",
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_RUN_ID": "tests",
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
