@@ -1,5 +1,6 @@
 """The other ranks of a process group: rows swapped with all of them, and a name for the one that stops answering."""
 
+import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -95,17 +96,22 @@ class Peers:
         A rank that fails closes its connections, and its peers see that before they see the one it blames. So each
         leaves word in the store, and a suspect that left word is alive: the one it blames takes its place.
         """
-        store = dist.PrefixStore(f"signsgd/{self.group.group_name}/{self.name}", _get_default_store())
-        seen = {suspect}
+        suspects = [suspect]
+        inquiry = threading.Thread(target=self._inquire, args=(suspects,), daemon=True)
+        inquiry.start()
+        inquiry.join(_GRACE.total_seconds())  # a store whose own host hangs would never answer
+        return PeerLostError(suspects[-1], doing, str(error).splitlines()[0])
+
+    def _inquire(self, suspects: list[int | None]) -> None:
+        """Follow the blame from rank to rank and append each new suspect."""
         try:
-            store.set(f"blamed by {self.rank}", str(suspect))
-            while suspect is not None:
-                store.wait([f"blamed by {suspect}"], _GRACE)
-                word = store.get(f"blamed by {suspect}").decode()
-                if word in ("None", str(self.rank)) or int(word) in seen:
-                    break
-                suspect = int(word)
-                seen.add(suspect)
+            store = dist.PrefixStore(f"signsgd/{self.group.group_name}/{self.name}", _get_default_store())
+            store.set(f"blamed by {self.rank}", str(suspects[-1]))
+            while suspects[-1] is not None:
+                store.wait([f"blamed by {suspects[-1]}"], _GRACE)
+                word = store.get(f"blamed by {suspects[-1]}").decode()
+                if word in ("None", str(self.rank)) or int(word) in suspects:
+                    return
+                suspects.append(int(word))
         except (RuntimeError, ValueError):
-            pass  # no word from the suspect, or the store is lost too: the suspicion stands
-        return PeerLostError(suspect, doing, str(error).splitlines()[0])
+            return  # no word from the suspect, or the store is lost, too: the suspicion stands

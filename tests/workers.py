@@ -16,7 +16,8 @@ class Workers:
     """`size` processes; `run` lets the first few of them call a function as the ranks of one process group."""
 
     def __init__(self, size: int) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["signsgd_lightning"])  # imported once, so that a fresh worker starts at once
         self._ends: list[Connection] = []
         self.processes = []
         for _ in range(size):
