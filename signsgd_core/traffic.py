@@ -114,29 +114,40 @@ def stops_paying(scheme: str, parameters: int, against: str = "ring all-reduce, 
     return None
 
 
-def sent_bytes() -> int | None:
-    """Return the payload bytes that this process' open TCP sockets have sent, as the kernel counted them.
+def socket_bytes() -> dict[int, int]:
+    """Return what each open TCP socket of this process has sent, in bytes of payload as the kernel counted them.
 
-    Take it before and after, and subtract. `None` where the system has no such counter (it needs Linux 4.19).
+    What it had to send again is not counted twice.
 
-    Example:
-        >>> sent_bytes() is None or sent_bytes() >= 0
-        True
+    Returns:
+        Socket (its inode) -> bytes; empty where the system has no such counter (it needs Linux 4.19).
     """
     if not hasattr(socket, "TCP_INFO") or not os.path.isdir("/proc/self/fd"):
-        return None
-    total = 0
+        return {}
+    sent = {}
     for name in os.listdir("/proc/self/fd"):
         try:
-            if not stat.S_ISSOCK(os.stat(int(name)).st_mode):
+            status = os.stat(int(name))
+            if not stat.S_ISSOCK(status.st_mode):
                 continue
             with socket.socket(fileno=os.dup(int(name))) as connection:
                 info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
         except OSError:
             continue  # closed meanwhile, or no TCP socket
-        if len(info) >= 208:
-            total += struct.unpack_from("Q", info, 200)[0]  # struct tcp_info: tcpi_bytes_sent
-    return total
+        if len(info) >= 216:  # struct tcp_info: tcpi_bytes_sent, tcpi_bytes_retrans
+            total, again = struct.unpack_from("QQ", info, 200)
+            sent[status.st_ino] = total - again
+    return sent
+
+
+def sent_since(before: dict[int, int]) -> int:
+    """Return how many bytes the sockets that are open now have sent since `before` was taken by `socket_bytes`.
+
+    Example:
+        >>> sent_since(socket_bytes())
+        0
+    """
+    return sum(sent - before.get(inode, 0) for inode, sent in socket_bytes().items())
 
 
 def _everyone(sent: int) -> Traffic:

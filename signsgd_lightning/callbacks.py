@@ -1,6 +1,5 @@
 """VoteMonitor: what the votes look like, in whatever logger the user has."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -47,7 +46,7 @@ class VoteMonitor(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Gather and log, at the steps at which Lightning logs."""
-        if trainer.global_step == self._steps or trainer.global_step % trainer.log_every_n_steps:
+        if trainer.global_step == self._steps or trainer.global_step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
             return
         values = self._gather(trainer.global_step - self._steps, pl_module.device)
         self._steps = trainer.global_step
@@ -64,7 +63,7 @@ class VoteMonitor(Callback):
         peers = [exchange.peers for exchange in self._exchanges]
         return sum(peer.sent_bytes for peer in peers), sum(peer.waited_seconds for peer in peers)
 
-    def _gather(self, steps: int, device: torch.device) -> Mapping[str, float]:
+    def _gather(self, steps: int, device: torch.device) -> dict[str, float]:
         """Return the figures of all ranks since the last call, and start over."""
         names = ("coordinates", "disagreements", "compared", "flips", "tallied", "ties", "nonfinite")
         counts = [0.0] * len(names)

@@ -66,7 +66,7 @@ class Exchange:
         """Note which parameters a backward pass really used, where DDP hides it behind gradients of zero."""
         self.used = used = set[int]()
         for p in parameters:
-            p.register_post_accumulate_grad_hook(lambda p: used.add(id(p)))
+            p.register_post_accumulate_grad_hook(lambda p: used.add(id(p)))  # type: ignore[no-untyped-call]
 
     def vote(self, segments: Sequence[Segment], statement: list[str], zeros: Zeros, step: int) -> None:
         """Take one step of every parameter by the majority's verdict.

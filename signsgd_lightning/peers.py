@@ -7,7 +7,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import _get_default_store  # torch has no public name for it
+from torch.distributed.distributed_c10d import PrefixStore, _get_default_store  # torch has no public name for it
 
 _GRACE = timedelta(seconds=2)
 """How long a suspect gets to say that it is alive and only saw somebody else fail."""
@@ -105,7 +105,7 @@ class Peers:
     def _inquire(self, suspects: list[int | None]) -> None:
         """Follow the blame from rank to rank and append each new suspect."""
         try:
-            store = dist.PrefixStore(f"signsgd/{self.group.group_name}/{self.name}", _get_default_store())
+            store = PrefixStore(f"signsgd/{self.group.group_name}/{self.name}", _get_default_store())
             store.set(f"blamed by {self.rank}", str(suspects[-1]))
             while suspects[-1] is not None:
                 store.wait([f"blamed by {suspects[-1]}"], _GRACE)

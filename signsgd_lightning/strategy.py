@@ -9,8 +9,8 @@ from torch.nn.parallel import DistributedDataParallel
 from .ddp import enable_majority_vote
 
 if TYPE_CHECKING:
+    from lightning.fabric.strategies.registry import _StrategyRegistry
     from lightning.pytorch import Trainer
-    from lightning.pytorch.strategies.strategy_registry import _StrategyRegistry
 
 
 class MajorityVoteStrategy(DDPStrategy):
@@ -50,7 +50,8 @@ class MajorityVoteStrategy(DDPStrategy):
         """Register "majority_vote" with the variants that DDP itself registers."""
         for suffix, start_method in (("", "popen"), ("_spawn", "spawn"), ("_fork", "fork"), ("_notebook", "fork")):
             for unused in (None, False, True):
-                name, settings = cls.strategy_name + suffix, {"start_method": start_method}
+                name = cls.strategy_name + suffix
+                settings: dict[str, Any] = {"start_method": start_method}
                 if unused is not None:
                     name += f"_find_unused_parameters_{str(unused).lower()}"
                     settings["find_unused_parameters"] = unused

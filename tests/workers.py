@@ -18,7 +18,7 @@ class Workers:
     def __init__(self, size: int) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["signsgd_lightning"])  # imported once, so that a fresh worker starts at once
-        self._ends: list[Connection] = []
+        self._ends: list[Any] = []
         self.processes = []
         for _ in range(size):
             end, other = context.Pipe()
@@ -42,14 +42,13 @@ class Workers:
         for rank, end in enumerate(self._ends[:world_size]):
             end.send((rank, world_size, port, group_timeout, function, args))
         results: list[Any] = [None] * world_size
-        waiting = {end: rank for rank, end in enumerate(self._ends[:world_size]) if rank not in lost}
+        waiting: dict[Any, int] = {end: rank for rank, end in enumerate(self._ends[:world_size]) if rank not in lost}
         deadline = time.monotonic() + timeout
         while waiting:
-            ready = wait(list(waiting), timeout=max(deadline - time.monotonic(), 0))
+            ready: list[Any] = wait(list(waiting), timeout=max(deadline - time.monotonic(), 0))
             if not ready:
                 raise TimeoutError(f"ranks {sorted(waiting.values())} did not come back within {timeout} s")
             for end in ready:
-                assert isinstance(end, Connection)
                 ok, result = end.recv()
                 rank = waiting.pop(end)
                 if not ok:
