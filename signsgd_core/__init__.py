@@ -16,7 +16,6 @@ Our words and the papers' symbols (arXiv 1802.04434 and 1810.05291):
 
 from .ballots import BLOCK, Zeros, check_zeros, pack, planes, unpack, zero_bit
 from .momentum import (
-    check_betas,
     direction,
     finite,
     update_momentum,
@@ -25,13 +24,16 @@ from .momentum import (
     warmup_steps,
 )
 from .reference import Reference
+from .settings import WarmupSteps, check_betas, check_settings
 from .vote import majority, tally, verdict
 
 __all__ = [
     "BLOCK",
     "Reference",
+    "WarmupSteps",
     "Zeros",
     "check_betas",
+    "check_settings",
     "check_zeros",
     "direction",
     "finite",

@@ -41,14 +41,14 @@ def zero_bit(zeros: Zeros, step: int, worker: int = 0) -> int | None:
         >>> [zero_bit("alternate", step=7, worker=i) for i in range(4)]
         [1, 0, 1, 0]
     """
-    if zeros == "abstain":
+    if check_zeros(zeros) == "abstain":
         return None
     return (step + worker) % 2 if zeros == "alternate" else 0
 
 
 def planes(zeros: Zeros) -> int:
     """Return the bits that a coordinate takes, each way: 2 where zeros abstain, else 1."""
-    return 2 if zeros == "abstain" else 1
+    return 2 if check_zeros(zeros) == "abstain" else 1
 
 
 def pack(
@@ -78,22 +78,23 @@ def pack(
         array([[ 9],
                [13]], dtype=uint8)
     """
-    if values.dtype.kind not in "fiuV":
+    if values.dtype.kind not in "fiu" and values.dtype.name != "bfloat16":
         raise ValueError(f"values must be real numbers, got dtype {values.dtype}")
-    flat, bit = values.reshape(-1), zero_bit(check_zeros(zeros), step, worker)
+    flat, bit = values.reshape(-1), zero_bit(zeros, step, worker)
     shape = (planes(zeros), -(-flat.size // 8))
     if out is None:
         out = np.empty(shape, np.uint8)
     elif out.shape != shape or out.dtype != np.uint8:
         raise ValueError(f"out must be uint8 of shape {shape}, got {out.dtype} of shape {out.shape}")
-    for lo, hi in _blocks(flat.size):
-        block, cut = flat[lo:hi], slice(lo // 8, -(-hi // 8))
-        if bit == 1:  # all that is not positive
-            np.invert(_packbits(block > 0), out=out[0, cut])
-        else:
-            out[0, cut] = _packbits(block < 0)
-        if zeros == "abstain":
-            out[1, cut] = out[0, cut] | _packbits(block > 0)
+    with np.errstate(invalid="ignore"):  # bfloat16 warns of NaN where NumPy's own dtypes do not
+        for lo, hi in _blocks(flat.size):
+            block, cut = flat[lo:hi], slice(lo // 8, -(-hi // 8))
+            if bit == 1:  # all that is not positive
+                np.invert(_packbits(block > 0), out=out[0, cut])
+            else:
+                out[0, cut] = _packbits(block < 0)
+            if zeros == "abstain":
+                out[1, cut] = out[0, cut] | _packbits(block > 0)
     if bit == 1 and flat.size % 8:
         out[0, -1] &= (1 << flat.size % 8) - 1
     return out
@@ -111,7 +112,7 @@ def unpack(ballot: Ballot, length: int, out: npt.NDArray[np.float32] | None = No
         float32 of shape (length,).
 
     Raises:
-        ValueError: if the ballot is too short for `length`, or has not one or two planes.
+        ValueError: if the ballot is too short for `length` or has not one or two planes; if `out` is not as above.
 
     Example:
         >>> unpack(np.array([[9], [13]], np.uint8), 4)
@@ -122,6 +123,8 @@ def unpack(ballot: Ballot, length: int, out: npt.NDArray[np.float32] | None = No
         raise ValueError(f"a ballot of {length} coordinates has shape (1 or 2, {width}), got {ballot.shape}")
     if out is None:
         out = np.empty(8 * width, np.float32)
+    elif out.shape != (8 * width,) or out.dtype != np.float32:
+        raise ValueError(f"out must be float32 of shape {(8 * width,)}, got {out.dtype} of shape {out.shape}")
     rows = out.reshape(width, 8)
     np.take(_SIGNS, ballot[0, :width], axis=0, out=rows, mode="clip")
     if ballot.shape[0] == 2:

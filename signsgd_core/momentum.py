@@ -16,21 +16,6 @@ Array = Any
 _WARMUP_SEARCH_LIMIT = 10_000_000
 
 
-def check_betas(betas: object) -> tuple[float, float]:
-    """Return `betas` as two floats, or say what is wrong with them.
-
-    Raises:
-        ValueError: unless `betas` is a pair of numbers in [0, 1).
-    """
-    try:
-        beta1, beta2 = (float(beta) for beta in betas)  # type: ignore[attr-defined]
-    except (TypeError, ValueError):
-        raise ValueError(f"betas must be a pair of numbers such as (0.9, 0.9), got {betas!r}") from None
-    if not (0.0 <= beta1 < 1.0 and 0.0 <= beta2 < 1.0):
-        raise ValueError(f"betas must lie in [0, 1), got {betas!r}")
-    return beta1, beta2
-
-
 def finite(gradient: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Return the gradient with every NaN and ±Inf replaced by 0 (step 1).
 

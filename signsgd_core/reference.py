@@ -11,15 +11,18 @@ import numpy as np
 import numpy.typing as npt
 
 from .adversaries import Adversary
-from .ballots import Zeros, check_zeros, zero_bit
+from .ballots import Zeros, zero_bit
 from .momentum import (
-    check_betas,
     direction,
     finite,
     update_momentum,
     update_parameters,
     update_verdict_momentum,
 )
+from .momentum import (
+    warmup_steps as recommended_warmup_steps,
+)
+from .settings import WarmupSteps, check_settings
 
 Array = npt.NDArray[Any]
 
@@ -64,16 +67,22 @@ class Reference:
         weight_decay: float = 0.0,
         verdict_momentum: float = 0.0,
         zeros: Zeros | None = None,
-        warmup_steps: int = 0,
+        warmup_steps: WarmupSteps = 0,
         adversaries: Mapping[int, Adversary] | None = None,
     ) -> None:
-        if workers < 1:
-            raise ValueError(f"workers must be at least 1, got {workers}")
+        if not isinstance(workers, int) or workers < 1:
+            raise ValueError(f"workers must be a whole number of 1 or more, got {workers!r}")
+        check_settings(lr, betas, weight_decay, verdict_momentum, zeros, warmup_steps)
         self.parameters = [np.array(x) for x in parameters]
-        self.workers, self.lr, self.betas = workers, lr, check_betas(betas)
-        self.weight_decay, self.gamma, self.warmup_steps = weight_decay, verdict_momentum, warmup_steps
-        self.zeros = check_zeros(zeros or ("abstain" if workers == 1 else "alternate"))
+        if any(x.dtype.kind != "f" and x.dtype.name != "bfloat16" for x in self.parameters):
+            raise ValueError(f"parameters must be floating point, got {[str(x.dtype) for x in self.parameters]}")
         self.adversaries = dict(adversaries or {})
+        if not set(self.adversaries) <= set(range(workers)):
+            raise ValueError(f"adversaries must be workers 0 to {workers - 1}, got {sorted(self.adversaries)}")
+        self.workers, self.lr, self.betas, self.weight_decay = workers, lr, betas, weight_decay
+        self.gamma = verdict_momentum
+        self.warmup_steps = recommended_warmup_steps(betas[1]) if warmup_steps == "auto" else warmup_steps
+        self.zeros: Zeros = zeros if zeros is not None else ("abstain" if workers == 1 else "alternate")
         self.momenta = [[np.zeros(x.shape, np.float32) for x in self.parameters] for _ in range(workers)]
         self.verdict_momenta = [np.zeros(x.shape, np.float32) for x in self.parameters]
         self.verdicts: list[Array | None] = [None] * len(self.parameters)
@@ -84,7 +93,11 @@ class Reference:
 
         Args:
             gradients: ``gradients[i][k]``, worker `i`'s own gradient of tensor `k`; `None` abstains there.
+
+        Raises:
+            ValueError: if they are not one a worker and tensor, each of the tensor's shape.
         """
+        self._check(gradients)
         for k, x in enumerate(self.parameters):
             ballots = [self._ballot(i, k, gradients[i][k]) for i in range(self.workers)]
             cast = [ballot for ballot in ballots if ballot is not None]
@@ -94,7 +107,8 @@ class Reference:
                 continue  # nobody had a gradient: the tensor stays as it is
             u = update_verdict_momentum(self.verdict_momenta[k], verdict, self.gamma)  # step 7
             self.verdict_momenta[k] = u
-            self.parameters[k] = update_parameters(x, u.astype(x.dtype), self.lr, self.weight_decay)  # step 8
+            moved = update_parameters(x, u.astype(x.dtype), self.lr, self.weight_decay)  # step 8
+            self.parameters[k] = moved.astype(x.dtype)
         self.t += 1
 
     def _ballot(self, i: int, k: int, gradient: Array | None) -> Array | None:
@@ -105,7 +119,8 @@ class Reference:
             return None
         beta1, beta2 = self.betas
         m = self.momenta[i][k]
-        g = finite(np.asarray(gradient, np.float32))  # step 1
+        with np.errstate(over="ignore"):
+            g = finite(np.asarray(gradient, np.float32))  # step 1; what float32 cannot hold is not finite either
         c = direction(m, g, beta1) if self.t >= self.warmup_steps else g  # step 2
         self.momenta[i][k] = update_momentum(m, g, beta2)  # step 3
         return np.where(c == 0, self._zero(i), np.sign(c))  # step 4
@@ -120,3 +135,15 @@ class Reference:
         """What a zero of `worker`, or with 0 a tie, counts as: −1, 0 or +1."""
         bit = zero_bit(self.zeros, self.t, worker)
         return 0 if bit is None else 1 - 2 * bit
+
+    def _check(self, gradients: Sequence[Sequence[Array | None]]) -> None:
+        if len(gradients) != self.workers:
+            raise ValueError(f"gradients must be those of {self.workers} workers, got {len(gradients)}")
+        for i, worker in enumerate(gradients):
+            if len(worker) != len(self.parameters):
+                raise ValueError(f"worker {i} must have {len(self.parameters)} gradients, got {len(worker)}")
+            for k, (gradient, x) in enumerate(zip(worker, self.parameters, strict=True)):
+                if gradient is not None and np.shape(gradient) != x.shape:
+                    raise ValueError(
+                        f"worker {i}'s gradient {k} must have the shape {x.shape}, got {np.shape(gradient)}"
+                    )

@@ -73,7 +73,8 @@ class VoteMonitor(Callback):
             exchange.statistics = VoteStatistics(last=exchange.statistics.last)
         sent, waited = self._traffic()
         row = torch.tensor([*counts, sent - self._sent, waited - self._waited], dtype=torch.float64)
-        rows = self._exchanges[0].peers.gather(row.to(device), "gathered the monitor's figures").cpu()
+        peers = self._exchanges[0].peers
+        rows = peers.gather(row.to(peers.wire(device)), "gathered the monitor's figures").cpu()
         self._sent, self._waited = self._traffic()
         coordinates, disagreements, compared, flips, tallied, ties, nonfinite, sent_bytes, seconds = rows.T
         self._nonfinite += int(nonfinite.sum())

@@ -21,8 +21,8 @@ def enable_majority_vote(ddp_model: DistributedDataParallel, *optimizers: Signum
 
     Raises:
         TypeError: if the model is not wrapped, or an optimizer is not a `Signum`.
-        ValueError: without an optimizer, or if one holds a parameter that is not the model's, or the model's
-            embeddings have sparse gradients.
+        ValueError: without an optimizer, or if one holds a parameter that is not the model's, the model's
+            embeddings have sparse gradients, or parameters lie on several devices.
         RuntimeError: if the ranks differ in parameters or settings; if the model already has a communication hook.
 
     Example:
@@ -61,6 +61,11 @@ def _check(ddp_model: DistributedDataParallel, optimizers: Sequence[Signum]) -> 
             raise TypeError(
                 f"a majority vote needs signsgd_lightning.Signum, optimizer {k} is {type(optimizer).__name__}: "
                 "replace it, or train with plain DDP (in Lightning: strategy='ddp')"
+            )
+        devices = {str(p.device) for group in optimizer.param_groups for p in group["params"]}
+        if len(devices) > 1:
+            raise ValueError(
+                f"optimizer {k} has parameters on {', '.join(sorted(devices))}; a vote needs them on one device"
             )
         if any(id(p) not in model_parameters for group in optimizer.param_groups for p in group["params"]):
             raise ValueError(

@@ -87,12 +87,11 @@ class Exchange:
             return
         present = self.agree(segments, statement)
         voted = [k for k in range(len(segments)) if present[:, k].any()]
-        segments, present = [segments[k] for k in voted], present[:, voted]
-        self._run(segments, None if present.all() else present, zeros, step)
-        for segment in segments:
-            segment.finish()
-            if self.used is not None:
-                self.used.discard(id(segment.parameter))
+        if voted:
+            present = present[:, voted]
+            self._run([segments[k] for k in voted], None if present.all() else present, zeros, step)
+        if self.used is not None:
+            self.used.clear()
 
     def agree(self, segments: Sequence[Segment], statement: list[str]) -> Tensor:
         """Make sure that all ranks have the same parameters and settings.
@@ -109,33 +108,35 @@ class Exchange:
             x = segment.parameter
             lines.append(f"{self._names.get(id(x), f'parameter {k}')}: shape {tuple(x.shape)}, {x.dtype}")
         here = torch.tensor([segment.present for segment in segments], dtype=torch.bool)
-        return agree(self.peers, lines, here, segments[0].parameter.device)
+        return agree(self.peers, lines, here, self.peers.wire(segments[0].parameter.device))
 
     def _run(self, segments: list[Segment], present: Tensor | None, zeros: Zeros, step: int) -> None:
         """Cast, tally and apply, block by block; every block is under way before the first is waited for."""
-        kernel = kernels.for_device(segments[0].parameter.device) if segments else kernels.cpu
         peers, count = self.peers, planes(zeros)
+        teller = kernels.for_device(peers.wire(segments[0].parameter.device))
         up, down = [], []
         for block in self._blocks(lay_out(segments)):
-            ballots = self._cast(kernel, segments, block, zeros, step)
+            ballots = self._cast(segments, block, zeros, step)
             received = torch.empty_like(ballots)
             up.append((block, ballots, received, peers.swap(ballots, received, "sent ballots")))
         for block, _, received, wait in up:
             wait()
             masks = None if present is None else self._masks(segments, present, block).to(received.device)
-            verdict = kernel.verdict(received, zeros, step, masks)
+            verdict = teller.verdict(received, zeros, step, masks)
             everyone = torch.empty_like(received)
             wait = peers.swap(verdict.expand_as(everyone), everyone, "sent verdicts")
             down.append((block, everyone, wait, verdict))  # the verdict stays alive until it is sent
             if self.statistics is not None:
-                self.statistics.count_tally(kernel, received, masks, self._shard_length(block))
+                self.statistics.count_tally(teller, received, masks, self._shard_length(block))
         for (block, ballots, _, _), (_, everyone, wait, _) in zip(up, down, strict=True):
             wait()
             bits = everyone.transpose(0, 1).reshape(count, -1)
-            self._apply(kernel, segments, block, bits)
+            self._apply(segments, block, bits)
             if self.statistics is not None:
                 own = ballots.transpose(0, 1).reshape(count, -1)
-                self.statistics.count_verdict(kernel, block.lo, block.hi - block.lo, own, bits)
+                self.statistics.count_verdict(teller, block.lo, block.hi - block.lo, own, bits)
+        for segment in segments:
+            segment.finish()
 
     def _blocks(self, length: int) -> Iterator[_Block]:
         unit = WORD_BITS * self.peers.world_size
@@ -149,9 +150,10 @@ class Exchange:
         shard = 8 * block.shard_bytes
         return min(max(block.hi - block.lo - self.peers.rank * shard, 0), shard)
 
-    def _cast(self, kernel: kernels.Kernel, segments: list[Segment], block: _Block, zeros: Zeros, step: int) -> Tensor:
+    def _cast(self, segments: list[Segment], block: _Block, zeros: Zeros, step: int) -> Tensor:
         """Return this rank's ballots of a block, one row a teller: uint8 of shape (ranks, planes, shard bytes)."""
         ranks, device = self.peers.world_size, segments[0].parameter.device
+        kernel = kernels.for_device(device)
         ballot = torch.zeros(planes(zeros), ranks * block.shard_bytes, dtype=torch.uint8, device=device)
         chunk = min(kernel.CHUNK, block.hi - block.lo)
         staging = torch.empty(chunk, device=device)
@@ -168,7 +170,7 @@ class Exchange:
                     self.statistics.count_gradient(gradient)
             out = ballot[:, (lo - block.lo) // 8 : -(-(hi - block.lo) // 8)]
             kernel.pack(staging[: hi - lo], zeros, step, self.peers.rank, out)
-        return ballot.view(len(ballot), ranks, -1).transpose(0, 1).contiguous()
+        return ballot.view(len(ballot), ranks, -1).transpose(0, 1).contiguous().to(self.peers.wire(device))
 
     def _masks(self, segments: list[Segment], present: Tensor, block: _Block) -> Tensor:
         """Return who votes where in this rank's shard of a block: bits, uint8 of shape (ranks, shard bytes)."""
@@ -181,7 +183,9 @@ class Exchange:
                 votes[:, a:b] = present[:, k : k + 1]
         return packbits(votes)
 
-    def _apply(self, kernel: kernels.Kernel, segments: list[Segment], block: _Block, bits: Tensor) -> None:
+    def _apply(self, segments: list[Segment], block: _Block, bits: Tensor) -> None:
+        device = segments[0].parameter.device
+        kernel, bits = kernels.for_device(device), bits.to(device)
         chunk = min(kernel.CHUNK, block.hi - block.lo)
         for lo in range(block.lo, block.hi, chunk):
             hi = min(lo + chunk, block.hi)

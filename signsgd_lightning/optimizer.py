@@ -1,7 +1,7 @@
 """Signum: a torch optimizer by itself, and the voter of its rank where a majority vote is enabled."""
 
 from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 import signsgd_core as core
-from signsgd_core import Zeros
+from signsgd_core import WarmupSteps, Zeros
 
 from . import kernels
 from .exchange import Exchange
@@ -80,7 +80,7 @@ class Signum(Optimizer):
         *,
         verdict_momentum: float = 0.0,
         zeros: Zeros | None = None,
-        warmup_steps: int | Literal["auto"] = 0,
+        warmup_steps: WarmupSteps = 0,
         maximize: bool = False,
     ) -> None:
         defaults = {
@@ -216,14 +216,5 @@ def _check_settings(settings: dict[str, Any]) -> None:
     lr = settings["lr"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError(f"lr must be a number or a tensor of one element, got a tensor of shape {tuple(lr.shape)}")
-    for name in ("lr", "weight_decay"):
-        if not 0 <= settings[name] < float("inf"):
-            raise ValueError(f"{name} must be 0 or more, got {settings[name]!r}")
-    core.check_betas(settings["betas"])
-    if not 0 <= settings["verdict_momentum"] < 1:
-        raise ValueError(f"verdict_momentum must lie in [0, 1), got {settings['verdict_momentum']!r}")
-    if settings["zeros"] is not None:
-        core.check_zeros(settings["zeros"])
-    steps = settings["warmup_steps"]
-    if steps != "auto" and (not isinstance(steps, int) or steps < 0):
-        raise ValueError(f"warmup_steps must be 'auto' or a whole number of 0 or more, got {steps!r}")
+    names = ("betas", "weight_decay", "verdict_momentum", "zeros", "warmup_steps")
+    core.check_settings(lr, *(settings[name] for name in names))

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, _get_default_store  # torch has no public name for it
@@ -47,6 +48,10 @@ class Peers:
         self.group, self.name = group, name
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
         self.sent_bytes, self.waited_seconds = 0, 0.0
+
+    def wire(self, device: torch.device) -> torch.device:
+        """Return where the backend wants the bytes of tensors on `device`: Gloo sends from the host's memory alone."""
+        return torch.device("cpu") if dist.get_backend(self.group) == "gloo" else device
 
     def swap(self, outgoing: Tensor, incoming: Tensor, doing: str) -> Callable[[], None]:
         """Start to send row `j` of `outgoing` to rank `j` and to receive row `i` of `incoming` from rank `i`.

@@ -1,0 +1,189 @@
+"""What both demos share and no framework is needed for: options, data, table and plot."""
+
+import argparse
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from .ballots import Zeros
+from .settings import check_betas
+
+LEARNING_RATES = (1e-3, 2e-4, 2e-3)
+"""Of AdamW, Signum and verdict momentum: the best of a small grid on the digits."""
+
+
+class Data(NamedTuple):
+    """Images, uint8 of shape (count, channels, height, width), and their labels, int64 of shape (count,)."""
+
+    train_images: npt.NDArray[np.uint8]
+    train_labels: npt.NDArray[np.int64]
+    test_images: npt.NDArray[np.uint8]
+    test_labels: npt.NDArray[np.int64]
+
+
+@dataclass
+class Result:
+    """What one training came to.
+
+    Attributes:
+        method: its name.
+        accuracy: on the test images, 0 to 1.
+        bytes_per_step: what a worker sent per step, the mean of all, or None where nothing could be counted.
+        step_seconds: the median.
+        identical: whether all workers' parameters were bit-identical at the end.
+        curve: (bytes sent so far, accuracy) at each evaluation.
+    """
+
+    method: str
+    accuracy: float
+    bytes_per_step: float | None
+    step_seconds: float
+    identical: bool
+    curve: list[tuple[float, float]] = field(default_factory=list)
+
+
+def parse(program: str, description: str, arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the demo's options; a wrong one ends the program with a sentence."""
+    parser = argparse.ArgumentParser(program, description=description)
+    add = parser.add_argument
+    add("--workers", type=_whole, help="worker processes (default: 4 on the CPU, one per GPU where there are GPUs)")
+    add("--steps", type=_whole, default=240, help="training steps of each method (default: %(default)s)")
+    rates = "learning rate, one for all or one each for AdamW, Signum and verdict momentum"
+    default = ",".join(map(str, LEARNING_RATES))
+    add("--lr", type=_rates, default=LEARNING_RATES, metavar="LR[,LR,LR]", help=f"{rates} (default: {default})")
+    add("--betas", type=_betas, default=(0.9, 0.9), metavar="B1,B2", help="of Signum (default: 0.9,0.9)")
+    add("--verdict-momentum", type=_share, default=0.8, metavar="G", help="of the third run (default: %(default)s)")
+    add("--zeros", choices=get_args(Zeros), help="what zeros and ties count as (default: alternate)")
+    add("--seed", type=int, default=0, help="of weights and data order (default: %(default)s)")
+    add("--data", type=_folder, help="folder with train/CLASS/*.jpg and test/CLASS/*.jpg (default: handwritten digits)")
+    add("--out", type=Path, default=Path("signsgd_demo"), help="where to save the plot (default: %(default)s)")
+    add("--no-plot", dest="plot", action="store_false", help="save no plot")
+    return parser.parse_args(arguments)
+
+
+def load(folder: Path | None, cache: Path) -> Data:
+    """Return the digits that scikit-learn ships, or the images below a folder.
+
+    Args:
+        folder: with ``train/CLASS/*.jpg`` and ``test/CLASS/*.jpg``, images of one size; None for the digits.
+        cache: where to keep the decoded images, so that a second run starts at once.
+
+    Raises:
+        ValueError: if the images differ in size, or train and test in classes.
+    """
+    if folder is None:
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        images = np.minimum(digits.images[:, None] * 16, 255).astype(np.uint8)
+        labels, order = digits.target.astype(np.int64), np.random.default_rng(0).permutation(len(images))
+        train, test = order[:-450], order[-450:]
+        return Data(images[train], labels[train], images[test], labels[test])
+    saved = cache / f"images-{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:12]}.npz"
+    if not saved.exists():
+        classes = sorted(path.name for path in (folder / "train").iterdir() if path.is_dir())
+        parts: list[npt.NDArray[Any]] = [*_decode(folder / "train", classes), *_decode(folder / "test", classes)]
+        cache.mkdir(parents=True, exist_ok=True)
+        part = saved.with_suffix(".part.npz")
+        np.savez(part, *parts)
+        part.replace(saved)  # never half a file under the final name
+    with np.load(saved) as arrays:
+        return Data(*(arrays[name] for name in arrays.files))
+
+
+def print_table(results: Sequence[Result]) -> None:
+    """Print one line a method; the first is what the others' bytes are compared with."""
+    print(f"\n{'method':<34}{'accuracy':>9}{'bytes/step':>13}{'fewer':>8}{'step':>10}  workers")
+    for result in results:
+        sent, first = result.bytes_per_step, results[0].bytes_per_step
+        count = f"{sent:,.0f}" if sent else "—"
+        fewer = f"{first / sent:.1f}×" if sent and first else "—"
+        same = "bit-identical" if result.identical else "DIFFERENT"
+        step = f"{result.step_seconds * 1e3:.1f} ms"
+        print(f"{result.method:<34}{result.accuracy:>9.1%}{count:>13}{fewer:>8}{step:>10}  {same}")
+    print("bytes/step: what one worker sent, counted by the kernel at its TCP sockets; the mean of all workers")
+
+
+def save_plot(results: Sequence[Result], path: Path) -> None:
+    """Save accuracy against bytes sent."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    for result in results:
+        sent, accuracy = zip(*result.curve, strict=True)
+        axes.plot(np.array(sent) / 1e6, accuracy, marker="o", markersize=3, label=result.method)
+    axes.set(xscale="log", xlabel="megabytes sent by each worker", ylabel="test accuracy")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def _decode(folder: Path, classes: Sequence[str]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+    from PIL import Image
+
+    names = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    if names != list(classes):
+        raise ValueError(f"{folder} has the classes {names}, its train folder {list(classes)}")
+    images, labels = [], []
+    for label, name in enumerate(classes):
+        for path in sorted((folder / name).glob("*.jpg")):
+            with Image.open(path) as image:
+                images.append(np.asarray(image.convert("RGB")).transpose(2, 0, 1))
+            labels.append(label)
+            if images[-1].shape != images[0].shape:
+                raise ValueError(f"{path} has shape {images[-1].shape}, others {images[0].shape}: resize them to one")
+    return np.stack(images), np.array(labels, np.int64)
+
+
+def _whole(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of 1 or more, got {text!r}")
+    return int(text)
+
+
+def _share(text: str) -> float:
+    value = _numbers(text)[0]
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"must lie in [0, 1), got {text!r}")
+    return value
+
+
+def _rates(text: str) -> tuple[float, ...]:
+    rates = _numbers(text)
+    if len(rates) not in (1, 3) or min(rates) <= 0:
+        raise argparse.ArgumentTypeError(
+            f"must be one or three positive numbers such as 1e-3 or 1e-3,5e-4,1e-3, got {text!r}"
+        )
+    return rates * 3 if len(rates) == 1 else rates
+
+
+def _betas(text: str) -> tuple[float, float]:
+    try:
+        return check_betas(_numbers(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(word) for word in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be numbers, got {text!r}") from None
+
+
+def _folder(text: str) -> Path:
+    folder = Path(text)
+    for part in ("train", "test"):
+        if not any((folder / part).glob("*/*.jpg")):
+            raise argparse.ArgumentTypeError(f"{text!r} has no {part}/CLASS/*.jpg in it")
+    return folder

@@ -1,0 +1,227 @@
+"""`VoteMonitor`: its figures are exact on given gradients, and reach whatever logger the user has."""
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import CSVLogger, Logger
+from torch.utils.data import DataLoader
+
+from signsgd_core import Zeros, planes
+from signsgd_core.traffic import majority_vote
+from signsgd_lightning import Signum, VoteMonitor, VoteStatistics
+from tests.workers import Workers
+
+from .models import Array, Given, Net, trainer
+
+SIZES = (70, 3, 130)
+STEPS = 6
+Figures = dict[str, float]
+
+
+class Notes(Logger):
+    """A user's own logger: keeps what it is given."""
+
+    name, version = "notes", 0  # type: ignore[assignment]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[tuple[int | None, Figures]] = []
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.rows.append((step, dict(metrics)))
+
+    def log_hyperparams(self, *_: Any, **__: Any) -> None:
+        pass
+
+
+def _given(ranks: int, steps: int = STEPS, sizes: Sequence[int] = SIZES) -> list[list[list[Array | None]]]:
+    """Eighths, zeros often; one of 40 entries is NaN, Inf or −Inf."""
+    random = np.random.default_rng(ranks)
+    values = random.integers(-2, 3, (steps, ranks, sum(sizes))) / 8
+    wild = random.choice([np.nan, np.inf, -np.inf], values.shape)
+    values = np.where(random.random(values.shape) < 1 / 40, wild, values).astype(np.float32)
+    return [[list(np.split(worker, np.cumsum(sizes)[:-1])) for worker in step] for step in values]
+
+
+def _expected(given: Sequence[Any], zeros: Zeros, every: int) -> list[Figures]:
+    """Count the plain ballots of signSGD, `every` steps at a time."""
+    rows, nonfinite, last = [], 0, None
+    for first in range(0, len(given), every):
+        agreed, tied, flipped = [], [], []
+        for t in range(first, first + every):
+            g = np.stack([np.concatenate(worker) for worker in given[t]])
+            nonfinite += int((~np.isfinite(g)).sum())
+            signs = np.sign(np.where(np.isfinite(g), g, 0))
+            zero = {"alternate": [(-1) ** (t + i) for i in range(len(g))], "abstain": [0], "positive": [1]}[zeros]
+            ballots = np.where(signs == 0, np.array(zero)[:, None], signs)
+            tally = ballots.sum(axis=0)
+            verdict = np.where(tally == 0, zero[0], np.sign(tally))
+            agreed.append((ballots == verdict).mean(axis=1))
+            tied.append((tally == 0).mean())
+            flipped += [] if last is None else [(verdict != last).mean()]
+            last = verdict
+        figures = {f"vote/agreement/rank{rank}": share for rank, share in enumerate(np.mean(agreed, axis=0))}
+        rows.append(
+            {**figures, "vote/ties": np.mean(tied), "vote/flips": np.mean(flipped), "vote/nonfinite": nonfinite}
+        )
+    return rows
+
+
+def _monitor(given: Any, settings: dict[str, Any], **signum: Any) -> tuple[list[Any], Figures]:
+    notes = Notes()
+    run = trainer(callbacks=[VoteMonitor()], logger=notes, **settings)
+    run.fit(Given(given, betas=(0.0, 0.0), **signum))
+    rows = [row for row in notes.rows if "vote/ties" in row[1]]
+    return rows, {name: float(value) for name, value in run.callback_metrics.items()}
+
+
+def _observe(given: Any, zeros: Zeros, every: int) -> tuple[list[Any], Figures]:
+    return _monitor(given, {"log_every_n_steps": every}, zeros=zeros)
+
+
+@pytest.mark.parametrize("every", [2, 3])
+@pytest.mark.parametrize("zeros", ["alternate", "abstain", "positive"])
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_figures_are_exact(ranks: int, zeros: Zeros, every: int, workers: Workers) -> None:
+    given = _given(ranks)
+    bytes_per_step = majority_vote(sum(SIZES), ranks, zeros).worker
+    for rows, metrics in workers.run(ranks, _observe, given, zeros, every):
+        assert [step for step, _ in rows] == list(range(every, STEPS + 1, every))
+        for (_, row), expected in zip(rows, _expected(given, zeros, every), strict=True):
+            assert row.pop("vote/bytes_per_step") == bytes_per_step
+            assert 0 < row.pop("vote/exchange_seconds") < 5
+            assert row == pytest.approx(expected, rel=1e-12, abs=1e-12)
+        assert metrics["vote/nonfinite"] == rows[-1][1]["vote/nonfinite"] > 0
+
+
+def _sparse_use(given: Any) -> tuple[list[Any], Figures]:
+    return _monitor(given, {"log_every_n_steps": 1, "strategy": "majority_vote_find_unused_parameters_true"})
+
+
+def test_bytes_with_presence_bits(workers: Workers) -> None:
+    """One bit a parameter and peer, where somebody lacks one; nothing for coordinates that nobody votes on."""
+    given = _given(3)
+    given[1][2][0] = None
+    for worker in given[3]:
+        worker[2] = None
+    whole = majority_vote(sum(SIZES), 3).worker
+    without = majority_vote(SIZES[0] + SIZES[1], 3).worker
+    expected = [whole, whole + 2 * 1, whole, without + 2 * 1, whole, whole]
+    for rows, _ in workers.run(3, _sparse_use, given):
+        assert [row["vote/bytes_per_step"] for _, row in rows] == expected
+
+
+def _to_csv(given: Any, folder: str) -> None:
+    logger = CSVLogger(folder, name="", version="")
+    run = trainer(callbacks=[VoteMonitor()], logger=logger, log_every_n_steps=3)
+    run.fit(Given(given, betas=(0.0, 0.0)))
+
+
+def test_csv_logger(tmp_path: Path, workers: Workers) -> None:
+    given = _given(2)
+    workers.run(2, _to_csv, given, str(tmp_path))
+    with (tmp_path / "metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["vote/ties"]]
+    assert [int(row["step"]) for row in rows] == [3, 6]
+    for row, expected in zip(rows, _expected(given, "alternate", 3), strict=True):
+        assert {name: float(row[name]) for name in expected} == pytest.approx(expected, rel=1e-12)
+
+
+class _Two(Given):
+    """Two optimizers, one a tensor, both at every batch."""
+
+    automatic_optimization = False
+
+    def training_step(self, batch: Any, index: int) -> None:  # type: ignore[override]
+        optimizers: Any = self.optimizers()
+        self.zero_grad()
+        self.manual_backward(super().training_step(batch, index))
+        for optimizer in optimizers:
+            optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        return [Signum([x], betas=(0.0, 0.0)) for x in self.x]
+
+
+def _two(given: Any) -> list[Any]:
+    notes = Notes()
+    trainer(callbacks=[VoteMonitor()], logger=notes, log_every_n_steps=2).fit(_Two(given))
+    return [row for _, row in notes.rows]
+
+
+def test_several_optimizers_are_added_up(workers: Workers) -> None:
+    sizes = (70, 130)
+    given = _given(2, sizes=sizes)
+    bytes_of_both = sum(majority_vote(size, 2).worker for size in sizes)
+    for rows in workers.run(2, _two, given):
+        for row, expected in zip(rows[1:], _expected(given, "alternate", 1)[1:], strict=True):
+            assert row.pop("vote/bytes_per_step") * 2 == bytes_of_both  # a step is a step of one optimizer
+            assert row.pop("vote/exchange_seconds") > 0
+            assert row == pytest.approx(expected, rel=1e-12)
+
+
+class _Looking(Callback):
+    """Is anything counted while the model trains?"""
+
+    def __init__(self) -> None:
+        self.counting: set[bool] = set()
+
+    def on_before_zero_grad(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        self.counting.add(isinstance(optimizer.exchange.statistics, VoteStatistics))
+
+
+def _looks(monitored: bool) -> tuple[set[bool], bool]:
+    looking = _Looking()
+    run: Any = trainer(callbacks=[looking, *[VoteMonitor()] * monitored])
+    run.fit(Net())
+    return looking.counting, run.optimizers[0].exchange.statistics is None
+
+
+def test_nothing_is_counted_without_it_nor_after_it(workers: Workers) -> None:
+    assert workers.run(2, _looks, False) == [({False}, True)] * 2
+    assert workers.run(2, _looks, True) == [({True}, True)] * 2
+
+
+class _Plain(Net):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def _no_vote(strategy: str) -> str:
+    model = Net() if dist.get_world_size() == 1 else _Plain()
+    try:
+        trainer(strategy=strategy, callbacks=[VoteMonitor()]).fit(model)
+    except RuntimeError as error:
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.parametrize(("ranks", "strategy"), [(1, "majority_vote"), (2, "ddp")])
+def test_nothing_to_watch(ranks: int, strategy: str, workers: Workers) -> None:
+    message = "VoteMonitor has no vote to watch: it needs strategy='majority_vote' and several ranks"
+    assert workers.run(ranks, _no_vote, strategy) == [message] * ranks
+
+
+def _evaluates() -> list[Any]:
+    """The callback is in nobody's way where there is nothing to train."""
+    model = Net()
+    run = trainer(callbacks=[VoteMonitor()])
+    model.predict_step = lambda batch, index: model.net(batch[0])  # type: ignore[method-assign]
+    loader: DataLoader[Any] = model.train_dataloader()
+    return [len(batch) for batch in run.predict(model, loader) or []]
+
+
+def test_predict_with_the_callback(workers: Workers) -> None:
+    assert workers.run(2, _evaluates) == [[4] * 4] * 2
+
+
+def test_planes_cost_bytes() -> None:
+    assert planes("abstain") == 2
+    assert majority_vote(10_000, 2, "abstain").worker > 1.9 * majority_vote(10_000, 2).worker

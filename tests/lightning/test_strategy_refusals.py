@@ -1,0 +1,131 @@
+"""What a Trainer refuses before the first step, on every rank, and what it says."""
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+
+from signsgd_lightning import MajorityVoteStrategy, Signum
+from tests.workers import Workers
+
+from .models import Net, array, judge, trainer
+
+
+class _Embedding(Net):
+    def __init__(self) -> None:
+        super().__init__(lambda: nn.ModuleDict({"words": nn.Embedding(5, 4, sparse=True), "out": nn.Linear(4, 1)}))
+
+
+class _Optimized(Net):
+    """With other optimizers than `Signum` alone."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def configure_optimizers(self) -> Any:
+        if self.kind == "foreign":
+            self.elsewhere = [nn.Parameter(torch.ones(1))]
+            return Signum([*self.parameters(), *self.elsewhere])
+        return torch.optim.AdamW(self.parameters())
+
+
+class _Different(Net):
+    """Rank 1 is built otherwise."""
+
+    def __init__(self, kind: str) -> None:
+        odd = dist.get_rank() == 1
+        hidden = 7 if odd and kind == "size" else 6
+        layers = [nn.Linear(4, hidden), nn.Linear(hidden, 1), *[nn.Linear(1, 1)] * (odd and kind == "number")]
+        super().__init__(lambda: nn.Sequential(*layers), betas=(0.5, 0.5) if odd and kind == "betas" else (0.9, 0.9))
+
+
+MODELS: dict[str, tuple[Any, str]] = {
+    "other class": (
+        partial(_Optimized, "AdamW"),
+        "TypeError: a majority vote needs signsgd_lightning.Signum, optimizer 0 is AdamW: replace it, or train with "
+        "plain DDP (in Lightning: strategy='ddp')",
+    ),
+    "foreign parameter": (
+        partial(_Optimized, "foreign"),
+        "ValueError: optimizer 0 holds a parameter that is not the DDP model's: it would start different on every rank",
+    ),
+    "sparse embedding": (
+        _Embedding,
+        "ValueError: net.words (Embedding) has sparse gradients, which cannot vote; use sparse=False",
+    ),
+    "betas": (
+        partial(_Different, "betas"),
+        "RuntimeError: the ranks disagree and cannot vote: rank 0 has «group 0: betas=(0.9, 0.9)» where rank 1 has "
+        "«group 0: betas=(0.5, 0.5)». Build the same model and the same optimizer, with the same settings, on every "
+        "rank.",
+    ),
+}
+
+
+def _refused(build: Any) -> tuple[str, int]:
+    model: LightningModule = build()
+    run = trainer()
+    try:
+        run.fit(model)
+    except (TypeError, ValueError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}", run.global_step
+    return "no error", run.global_step
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_refused_before_the_first_step(kind: str, workers: Workers) -> None:
+    build, message = MODELS[kind]
+    assert workers.run(2, _refused, build) == [(message, 0)] * 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"), [("number", "same model across all ranks"), ("size", "appears not to match")]
+)
+def test_models_of_different_sizes_are_refused_by_ddp(kind: str, message: str, workers: Workers) -> None:
+    refusals = workers.run(2, _refused, partial(_Different, kind))
+    assert all(refusal.startswith("RuntimeError") and steps == 0 for refusal, steps in refusals)
+    assert message in refusals[1][0]
+
+
+@pytest.mark.parametrize("name", ["ddp_comm_hook", "ddp_comm_state", "ddp_comm_wrapper"])
+def test_communication_hooks_are_refused(name: str) -> None:
+    with pytest.raises(
+        ValueError, match=f"^a majority vote takes the place of a communication hook; leave out {name}$"
+    ):
+        MajorityVoteStrategy(**{name: default_hooks.fp16_compress_hook})
+    assert MajorityVoteStrategy(**{name: None}).strategy_name == "majority_vote"
+
+
+class _Wavering(Net):
+    """Rank 1 changes its learning rate after the third step."""
+
+    def on_train_batch_start(self, batch: list[Tensor], index: int) -> None:
+        if index == 3:
+            optimizer: Any = self.optimizers()
+            optimizer.param_groups[0]["lr"] *= 1 + dist.get_rank()
+            self.before = [array(p) for p in self.parameters()]
+
+
+def _wavers() -> tuple[str, list[bytes], list[bytes], list[Any]]:
+    model = _Wavering()
+    message, _ = _refused(lambda: model)
+    after = [array(p).tobytes() for p in model.parameters()]
+    return message, [x.tobytes() for x in model.before], after, model.records
+
+
+def test_a_rank_that_changes_its_learning_rate_midway(workers: Workers) -> None:
+    ranks = workers.run(2, _wavers)
+    for message, before, after, _ in ranks:
+        assert message == (
+            "RuntimeError: the ranks disagree and cannot vote: rank 0 has «group 0: lr=0.03125» where rank 1 has "
+            "«group 0: lr=0.0625». Build the same model and the same optimizer, with the same settings, on every rank."
+        )
+        assert before == after
+    judge([records[0] for *_, records in ranks])
+    assert len(ranks[0][3][0].parameters) == 3
