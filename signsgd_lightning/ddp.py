@@ -34,6 +34,8 @@ def enable_majority_vote(ddp_model: DistributedDataParallel, *optimizers: Signum
     ddp_model.register_comm_hook(None, noop_hook)
     group = ddp_model.process_group
     if dist.get_world_size(group) == 1:
+        for optimizer in optimizers:
+            optimizer.exchange = None
         return
     names = {id(p): name for name, p in ddp_model.module.named_parameters()}
     for k, optimizer in enumerate(optimizers):

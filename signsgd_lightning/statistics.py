@@ -33,7 +33,8 @@ class VoteStatistics:
 
     def count_gradient(self, gradient: Tensor) -> None:
         """Count the entries that are not finite."""
-        self.nonfinite += int(gradient.numel() - gradient.isfinite().sum())
+        if not gradient.sum().isfinite():  # five times cheaper than to look at each, and as good if there is none
+            self.nonfinite += int(gradient.numel() - gradient.isfinite().sum())
 
     def count_tally(self, kernel: Kernel, ballots: Tensor, masks: Tensor | None, length: int) -> None:
         """Count the ties in this rank's shard, of which `length` coordinates are real and the rest is padding."""

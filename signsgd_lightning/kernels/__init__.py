@@ -32,7 +32,7 @@ class Kernel(Protocol):
         """Return in how many coordinates exactly half of the votes are negative, those without a vote included."""
 
     def count_bits(self, words: Tensor) -> int:
-        """Return how many bits are set in uint8 `words`, any shape."""
+        """Return how many bits are set in uint8 `words`, any shape of a multiple of 8 bytes."""
 
 
 def for_device(device: torch.device) -> Kernel:

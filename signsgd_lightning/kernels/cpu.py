@@ -43,8 +43,8 @@ def count_ties(ballots: Tensor, masks: Tensor | None) -> int:
 
 
 def count_bits(words: Tensor) -> int:
-    """Return how many bits are set in uint8 `words`, any shape."""
-    return int(np.bitwise_count(words.numpy()).sum(dtype=np.int64))
+    """Return how many bits are set in uint8 `words`, any shape of a multiple of 8 bytes."""
+    return int(np.bitwise_count(words.numpy().reshape(-1).view(np.uint64)).sum(dtype=np.int64))
 
 
 def packbits(bits: Tensor) -> Tensor:

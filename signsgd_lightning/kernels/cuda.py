@@ -37,7 +37,7 @@ def count_ties(ballots: Tensor, masks: Tensor | None) -> int:
 
 
 def count_bits(words: Tensor) -> int:
-    """Return how many bits are set in uint8 `words`, any shape."""
+    """Return how many bits are set in uint8 `words`, any shape of a multiple of 8 bytes."""
     return int(((words.unsqueeze(-1) >> _places(words.device)) & 1).sum())
 
 

@@ -32,9 +32,9 @@ def train(parameters: Sequence[Tensor], optimizer: Signum, case: Case, rank: int
     trajectory = []
     for gradients in case.gradients():
         for p, g in zip(parameters, gradients[rank], strict=True):
-            p.grad = None if g is None else torch.from_numpy(np.array(g))
+            p.grad = None if g is None else torch.from_numpy(np.array(g)).to(p.device)
         optimizer.step()
-        trajectory.append([p.detach().numpy().copy() for p in parameters])
+        trajectory.append([p.detach().cpu().numpy().copy() for p in parameters])
     return trajectory
 
 

@@ -16,12 +16,12 @@ from .options import DTYPES, OPTIONS, Options, assert_same, name, parameters, ta
 over_options = pytest.mark.parametrize("options", OPTIONS, ids=name)
 
 BAD: tuple[tuple[Options, str], ...] = (
-    ({"lr": -1.0}, "lr must be 0 or more, got -1.0"),
-    ({"lr": float("nan")}, "lr must be 0 or more, got nan"),
-    ({"lr": float("inf")}, "lr must be 0 or more, got inf"),
-    ({"lr": torch.tensor(-1.0)}, "lr must be 0 or more, got tensor(-1.)"),
+    ({"lr": -1.0}, "lr must be 0 or more and finite, got -1.0"),
+    ({"lr": float("nan")}, "lr must be 0 or more and finite, got nan"),
+    ({"lr": float("inf")}, "lr must be 0 or more and finite, got inf"),
+    ({"lr": torch.tensor(-1.0)}, "lr must be 0 or more and finite, got tensor(-1.)"),
     ({"lr": torch.ones(2)}, "lr must be a number or a tensor of one element, got a tensor of shape (2,)"),
-    ({"weight_decay": -0.5}, "weight_decay must be 0 or more, got -0.5"),
+    ({"weight_decay": -0.5}, "weight_decay must be 0 or more and finite, got -0.5"),
     ({"betas": (0.9, 1.0)}, "betas must lie in [0, 1), got (0.9, 1.0)"),
     ({"betas": (-0.1, 0.9)}, "betas must lie in [0, 1), got (-0.1, 0.9)"),
     ({"betas": (float("nan"), 0.9)}, "betas must lie in [0, 1), got (nan, 0.9)"),

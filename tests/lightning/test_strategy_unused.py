@@ -105,9 +105,8 @@ def test_freezing_midway(workers: Workers) -> None:
     assert [x.tobytes() for x in one.parameters[1][:2]] == [x.tobytes() for x in one.parameters[3][:2]]
 
 
-@pytest.mark.parametrize("strategy", ["majority_vote", "majority_vote_find_unused_parameters_true"])
-def test_unfreezing_midway(strategy: str, workers: Workers) -> None:
-    runs = workers.run(2, fit, partial(_Thawing, _half_frozen, **SIGNUM), {"strategy": strategy})
+def test_unfreezing_midway(workers: Workers) -> None:
+    runs = workers.run(2, fit, partial(_Thawing, _half_frozen, **SIGNUM), {})
     judge([run[0] for run in runs], **SIGNUM)
     one = runs[0][0]
     assert [x.tobytes() for x in one.start[:2]] == [x.tobytes() for x in one.parameters[1][:2]]
@@ -132,9 +131,8 @@ class _Head(Net):
         return optimizer
 
 
-@pytest.mark.parametrize("strategy", ["majority_vote", "majority_vote_find_unused_parameters_true"])
-def test_finetuning_adds_a_group_midway(strategy: str, workers: Workers) -> None:
-    settings: dict[str, Any] = {"strategy": strategy, "callbacks": [_Finetuning()], "max_epochs": 2}
+def test_finetuning_adds_a_group_midway(workers: Workers) -> None:
+    settings: dict[str, Any] = {"callbacks": [_Finetuning()], "max_epochs": 2}
     runs = workers.run(2, fit, partial(_Head, samples=16, **SIGNUM), settings)
     for k in range(2):
         judge([run[k] for run in runs], **SIGNUM)

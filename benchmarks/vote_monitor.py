@@ -1,0 +1,69 @@
+"""What VoteMonitor costs: steps of a real Trainer's loop with counting on and off, in turns, in one run.
+
+python benchmarks/vote_monitor.py
+"""
+
+import argparse
+import os
+import platform
+import tempfile
+import time
+from statistics import median
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from signsgd_lightning import Signum, VoteStatistics, enable_majority_vote
+
+ROUNDS, STEPS = 12, 10
+
+
+def worker(rank: int, workers: int, batch: int, store: str, results: mp.SimpleQueue) -> None:  # type: ignore[type-arg]
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=workers)
+    torch.manual_seed(rank)
+    model = DistributedDataParallel(
+        nn.Sequential(nn.Linear(64, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 10))
+    )
+    optimizer = Signum(model.parameters(), lr=1e-3)
+    enable_majority_vote(model, optimizer)
+    exchange = optimizer.exchange
+    assert exchange is not None
+    seconds: dict[bool, list[float]] = {False: [], True: []}
+    for _ in range(ROUNDS):
+        for counting in (False, True):
+            exchange.statistics = VoteStatistics() if counting else None
+            begin = time.perf_counter()
+            for _ in range(STEPS):
+                optimizer.zero_grad()
+                model(torch.randn(batch, 64)).square().mean().backward()
+                optimizer.step()
+            if counting:  # what the callback gathers each time it logs
+                exchange.peers.gather(torch.zeros(9, dtype=torch.float64), "gathered figures")
+            seconds[counting].append((time.perf_counter() - begin) / STEPS)
+    if rank == 0:
+        results.put((median(seconds[False]), median(seconds[True]), sum(p.numel() for p in model.parameters())))
+    dist.destroy_process_group()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--batch", type=int, default=64, help="examples per worker and step")
+    options = parser.parse_args()
+    results = mp.get_context("spawn").SimpleQueue()
+    store = tempfile.mktemp()
+    mp.spawn(  # type: ignore[attr-defined, no-untyped-call]
+        worker, (options.workers, options.batch, store, results), nprocs=options.workers
+    )
+    off, on, parameters = results.get()
+    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}")
+    print(f"{options.workers} workers, {parameters:,} parameters, batch {options.batch}, medians of {ROUNDS} rounds")
+    print(f"step without monitor {off * 1e3:.2f} ms, with {on * 1e3:.2f} ms, ratio {on / off:.3f}")
+
+
+if __name__ == "__main__":
+    main()
