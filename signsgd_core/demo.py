@@ -13,7 +13,7 @@ import numpy.typing as npt
 from .ballots import Zeros
 from .settings import check_betas
 
-LEARNING_RATES = (1e-3, 2e-4, 2e-3)
+LEARNING_RATES = (2e-3, 4e-4, 2e-3)
 """Of AdamW, Signum and verdict momentum: the best of a small grid on the digits."""
 
 

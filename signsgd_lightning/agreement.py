@@ -45,6 +45,11 @@ def agree(peers: Peers, lines: list[str], present: Tensor, device: torch.device)
     return unpackbits(bits.cpu(), len(present))
 
 
+def describe(name: str, parameter: Tensor) -> str:
+    """Return a parameter in words, as `agree` compares it."""
+    return f"{name}: shape {tuple(parameter.shape)}, {parameter.dtype}"
+
+
 def _difference(peers: Peers, lines: list[str]) -> str:
     everyone: list[list[str]] = [[] for _ in range(peers.world_size)]
     dist.all_gather_object(everyone, lines, group=peers.group)

@@ -2,12 +2,16 @@
 
 from collections.abc import Sequence
 
+import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks import noop_hook
 from torch.nn.parallel import DistributedDataParallel
 
+from .agreement import agree, describe
 from .exchange import Exchange
 from .optimizer import Signum
+from .peers import Peers
 
 
 def enable_majority_vote(ddp_model: DistributedDataParallel, *optimizers: Signum) -> None:
@@ -44,6 +48,19 @@ def enable_majority_vote(ddp_model: DistributedDataParallel, *optimizers: Signum
         exchange.agree(optimizer.segments(), optimizer.statement())
         if ddp_model.find_unused_parameters or ddp_model.static_graph:
             exchange.watch_use(p for group in optimizer.param_groups for p in group["params"])
+
+
+def agree_on_model(model: nn.Module) -> None:
+    """Make sure that all ranks have the same parameters, before `DistributedDataParallel` takes them.
+
+    Raises:
+        RuntimeError: if they differ, on all ranks, naming the first difference.
+    """
+    world = dist.group.WORLD
+    assert world is not None
+    peers = Peers(world, "model")
+    lines = [describe(name, p) for name, p in model.named_parameters()]
+    agree(peers, lines, torch.ones(0, dtype=torch.bool), peers.wire(next(model.parameters()).device))
 
 
 def _check(ddp_model: DistributedDataParallel, optimizers: Sequence[Signum]) -> None:

@@ -11,7 +11,7 @@ from signsgd_core import Zeros, planes
 from signsgd_core.traffic import WORD_BITS
 
 from . import kernels
-from .agreement import agree
+from .agreement import agree, describe
 from .kernels.cpu import packbits
 from .peers import Peers
 from .segments import Segment, cover, lay_out
@@ -104,9 +104,7 @@ class Exchange:
             RuntimeError: if they differ, on all ranks, naming the first difference.
         """
         lines = [f"wire version {WIRE_VERSION}", f"{self.name}: block_size={self.block_size}", *statement]
-        for k, segment in enumerate(segments):
-            x = segment.parameter
-            lines.append(f"{self._names.get(id(x), f'parameter {k}')}: shape {tuple(x.shape)}, {x.dtype}")
+        lines += [describe(self._names.get(id(s.parameter), "a parameter"), s.parameter) for s in segments]
         here = torch.tensor([segment.present for segment in segments], dtype=torch.bool)
         return agree(self.peers, lines, here, self.peers.wire(segments[0].parameter.device))
 

@@ -6,7 +6,7 @@ from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.nn.parallel import DistributedDataParallel
 
-from .ddp import enable_majority_vote
+from .ddp import agree_on_model, enable_majority_vote
 
 if TYPE_CHECKING:
     from lightning.fabric.strategies.registry import _StrategyRegistry
@@ -23,6 +23,7 @@ class MajorityVoteStrategy(DDPStrategy):
     Raises:
         ValueError: for a communication hook.
         TypeError: before the first step, if an optimizer is not a `Signum`.
+        RuntimeError: before the first step, if the ranks differ in model or settings.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -37,6 +38,12 @@ class MajorityVoteStrategy(DDPStrategy):
         if hooks:
             raise ValueError(f"a majority vote takes the place of a communication hook; leave out {', '.join(hooks)}")
         super().__init__(**kwargs)
+
+    def configure_ddp(self) -> None:
+        """Wrap the model, once all ranks are sure to have the same: DDP would leave some with a lost connection."""
+        assert self.model is not None
+        agree_on_model(self.model)
+        super().configure_ddp()
 
     def setup(self, trainer: "Trainer") -> None:
         """Set up DDP and the optimizers, then let them vote."""

@@ -166,18 +166,7 @@ def test_a_rank_whose_gradients_overflow_goes_on_voting(unscale: bool, workers: 
 
 def _in_a_group() -> list[Record]:
     group = dist.new_group([1, 2])
-    if dist.get_rank() == 0:
-        return []
-    return list(_train_in(group))
-
-
-def _train_in(group: Any) -> list[Record]:
-    model, optimizer, records = _build(ddp={"process_group": group}, **DYADIC)
-    for t in range(3):
-        optimizer.zero_grad()
-        _loss(model, t).backward()
-        optimizer.step()
-    return list(records)
+    return [] if dist.get_rank() == 0 else _train(ddp={"process_group": group}, **DYADIC)
 
 
 def test_the_models_process_group_votes(workers: Workers) -> None:
@@ -214,6 +203,27 @@ def _branches() -> list[Record]:
 def test_layers_that_are_not_used(workers: Workers) -> None:
     ranks = workers.run(2, _branches)
     judge([records[0] for records in ranks], **DYADIC)
+
+
+class _Strided(nn.Module):
+    """Parameters whose memory is not in row-major order: transposed, and channels-last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.transposed = nn.Parameter(torch.randn(4, 8).t())
+        self.conv = nn.Conv2d(2, 3, 2).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def forward(self, x: Tensor) -> Any:
+        y = nn.functional.linear(x, self.transposed).view(-1, 2, 2, 2)
+        return self.conv(y).flatten(1).sum(1, keepdim=True)
+
+
+def _strided() -> list[Record]:
+    return _train(net=_Strided, **DYADIC)
+
+
+def test_parameters_in_other_memory_layouts(workers: Workers) -> None:
+    judge([run[0] for run in workers.run(2, _strided)], **DYADIC)
 
 
 def _compiled() -> list[Record]:

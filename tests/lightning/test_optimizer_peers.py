@@ -204,11 +204,12 @@ def test_random_trajectory_is_the_references(options: Options, zeros: Zeros) -> 
     assert_close(by_torch(lambda p: Signum(p, **options), gradients), by_reference(gradients, **options))
 
 
-def test_auto_warmup_is_the_papers_number_of_steps() -> None:
+@pytest.mark.parametrize("betas", [(0.8, 0.8), (0.5, 0.8)])
+def test_auto_warmup_is_the_papers_number_of_steps(betas: tuple[float, float]) -> None:
     """C(0.8) = 19: while it lasts ballots are the gradients' signs."""
     gradients = random_gradients()
-    ours = by_torch(lambda p: Signum(p, lr=0.01, betas=(0.8, 0.8), warmup_steps="auto"), gradients)
-    assert_close(ours, by_reference(gradients, lr=0.01, betas=(0.8, 0.8), warmup_steps=19))
+    ours = by_torch(lambda p: Signum(p, lr=0.01, betas=betas, warmup_steps="auto"), gradients)
+    assert_close(ours, by_reference(gradients, lr=0.01, betas=betas, warmup_steps=19))
 
 
 def test_maximize_is_the_reference_on_negated_gradients() -> None:
