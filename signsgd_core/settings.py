@@ -1,8 +1,11 @@
 """What each setting may be: one check for the reference and every front end."""
 
-from typing import Literal, SupportsFloat
+from collections.abc import Iterable
+from numbers import Integral
+from typing import Any, Literal
 
 from .ballots import Zeros, check_zeros
+from .momentum import warmup_steps as recommended_warmup_steps
 
 WarmupSteps = int | Literal["auto"]
 """How many warmup steps, or "auto" for C(β2)."""
@@ -14,22 +17,16 @@ def check_betas(betas: object) -> tuple[float, float]:
     Raises:
         ValueError: unless it is a pair of numbers in [0, 1).
     """
-    try:
-        beta1, beta2 = (float(beta) for beta in betas)  # type: ignore[attr-defined]
-    except (TypeError, ValueError):
-        raise ValueError(f"betas must be a pair of numbers such as (0.9, 0.9), got {betas!r}") from None
-    if not (0 <= beta1 < 1 and 0 <= beta2 < 1):
+    pair = tuple(betas) if isinstance(betas, Iterable) else ()
+    if len(pair) != 2 or not all(map(_is_number, pair)):
+        raise ValueError(f"betas must be a pair of numbers such as (0.9, 0.9), got {betas!r}")
+    if not all(0 <= beta < 1 for beta in pair):
         raise ValueError(f"betas must lie in [0, 1), got {betas!r}")
-    return beta1, beta2
+    return float(pair[0]), float(pair[1])
 
 
 def check_settings(
-    lr: SupportsFloat,
-    betas: object,
-    weight_decay: float,
-    verdict_momentum: float,
-    zeros: Zeros | None,
-    warmup_steps: WarmupSteps,
+    lr: Any, betas: object, weight_decay: Any, verdict_momentum: Any, zeros: Zeros | None, warmup_steps: Any
 ) -> None:
     """Make sure that every setting is in its range.
 
@@ -42,14 +39,19 @@ def check_settings(
         ValueError: lr must be 0 or more and finite, got -1.0
     """
     for name, value in (("lr", lr), ("weight_decay", weight_decay)):
-        if not 0 <= float(value) < float("inf"):
+        if not _is_number(value) or not 0 <= value < float("inf"):
             raise ValueError(f"{name} must be 0 or more and finite, got {value!r}")
-    check_betas(betas)
-    if not 0 <= verdict_momentum < 1:
+    _, beta2 = check_betas(betas)
+    if not _is_number(verdict_momentum) or not 0 <= verdict_momentum < 1:
         raise ValueError(f"verdict_momentum must lie in [0, 1), got {verdict_momentum!r}")
     if zeros is not None:
         check_zeros(zeros)
-    if warmup_steps != "auto" and (
-        isinstance(warmup_steps, str) or warmup_steps != int(warmup_steps) or warmup_steps < 0
-    ):
+    if warmup_steps == "auto":
+        recommended_warmup_steps(beta2)  # says so if it would never end
+    elif not isinstance(warmup_steps, Integral) or warmup_steps < 0:
         raise ValueError(f"warmup_steps must be 'auto' or a whole number of 0 or more, got {warmup_steps!r}")
+
+
+def _is_number(value: object) -> bool:
+    """Whether it is one; also an array or tensor of a single number, but not text that reads like one."""
+    return hasattr(value, "__float__") and not isinstance(value, str)

@@ -33,8 +33,9 @@ class Signum(Optimizer):
 
     By itself it is a worker whose verdict is its own ballot. Under `enable_majority_vote` or `MajorityVoteStrategy`
     every rank votes at `step`, so all that happens between ``backward()`` and ``step()`` (accumulation, clipping,
-    gradient hooks) concerns the rank's own gradient. A gradient entry that is NaN or ±Inf counts as 0; a parameter
-    whose ``grad`` is None abstains on this rank, and stays untouched if it is None on all.
+    gradient hooks) concerns the rank's own gradient. A gradient entry that is NaN, ±Inf or beyond
+    float32's range counts as 0; a parameter whose ``grad`` is None abstains on this rank, and stays untouched if it is
+    None on all.
 
     The momenta are float32 whatever the parameter's dtype, and exist only where a setting needs them:
     ``state[p]["momentum"]`` if β1 > 0, ``state[p]["verdict_momentum"]`` if γ > 0. The number of steps taken is
@@ -71,6 +72,8 @@ class Signum(Optimizer):
     exchange: Exchange | None = None
     """How this rank's ballots meet the others'; None where it is the only worker."""
 
+    _lost_exchange = False  # of a copy of an optimizer that votes
+
     def __init__(
         self,
         params: ParamsT,
@@ -85,7 +88,7 @@ class Signum(Optimizer):
     ) -> None:
         defaults = {
             "lr": lr,
-            "betas": betas,
+            "betas": core.check_betas(betas),
             "weight_decay": weight_decay,
             "verdict_momentum": verdict_momentum,
             "zeros": zeros,
@@ -93,6 +96,7 @@ class Signum(Optimizer):
             "maximize": maximize,
             "step": 0,
         }
+        _check_settings(defaults)
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -102,18 +106,21 @@ class Signum(Optimizer):
             ValueError: if a setting is outside its range, `zeros` differs from the other groups', or a parameter is
                 complex; then the optimizer is as before.
         """
-        _check_settings({**self.defaults, **param_group})
-        zeros = param_group.get("zeros", self.defaults["zeros"])
-        if self.param_groups and zeros != self.param_groups[0]["zeros"]:
-            others = self.param_groups[0]["zeros"]
-            raise ValueError(f"zeros must be the same in all parameter groups, got {zeros!r} beside {others!r}")
+        if isinstance(param_group, dict):  # else torch says what is wrong
+            if "betas" in param_group:
+                param_group["betas"] = core.check_betas(param_group["betas"])
+            settings = {**self.defaults, **param_group}
+            _check_settings(settings)
+            zeros, others = settings["zeros"], {group["zeros"] for group in self.param_groups}
+            if others - {zeros}:
+                raise ValueError(
+                    f"zeros must be the same in all parameter groups, got {zeros!r} beside {others.pop()!r}"
+                )
         super().add_param_group(param_group)
         for p in self.param_groups[-1]["params"]:
             if not p.is_floating_point():
                 self.param_groups.pop()
-                raise ValueError(
-                    f"parameters must be real floating point, got {p.dtype}: a complex sign has no verdict"
-                )
+                raise ValueError(f"parameters must be real floating point, got {p.dtype}")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -129,6 +136,11 @@ class Signum(Optimizer):
             RuntimeError: if a gradient is sparse; under a vote, if a rank was lost or the ranks disagree about the
                 model or the settings.
         """
+        if self._lost_exchange and self.exchange is None:
+            raise RuntimeError(
+                "this is a copy of an optimizer that votes and would step alone: pass it to enable_majority_vote, or load "
+                "its state_dict() into a new Signum"
+            )
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -150,16 +162,27 @@ class Signum(Optimizer):
             nonlocal loaded
             loaded = final
 
-        handle = self.register_load_state_dict_pre_hook(keep)  # the last, so it sees what is really loaded
+        def undo_cast(_: Optimizer) -> None:
+            keys = [key for group in loaded["param_groups"] for key in group["params"]]
+            parameters = [p for group in self.param_groups for p in group["params"]]
+            for key, p in zip(keys, parameters, strict=True):
+                for name, value in loaded["state"].get(key, {}).items():
+                    if isinstance(value, Tensor):
+                        self.state[p][name] = value.detach().to(p.device, torch.float32, copy=True).contiguous()
+
+        handles = [  # after the user's own hooks have changed what is loaded, before they see what was
+            self.register_load_state_dict_pre_hook(keep),
+            self.register_load_state_dict_post_hook(undo_cast, prepend=True),
+        ]
         try:
-            super().load_state_dict(state_dict)  # casts state to the parameters' dtype: undone below
+            super().load_state_dict(state_dict)  # casts state to the parameters' dtype
         finally:
-            handle.remove()
-        keys = [key for group in loaded["param_groups"] for key in group["params"]]
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        for key, p in zip(keys, parameters, strict=True):
-            for name, value in loaded["state"].get(key, {}).items():
-                self.state[p][name] = value.detach().to(p.device, torch.float32, copy=True).contiguous()
+            for handle in handles:
+                handle.remove()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy takes along: not the process group, but that there was one."""
+        return {**super().__getstate__(), "_lost_exchange": self.exchange is not None or self._lost_exchange}
 
     @property
     def t(self) -> int:

@@ -35,7 +35,7 @@ BAD: tuple[tuple[Options, str], ...] = (
     ({"warmup_steps": 1.5}, "warmup_steps must be 'auto' or a whole number of 0 or more, got 1.5"),
     ({"warmup_steps": "long"}, "warmup_steps must be 'auto' or a whole number of 0 or more, got 'long'"),
 )
-REAL = "parameters must be real floating point, got torch.complex64: a complex sign has no verdict"
+REAL = "parameters must be real floating point, got torch.complex64"
 
 
 def test_signature_is_the_documented_one() -> None:
@@ -65,7 +65,7 @@ def test_bad_setting_is_refused_with_a_sentence(options: Options, sentence: str)
         assert str(error.value) == sentence
 
 
-@pytest.mark.parametrize("options", [{"lr": 0.0}, {"lr": 0}, {"betas": [0.5, 0.5]}, {"warmup_steps": "auto"}], ids=name)
+@pytest.mark.parametrize("options", [{"lr": 0.0}, {"lr": 0}, {"betas": (0.5, 0.5)}, {"warmup_steps": "auto"}], ids=name)
 def test_borderline_setting_is_taken(options: Options) -> None:
     group = Signum(parameters(), **options).param_groups[0]
     assert {key: group[key] for key in options} == options

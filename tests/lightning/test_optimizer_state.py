@@ -187,3 +187,39 @@ def test_state_dict_hooks() -> None:
     resumed = Signum(copies(optimizer.param_groups[0]["params"]))
     resumed.load_state_dict(state_dict)
     assert_same(resumed, optimizer)
+
+
+def test_load_post_hooks_see_what_was_loaded_and_have_the_last_word() -> None:
+    p = nn.Parameter(torch.zeros(1, dtype=torch.bfloat16))
+    optimizer = Signum([p])
+    take_step(optimizer, 0)
+    momentum = torch.tensor([1 + 2**-20])
+    optimizer.state[p]["momentum"].copy_(momentum)
+    seen: list[float] = []
+
+    def double(_: Optimizer) -> None:
+        seen.append(optimizer.state[p]["momentum"].item())
+        optimizer.state[p]["momentum"] = 2 * optimizer.state[p]["momentum"]
+
+    optimizer.register_load_state_dict_post_hook(double)
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert seen == momentum.tolist()
+    assert optimizer.state[p]["momentum"].tolist() == (2 * momentum).tolist()
+
+
+def test_state_of_the_users_own_survives() -> None:
+    """Torch keeps what is no tensor as it is."""
+    p = nn.Parameter(torch.zeros(1))
+    optimizer = Signum([p])
+    take_step(optimizer, 0)
+    optimizer.state[p]["note"] = 3
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert optimizer.state[p]["note"] == 3
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda optimizer: pickle.loads(pickle.dumps(optimizer))])
+def test_copy_of_a_voter_does_not_step_alone(duplicate: Callable[[Signum], Signum]) -> None:
+    optimizer = Signum([nn.Parameter(torch.zeros(1))])
+    optimizer.exchange = object()  # type: ignore[assignment]
+    with pytest.raises(RuntimeError, match="a copy of an optimizer that votes"):
+        duplicate(optimizer).step()

@@ -1,0 +1,107 @@
+"""The tutorials run as scripts, their notebooks hold the same cells and were executed, and plain DDP votes."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jupytext
+import nbformat
+import pytest
+
+from tests.workers import free_port
+
+ROOT = Path(__file__).parents[2]
+TUTORIALS = ROOT / "tutorials"
+NOTEBOOKS = ("01_majority_vote_by_hand", "02_lightning")
+TELLING = {
+    "01_majority_vote_by_hand": "positive   ends 1.00 from where it began, was at most 1.00 away",
+    "02_lightning": "verdict momentum  resumed equals uninterrupted: True",
+}
+PRIVATE = re.compile(r"site-packages|/(tmp|home|root|Users|usr|opt|mnt|var|work)/|Traceback|Warning")
+
+
+def _run(*command: str, folder: Path) -> str:
+    """Return what a command printed; none of its processes outlives it."""
+    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    environment["GLOO_SOCKET_IFNAME"] = "lo"
+    with (folder / "out").open("w+") as out, (folder / "err").open("w+") as err:
+        process = subprocess.Popen(
+            [sys.executable, *command], env=environment, cwd=folder, stdout=out, stderr=err, start_new_session=True
+        )
+        try:
+            code = process.wait(timeout=100)
+        finally:
+            _kill(process)
+        out.seek(0)
+        err.seek(0)
+        printed, errors = out.read(), err.read()
+    assert code == 0, f"{printed}\n{errors}"
+    return printed
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    process.wait()
+
+
+def _notebook(name: str) -> Any:
+    return nbformat.read(TUTORIALS / f"{name}.ipynb", as_version=4)  # type: ignore[no-untyped-call]
+
+
+def _cells(notebook: Any) -> list[tuple[str, str]]:
+    return [(cell.cell_type, cell.source) for cell in notebook.cells]
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_runs_as_a_script(name: str, tmp_path: Path) -> None:
+    printed = _run(str(TUTORIALS / f"{name}.py"), folder=tmp_path)
+    assert TELLING[name] in printed.splitlines()
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "err"}, "it left files behind"
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_notebook_has_the_cells_of_its_script(name: str) -> None:
+    script = jupytext.read(TUTORIALS / f"{name}.py")
+    assert _cells(jupytext.read(TUTORIALS / f"{name}.ipynb")) == _cells(script)
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_notebook_was_executed_from_top_to_bottom(name: str) -> None:
+    cells = [cell for cell in _notebook(name).cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    for cell in cells:
+        for output in cell.outputs:
+            assert output.output_type in ("stream", "display_data"), output
+            assert output.get("name", "stdout") == "stdout", output
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_notebook_shows_what_the_script_says_and_nothing_of_the_machine(name: str) -> None:
+    outputs = [output for cell in _notebook(name).cells for output in cell.get("outputs", ())]
+    text = "".join(output.text for output in outputs if output.output_type == "stream")
+    assert TELLING[name] in text.splitlines()
+    assert not PRIVATE.search(text)
+    assert set(_notebook(name).metadata) == {"kernelspec"}
+
+
+def test_plain_ddp_under_torchrun(tmp_path: Path) -> None:
+    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", "3", "--master-addr", "127.0.0.1")
+    printed = _run(*torchrun, "--master-port", str(free_port()), str(TUTORIALS / "plain_ddp.py"), folder=tmp_path)
+    assert "parameters bit-identical on all 3 ranks: True" in printed
+    accuracy = re.search(r"test accuracy ([\d.]+) after", printed)
+    assert accuracy is not None
+    assert float(accuracy[1]) > 0.9
+
+
+def test_plain_ddp_is_short_and_needs_no_lightning() -> None:
+    source = (TUTORIALS / "plain_ddp.py").read_text()
+    assert len(source.splitlines()) < 40
+    assert not re.search(r"^(import|from) (pytorch_)?lightning\b", source, re.MULTILINE)
