@@ -23,7 +23,7 @@ from signsgd_core import demo, traffic
 from . import Signum
 
 BATCH_SIZE = 32
-EVALUATIONS = 12
+EVALUATIONS = 8
 
 
 class Residual(nn.Module):

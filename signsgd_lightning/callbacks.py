@@ -1,10 +1,12 @@
 """VoteMonitor: what the votes look like, in whatever logger the user has."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from .exchange import Exchange
 from .optimizer import Signum
 from .statistics import VoteStatistics
 
@@ -21,7 +23,8 @@ class VoteMonitor(Callback):
     | ``vote/exchange_seconds`` | time a rank waited for others per step, the mean of all | seconds |
     | ``vote/nonfinite`` | gradient entries that were NaN or ±Inf since the start, all ranks together | count |
 
-    Shares are over all votes since the last time they were logged. With several optimizers their votes are added up.
+    Shares are over all votes since the last time they were logged, of the coordinates on which the rank voted; flips
+    count where the vote before was on the same parameters. With several optimizers their votes are added up.
     Each time it logs it gathers a few numbers from all ranks; without the callback nothing is counted.
 
     Raises:
@@ -32,12 +35,14 @@ class VoteMonitor(Callback):
         >>> trainer = Trainer(callbacks=[VoteMonitor()], logger=False)
     """
 
+    _exchanges: Sequence[Exchange] = ()
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start to count."""
         self._exchanges = [o.exchange for o in trainer.optimizers if isinstance(o, Signum) and o.exchange is not None]
         if not self._exchanges:
             raise RuntimeError("VoteMonitor has no vote to watch: it needs strategy='majority_vote' and several ranks")
-        self._nonfinite, self._steps = 0, 0
+        self._nonfinite, self._steps, self._global_step = 0, 0, trainer.global_step
         for exchange in self._exchanges:
             exchange.statistics = VoteStatistics()
         self._sent, self._waited = self._traffic()
@@ -46,18 +51,31 @@ class VoteMonitor(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Gather and log, at the steps at which Lightning logs."""
-        if trainer.global_step == self._steps or trainer.global_step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
+        if trainer.global_step == self._global_step:
+            return  # gradients accumulate
+        self._steps, self._global_step = self._steps + 1, trainer.global_step
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        step = trainer.fit_loop.epoch_loop._batches_that_stepped  # what Lightning itself counts and logs by
+        if not every or (step + 1) % every:
             return
-        values = self._gather(trainer.global_step - self._steps, pl_module.device)
-        self._steps = trainer.global_step
+        values = self._gather(self._steps, pl_module.device)
+        self._steps = 0
         for logger in trainer.loggers:
-            logger.log_metrics(values, step=trainer.global_step)
+            logger.log_metrics(values, step=step)
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop counting."""
+        self._stop()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Stop counting."""
+        self._stop()
+
+    def _stop(self) -> None:
         for exchange in self._exchanges:
             exchange.statistics = None
+        self._exchanges = []
 
     def _traffic(self) -> tuple[int, float]:
         peers = [exchange.peers for exchange in self._exchanges]
@@ -70,7 +88,8 @@ class VoteMonitor(Callback):
         for exchange in self._exchanges:
             assert exchange.statistics is not None
             counts = [count + getattr(exchange.statistics, name) for count, name in zip(counts, names, strict=True)]
-            exchange.statistics = VoteStatistics(last=exchange.statistics.last)
+            last = exchange.statistics
+            exchange.statistics = VoteStatistics(last=last.last, parameters=last.parameters)
         sent, waited = self._traffic()
         row = torch.tensor([*counts, sent - self._sent, waited - self._waited], dtype=torch.float64)
         peers = self._exchanges[0].peers

@@ -7,11 +7,13 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks import noop_hook
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
 
 from .agreement import agree, describe
 from .exchange import Exchange
 from .optimizer import Signum
 from .peers import Peers
+from .use import Use
 
 
 def enable_majority_vote(ddp_model: DistributedDataParallel, *optimizers: Signum) -> None:
@@ -34,6 +36,7 @@ def enable_majority_vote(ddp_model: DistributedDataParallel, *optimizers: Signum
         >>> optimizer = Signum(model.parameters(), lr=1e-3)  # doctest: +SKIP
         >>> enable_majority_vote(model, optimizer)  # doctest: +SKIP
     """
+    ddp_model = getattr(ddp_model, "_orig_mod", ddp_model)  # of a model that torch.compile took
     _check(ddp_model, optimizers)
     ddp_model.register_comm_hook(None, noop_hook)
     group = ddp_model.process_group
@@ -47,7 +50,7 @@ def enable_majority_vote(ddp_model: DistributedDataParallel, *optimizers: Signum
         optimizer.exchange = exchange
         exchange.agree(optimizer.segments(), optimizer.statement())
         if ddp_model.find_unused_parameters or ddp_model.static_graph:
-            exchange.watch_use(p for group in optimizer.param_groups for p in group["params"])
+            exchange.use = Use(p for p in ddp_model.module.parameters() if p.requires_grad)
 
 
 def agree_on_model(model: nn.Module) -> None:
@@ -58,9 +61,12 @@ def agree_on_model(model: nn.Module) -> None:
     """
     world = dist.group.WORLD
     assert world is not None
+    parameters = dict(model.named_parameters())
+    if not parameters or any(map(is_lazy, parameters.values())):
+        return  # DDP has its own words for these
     peers = Peers(world, "model")
-    lines = [describe(name, p) for name, p in model.named_parameters()]
-    agree(peers, lines, torch.ones(0, dtype=torch.bool), peers.wire(next(model.parameters()).device))
+    device = peers.wire(next(model.parameters()).device)
+    agree(peers, [describe(name, p) for name, p in parameters.items()], torch.ones(0, dtype=torch.bool), device)
 
 
 def _check(ddp_model: DistributedDataParallel, optimizers: Sequence[Signum]) -> None:

@@ -1,6 +1,6 @@
 """Ballots up, verdict down: one vote of all ranks over torch.distributed (steps 4-6)."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ from .kernels.cpu import packbits
 from .peers import Peers
 from .segments import Segment, cover, lay_out
 from .statistics import VoteStatistics
+from .use import Use
 
 WIRE_VERSION = 1
 BLOCK_SIZE = 1 << 22
@@ -45,8 +46,7 @@ class Exchange:
     Attributes:
         peers: the other ranks, and the bytes sent to them.
         statistics: filled at each vote where not None.
-        used: parameters that took part in this rank's backward pass since their last vote, where DDP itself fills in
-            zeros for those that did not; else None.
+        use: which gradients are real, where DDP hides it; else None.
     """
 
     def __init__(
@@ -59,14 +59,8 @@ class Exchange:
         self.peers = Peers(process_group, name)
         self.name, self.block_size = name, block_size
         self.statistics: VoteStatistics | None = None
-        self.used: set[int] | None = None
+        self.use: Use | None = None
         self._names = parameter_names
-
-    def watch_use(self, parameters: Iterable[Tensor]) -> None:
-        """Note which parameters a backward pass really used, where DDP hides it behind gradients of zero."""
-        self.used = used = set[int]()
-        for p in parameters:
-            p.register_post_accumulate_grad_hook(lambda p: used.add(id(p)))  # type: ignore[no-untyped-call]
 
     def vote(self, segments: Sequence[Segment], statement: list[str], zeros: Zeros, step: int) -> None:
         """Take one step of every parameter by the majority's verdict.
@@ -82,7 +76,7 @@ class Exchange:
             RuntimeError: if the ranks disagree; then nothing was changed on any.
         """
         for segment in segments:
-            segment.present = segment.present and (self.used is None or id(segment.parameter) in self.used)
+            segment.present = segment.present and (self.use is None or segment.parameter in self.use)
         if not segments:
             return
         present = self.agree(segments, statement)
@@ -90,8 +84,8 @@ class Exchange:
         if voted:
             present = present[:, voted]
             self._run([segments[k] for k in voted], None if present.all() else present, zeros, step)
-        if self.used is not None:
-            self.used.clear()
+        if self.use is not None:
+            self.use.forget()
 
     def agree(self, segments: Sequence[Segment], statement: list[str]) -> Tensor:
         """Make sure that all ranks have the same parameters and settings.
@@ -112,6 +106,8 @@ class Exchange:
         """Cast, tally and apply, block by block; every block is under way before the first is waited for."""
         peers, count = self.peers, planes(zeros)
         teller = kernels.for_device(peers.wire(segments[0].parameter.device))
+        if self.statistics is not None:
+            self.statistics.begin([id(segment.parameter) for segment in segments])
         up, down = [], []
         for block in self._blocks(lay_out(segments)):
             ballots = self._cast(segments, block, zeros, step)
@@ -119,20 +115,24 @@ class Exchange:
             up.append((block, ballots, received, peers.swap(ballots, received, "sent ballots")))
         for block, _, received, wait in up:
             wait()
-            masks = None if present is None else self._masks(segments, present, block).to(received.device)
+            shard = 8 * block.shard_bytes
+            masks = self._masks(segments, present, block.lo + peers.rank * shard, shard)
             verdict = teller.verdict(received, zeros, step, masks)
             everyone = torch.empty_like(received)
             wait = peers.swap(verdict.expand_as(everyone), everyone, "sent verdicts")
             down.append((block, everyone, wait, verdict))  # the verdict stays alive until it is sent
             if self.statistics is not None:
-                self.statistics.count_tally(teller, received, masks, self._shard_length(block))
+                length = min(max(block.hi - block.lo - peers.rank * shard, 0), shard)
+                self.statistics.count_tally(teller, received, masks, length)
         for (block, ballots, _, _), (_, everyone, wait, _) in zip(up, down, strict=True):
             wait()
             bits = everyone.transpose(0, 1).reshape(count, -1)
             self._apply(segments, block, bits)
             if self.statistics is not None:
                 own = ballots.transpose(0, 1).reshape(count, -1)
-                self.statistics.count_verdict(teller, block.lo, block.hi - block.lo, own, bits)
+                mask = self._masks(segments, present, block.lo, 8 * bits.shape[-1])
+                mine = None if mask is None else mask[peers.rank]
+                self.statistics.count_verdict(teller, block.lo, block.hi - block.lo, own, bits, mine)
         for segment in segments:
             segment.finish()
 
@@ -142,11 +142,6 @@ class Exchange:
         for lo in range(0, length, size):
             hi = min(lo + size, length)
             yield _Block(lo, hi, WORD_BITS // 8 * -(-(hi - lo) // unit))
-
-    def _shard_length(self, block: _Block) -> int:
-        """How many coordinates of a block this rank is the teller of; the last shards may be short or empty."""
-        shard = 8 * block.shard_bytes
-        return min(max(block.hi - block.lo - self.peers.rank * shard, 0), shard)
 
     def _cast(self, segments: list[Segment], block: _Block, zeros: Zeros, step: int) -> Tensor:
         """Return this rank's ballots of a block, one row a teller: uint8 of shape (ranks, planes, shard bytes)."""
@@ -170,16 +165,16 @@ class Exchange:
             kernel.pack(staging[: hi - lo], zeros, step, self.peers.rank, out)
         return ballot.view(len(ballot), ranks, -1).transpose(0, 1).contiguous().to(self.peers.wire(device))
 
-    def _masks(self, segments: list[Segment], present: Tensor, block: _Block) -> Tensor:
-        """Return who votes where in this rank's shard of a block: bits, uint8 of shape (ranks, shard bytes)."""
-        shard = 8 * block.shard_bytes
-        first = block.lo + self.peers.rank * shard
-        votes = torch.ones(self.peers.world_size, shard, dtype=torch.bool)
+    def _masks(self, segments: list[Segment], present: Tensor | None, first: int, length: int) -> Tensor | None:
+        """Return who votes where in [first, first + length): bits, uint8 of shape (ranks, ⌈length/8⌉); None for all."""
+        if present is None:
+            return None
+        votes = torch.ones(len(present), length, dtype=torch.bool)
         for k, segment in enumerate(segments):
-            a, b = max(segment.start - first, 0), min(segment.stop - first, shard)
+            a, b = max(segment.start - first, 0), min(segment.stop - first, length)
             if a < b:
                 votes[:, a:b] = present[:, k : k + 1]
-        return packbits(votes)
+        return packbits(votes).to(self.peers.wire(segments[0].parameter.device))
 
     def _apply(self, segments: list[Segment], block: _Block, bits: Tensor) -> None:
         device = segments[0].parameter.device

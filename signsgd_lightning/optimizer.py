@@ -138,8 +138,8 @@ class Signum(Optimizer):
         """
         if self._lost_exchange and self.exchange is None:
             raise RuntimeError(
-                "this is a copy of an optimizer that votes and would step alone: pass it to enable_majority_vote, or load "
-                "its state_dict() into a new Signum"
+                "this is a copy of an optimizer that votes and would step alone: pass it to enable_majority_vote, or "
+                "load its state_dict() into a new Signum"
             )
         loss = None
         if closure is not None:
@@ -153,6 +153,12 @@ class Signum(Optimizer):
         for group in self.param_groups:
             group["step"] += 1
         return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients; what the backward passes before used is forgotten with them."""
+        super().zero_grad(set_to_none)
+        if self.exchange is not None and self.exchange.use is not None:
+            self.exchange.use.forget()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned; momenta come back bit for bit in float32, whatever the parameters' dtype."""

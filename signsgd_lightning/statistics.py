@@ -12,14 +12,15 @@ class VoteStatistics:
     """Counts of one vote or several, taken from the packed bits.
 
     Attributes:
-        coordinates: how many were voted on.
-        disagreements: on how many of them this rank's ballot was not the verdict.
-        compared: how many had a verdict at the vote before, too.
+        coordinates: on how many this rank voted.
+        disagreements: on how many of them its ballot was not the verdict.
+        compared: how many coordinates had a verdict at the vote before, too.
         flips: on how many of those the verdict changed.
         tallied: how many coordinates this rank counted as teller of its shards.
         ties: on how many of those the tally was tied.
         nonfinite: gradient entries of this rank that were NaN or ±Inf.
         last: the last verdict of each block, by the block's first coordinate.
+        parameters: what that vote was about.
     """
 
     coordinates: int = 0
@@ -30,6 +31,12 @@ class VoteStatistics:
     ties: int = 0
     nonfinite: int = 0
     last: dict[int, Tensor] = field(default_factory=dict, repr=False)
+    parameters: list[int] = field(default_factory=list, repr=False)
+
+    def begin(self, parameters: list[int]) -> None:
+        """Take note of the parameters that are voted on; the last verdict on others says nothing about them."""
+        if parameters != self.parameters:
+            self.last, self.parameters = {}, parameters
 
     def count_gradient(self, gradient: Tensor) -> None:
         """Count the entries that are not finite."""
@@ -44,17 +51,29 @@ class VoteStatistics:
             self.ties -= padding  # where nobody votes the tally is tied
         self.tallied += length
 
-    def count_verdict(self, kernel: Kernel, block: int, length: int, ballots: Tensor, verdict: Tensor) -> None:
-        """Count where this rank's ballots of a block, uint8 of shape (planes, bytes), are not the verdict."""
-        self.coordinates += length
-        self.disagreements += _differences(kernel, ballots, verdict)
-        last = self.last.get(block)
-        if last is not None and last.shape == verdict.shape:
+    def count_verdict(
+        self, kernel: Kernel, block: int, length: int, ballots: Tensor, verdict: Tensor, mask: Tensor | None
+    ) -> None:
+        """Count where this rank's ballots of a block, uint8 of shape (planes, bytes), are not the verdict.
+
+        Args:
+            kernel: for the device of the bits.
+            block: the block's first coordinate.
+            length: how many coordinates of it are real; the rest is padding.
+            ballots: this rank's.
+            verdict: of the same shape.
+            mask: bit 0 where this rank did not vote, shape (bytes,); None where it voted everywhere.
+        """
+        differ = _differences(ballots, verdict)
+        padding = 8 * ballots.shape[-1] - length
+        self.coordinates += length if mask is None else kernel.count_bits(mask) - padding
+        self.disagreements += kernel.count_bits(differ if mask is None else differ & mask)
+        if block in self.last:
             self.compared += length
-            self.flips += _differences(kernel, last, verdict)
+            self.flips += kernel.count_bits(_differences(self.last[block], verdict))
         self.last[block] = verdict
 
 
-def _differences(kernel: Kernel, a: Tensor, b: Tensor) -> int:
+def _differences(a: Tensor, b: Tensor) -> Tensor:
     differ = a ^ b
-    return kernel.count_bits(differ[0] if len(differ) == 1 else differ[0] | differ[1])
+    return differ[0] if len(differ) == 1 else differ[0] | differ[1]

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from lightning.pytorch.core.optimizer import _MockOptimizer  # stands for no optimizer
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.nn.parallel import DistributedDataParallel
@@ -50,7 +51,15 @@ class MajorityVoteStrategy(DDPStrategy):
         super().setup(trainer)
         if trainer.state.fn == TrainerFn.FITTING:
             assert isinstance(self.model, DistributedDataParallel)
-            enable_majority_vote(self.model, *self.optimizers)  # type: ignore[arg-type]
+            optimizers = [optimizer for optimizer in self.optimizers if not isinstance(optimizer, _MockOptimizer)]
+            enable_majority_vote(self.model, *optimizers)  # type: ignore[arg-type]
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Let Lightning add its advice, and put this strategy's names into it."""
+        super().on_exception(exception)
+        if exception.args and isinstance(exception.args[0], str):
+            advice = exception.args[0].replace("'ddp_find", f"'{self.strategy_name}_find")
+            exception.args = (advice.replace("=DDPStrategy", f"={type(self).__name__}"), *exception.args[1:])
 
     @classmethod
     def register_strategies(cls, strategy_registry: "_StrategyRegistry") -> None:

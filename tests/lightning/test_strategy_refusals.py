@@ -139,3 +139,48 @@ def test_a_rank_that_changes_its_learning_rate_midway(workers: Workers) -> None:
         assert before == after
     judge([records[0] for *_, records in ranks])
     assert len(ranks[0][3][0].parameters) == 3
+
+
+class _None(Net):
+    def configure_optimizers(self) -> Any:
+        return None
+
+
+class _Branch(Net):
+    """Leaves its first layer out."""
+
+    def training_step(self, batch: list[Tensor], index: int) -> Tensor:
+        loss: Tensor = self.net[2](torch.ones(1, 6)).sum()
+        return loss
+
+
+def test_no_optimizer(workers: Workers) -> None:
+    message = "ValueError: enable_majority_vote needs the optimizers that are to vote, got none"
+    assert workers.run(2, _refused, _None) == [(message, 0)] * 2
+
+
+def test_unused_parameters_name_the_strategy_that_allows_them(workers: Workers) -> None:
+    for message, _ in workers.run(2, _refused, _Branch):
+        assert "majority_vote_find_unused_parameters_true" in message
+        assert "'ddp_find" not in message
+        assert "=DDPStrategy" not in message
+
+
+class _Lazy(Net):
+    def __init__(self) -> None:
+        super().__init__(lambda: nn.LazyLinear(1))
+
+
+class _Empty(Net):
+    """Nothing to train."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Identity)
+
+    def configure_optimizers(self) -> Any:
+        return None
+
+
+def test_models_that_ddp_refuses_are_refused_with_ddps_own_words(workers: Workers) -> None:
+    assert all("DistributedDataParallel is not needed" in message for message, _ in workers.run(2, _refused, _Empty))
+    assert all("uninitialized parameters can't be used" in message for message, _ in workers.run(2, _refused, _Lazy))
