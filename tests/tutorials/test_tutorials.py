@@ -1,5 +1,6 @@
 """The tutorials run as scripts, their notebooks hold the same cells and were executed, and plain DDP votes."""
 
+import contextlib
 import os
 import re
 import signal
@@ -34,9 +35,9 @@ def _run(*command: str, folder: Path) -> str:
             [sys.executable, *command], env=environment, cwd=folder, stdout=out, stderr=err, start_new_session=True
         )
         try:
-            code = process.wait(timeout=100)
+            code = process.wait(timeout=75)
         finally:
-            _kill(process)
+            _end(process)
         out.seek(0)
         err.seek(0)
         printed, errors = out.read(), err.read()
@@ -44,11 +45,14 @@ def _run(*command: str, folder: Path) -> str:
     return printed
 
 
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    try:
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End a command that still runs: first politely, for torchrun's workers have sessions of their own, then surely."""
+    if process.poll() is None:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=40)
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
 
 
