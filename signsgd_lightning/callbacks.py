@@ -24,8 +24,10 @@ class VoteMonitor(Callback):
     | ``vote/nonfinite`` | gradient entries that were NaN or ±Inf since the start, all ranks together | count |
 
     Shares are over all votes since the last time they were logged, of the coordinates on which the rank voted; flips
-    count where the vote before was on the same parameters. With several optimizers their votes are added up.
-    Each time it logs it gathers a few numbers from all ranks; without the callback nothing is counted.
+    count where the vote before was on the same parameters. With several optimizers their votes are added up. A
+    coordinate that is exactly zero on every rank counts as the zero rule has it: under "alternate" with an even number
+    of ranks it is a tie, and flips from step to step. Each time it logs it gathers a few numbers from all ranks;
+    without the callback nothing is counted.
 
     Raises:
         RuntimeError: at the start of `fit`, if no optimizer votes.
