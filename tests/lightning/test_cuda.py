@@ -34,7 +34,7 @@ def _vote(table: list[Case], backend: str) -> list[Trajectory]:
     return trajectories
 
 
-def _compare(trajectory: Trajectory, expected: list[list[Array]]) -> None:
+def assert_equal(trajectory: Trajectory, expected: list[list[Array]]) -> None:
     for t, (step, right) in enumerate(zip(trajectory, expected, strict=True)):
         for x, y in zip(step, right, strict=True):
             np.testing.assert_array_equal(x, y, err_msg=f"after step {t}", strict=True)
@@ -54,7 +54,7 @@ def test_kernel(zeros: core.Zeros, length: int) -> None:
 @pytest.mark.parametrize("case", [case for case in cases() if case.workers == 1], ids=str)
 def test_alone(case: Case) -> None:
     parameters = [torch.from_numpy(x).cuda().requires_grad_() for x in case.parameters()]
-    _compare(train(parameters, signum(parameters, case), case, rank=0), case.reference())
+    assert_equal(train(parameters, signum(parameters, case), case, rank=0), case.reference())
 
 
 @pytest.mark.parametrize("backend", ["gloo", "nccl"])
@@ -64,7 +64,7 @@ def test_vote(workers: Workers, backend: str) -> None:
     table = [case for case in cases() if case.workers == 2]
     for trajectories in workers.run(2, _vote, table, backend):
         for trajectory, case in zip(trajectories, table, strict=True):
-            _compare(trajectory, case.reference())
+            assert_equal(trajectory, case.reference())
 
 
 class _Model(pl.LightningModule):

@@ -105,8 +105,9 @@ def test_freezing_midway(workers: Workers) -> None:
     assert [x.tobytes() for x in one.parameters[1][:2]] == [x.tobytes() for x in one.parameters[3][:2]]
 
 
-def test_unfreezing_midway(workers: Workers) -> None:
-    runs = workers.run(2, fit, partial(_Thawing, _half_frozen, **SIGNUM), {})
+@pytest.mark.parametrize("settings", [{}, UNUSED], ids=["all used", "find unused"])
+def test_unfreezing_midway(settings: dict[str, Any], workers: Workers) -> None:
+    runs = workers.run(2, fit, partial(_Thawing, _half_frozen, **SIGNUM), settings)
     judge([run[0] for run in runs], **SIGNUM)
     one = runs[0][0]
     assert [x.tobytes() for x in one.start[:2]] == [x.tobytes() for x in one.parameters[1][:2]]
@@ -131,8 +132,9 @@ class _Head(Net):
         return optimizer
 
 
-def test_finetuning_adds_a_group_midway(workers: Workers) -> None:
-    settings: dict[str, Any] = {"callbacks": [_Finetuning()], "max_epochs": 2}
+@pytest.mark.parametrize("settings", [{}, UNUSED], ids=["all used", "find unused"])
+def test_finetuning_adds_a_group_midway(settings: dict[str, Any], workers: Workers) -> None:
+    settings = {"callbacks": [_Finetuning()], "max_epochs": 2, **settings}
     runs = workers.run(2, fit, partial(_Head, samples=16, **SIGNUM), settings)
     for k in range(2):
         judge([run[k] for run in runs], **SIGNUM)

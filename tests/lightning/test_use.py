@@ -1,65 +1,18 @@
-"""Use is noted where DDP hides it: parameters frozen at first, added midway, gradients thrown away."""
+"""Use is noted where DDP hides it: gradients thrown away, models compiled first."""
 
-from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch.callbacks import BaseFinetuning
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from signsgd_lightning import Signum, enable_majority_vote
 from tests.workers import Workers
 
-from .models import Net, Record, fit, judge, record
+from .models import Record, judge, record
 
 SIGNUM: dict[str, Any] = {"betas": (0.5, 0.5), "weight_decay": 0.5}
-UNUSED = "majority_vote_find_unused_parameters_true"
-
-
-def _half_frozen() -> nn.Module:
-    net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1))
-    net[0].requires_grad_(False)
-    return net
-
-
-class _Thawing(Net):
-    """The first layer, frozen from the start, is freed at step 2; the optimizer has it all along."""
-
-    def on_train_batch_start(self, batch: Any, index: int) -> None:
-        self.net[0].requires_grad_(index >= 2)
-
-
-def test_unfreezing_midway_with_find_unused_parameters(workers: Workers) -> None:
-    runs = workers.run(2, fit, partial(_Thawing, _half_frozen, **SIGNUM), {"strategy": UNUSED})
-    judge([run[0] for run in runs], **SIGNUM)
-    one = runs[0][0]
-    assert [x.tobytes() for x in one.start[:2]] == [x.tobytes() for x in one.parameters[1][:2]]
-    assert one.parameters[1][0].tobytes() != one.parameters[2][0].tobytes()
-
-
-class _Finetuning(BaseFinetuning):
-    def freeze_before_training(self, pl_module: Any) -> None:
-        self.freeze(pl_module.net[0])
-
-    def finetune_function(self, pl_module: Any, epoch: int, optimizer: Any) -> None:
-        if epoch == 1:
-            self.unfreeze_and_add_param_group(pl_module.net[0], optimizer, lr=0.125)
-
-
-class _Head(Net):
-    def configure_optimizers(self) -> Any:
-        optimizer = Signum([p for p in self.parameters() if p.requires_grad], **self.signum)
-        self.records = record(optimizer)
-        return optimizer
-
-
-def test_a_group_added_midway_with_find_unused_parameters(workers: Workers) -> None:
-    settings: dict[str, Any] = {"strategy": UNUSED, "callbacks": [_Finetuning()], "max_epochs": 2}
-    runs = workers.run(2, fit, partial(_Head, samples=16, **SIGNUM), settings)
-    for k in range(2):
-        judge([run[k] for run in runs], **SIGNUM)
 
 
 class _Branches(nn.Module):
