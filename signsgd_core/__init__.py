@@ -14,7 +14,7 @@ Our words and the papers' symbols (arXiv 1802.04434 and 1810.05291):
 | zeros | what a zero and a tie count as | ``sign(0)`` |
 """
 
-from .ballots import BLOCK, Zeros, check_zeros, pack, planes, unpack, zero_bit
+from .ballots import BLOCK, Zeros, check_zeros, default_zeros, pack, planes, unpack, zero_bit
 from .momentum import (
     direction,
     finite,
@@ -35,6 +35,7 @@ __all__ = [
     "check_betas",
     "check_settings",
     "check_zeros",
+    "default_zeros",
     "direction",
     "finite",
     "majority",

@@ -46,6 +46,16 @@ def zero_bit(zeros: Zeros, step: int, worker: int = 0) -> int | None:
     return (step + worker) % 2 if zeros == "alternate" else 0
 
 
+def default_zeros(workers: int) -> Zeros:
+    """Return the zero rule where none is chosen: one bit where a vote crosses a wire, exact zeros where none does.
+
+    Example:
+        >>> default_zeros(workers=1), default_zeros(workers=4)
+        ('abstain', 'alternate')
+    """
+    return "abstain" if workers == 1 else "alternate"
+
+
 def planes(zeros: Zeros) -> int:
     """Return the bits that a coordinate takes, each way: 2 where zeros abstain, else 1."""
     return 2 if check_zeros(zeros) == "abstain" else 1

@@ -152,10 +152,10 @@ def _whole(text: str) -> int:
 
 
 def _share(text: str) -> float:
-    value = _numbers(text)[0]
-    if not 0 <= value < 1:
+    values = _numbers(text)
+    if len(values) != 1 or not 0 <= values[0] < 1:
         raise argparse.ArgumentTypeError(f"must lie in [0, 1), got {text!r}")
-    return value
+    return values[0]
 
 
 def _rates(text: str) -> tuple[float, ...]:

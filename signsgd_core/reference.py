@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .adversaries import Adversary
-from .ballots import Zeros, zero_bit
+from .ballots import Zeros, default_zeros, zero_bit
 from .momentum import (
     direction,
     finite,
@@ -82,7 +82,7 @@ class Reference:
         self.workers, self.lr, self.betas, self.weight_decay = workers, lr, betas, weight_decay
         self.gamma = verdict_momentum
         self.warmup_steps = recommended_warmup_steps(betas[1]) if warmup_steps == "auto" else warmup_steps
-        self.zeros: Zeros = zeros if zeros is not None else ("abstain" if workers == 1 else "alternate")
+        self.zeros: Zeros = zeros if zeros is not None else default_zeros(workers)
         self.momenta = [[np.zeros(x.shape, np.float32) for x in self.parameters] for _ in range(workers)]
         self.verdict_momenta = [np.zeros(x.shape, np.float32) for x in self.parameters]
         self.verdicts: list[Array | None] = [None] * len(self.parameters)

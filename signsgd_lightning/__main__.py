@@ -62,24 +62,16 @@ def network(shape: tuple[int, ...], classes: int) -> nn.Module:
 class Images(pl.LightningDataModule):
     """The training images shuffled and shared out, and each worker's own share of the test images."""
 
-    def __init__(self, options: Any) -> None:
+    def __init__(self, data: demo.Data, seed: int) -> None:
         super().__init__()
-        self.options = options
-
-    def prepare_data(self) -> None:
-        """Decode a folder once, before the workers read it."""
-        demo.load(self.options.data, self.options.out)
-
-    def setup(self, stage: str) -> None:
-        """Read the images."""
-        data = demo.load(self.options.data, self.options.out)
+        self.seed = seed
         self.train = TensorDataset(torch.from_numpy(data.train_images), torch.from_numpy(data.train_labels))
         self.test = TensorDataset(torch.from_numpy(data.test_images), torch.from_numpy(data.test_labels))
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Return this worker's batches, in the same order for every method."""
         sampler: DistributedSampler[Any] = DistributedSampler(
-            self.train, self._workers, self._rank, seed=self.options.seed, drop_last=True
+            self.train, self._workers, self._rank, seed=self.seed, drop_last=True
         )
         return DataLoader(self.train, BATCH_SIZE, sampler=sampler, drop_last=True)
 
@@ -164,14 +156,14 @@ class Recorder(pl.Callback):
         return demo.Result(method, self.curve[-1][1], sent or None, median(self.seconds), identical, self.curve)
 
 
-def train(method: str, strategy: str, optimizer: Callable[..., Optimizer], options: Any) -> demo.Result:
+def train(
+    method: str, strategy: str, optimizer: Callable[..., Optimizer], data: demo.Data, options: Any
+) -> demo.Result:
     """Train one method with a real Trainer and return what it came to."""
     pl.seed_everything(options.seed, verbose=False)
-    images, recorder = Images(options), Recorder()
-    images.prepare_data()
-    images.setup("fit")
-    tested, shape = len(images.test), images.train[0][0].shape
-    model = Classifier(network(tuple(shape), int(images.train.tensors[1].max()) + 1), optimizer, tested)
+    images, recorder = Images(data, options.seed), Recorder()
+    classes = int(data.train_labels.max()) + 1
+    model = Classifier(network(data.train_images.shape[1:], classes), optimizer, len(data.test_labels))
     workers = options.workers or (torch.cuda.device_count() or 4)
     trainer = pl.Trainer(
         accelerator="gpu" if torch.cuda.is_available() else "cpu",
@@ -200,6 +192,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = demo.parse("python -m signsgd_lightning", __doc__.splitlines()[0], arguments)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*(does not have many workers|LeafSpec|epoch parameter).*")
+    data = demo.load(options.data, options.out)  # before the workers start: they find a folder decoded
     adamw_lr, signum_lr, verdict_lr = options.lr
     gamma, zeros = options.verdict_momentum, options.zeros
 
@@ -210,9 +203,9 @@ def main(arguments: list[str] | None = None) -> None:
         return Signum(parameters, verdict_lr, (0, 0), zeros=zeros, verdict_momentum=gamma)
 
     results = [
-        train("AdamW, plain DDP", "ddp", lambda parameters: AdamW(parameters, adamw_lr), options),
-        train(f"Signum {options.betas}, vote", "majority_vote", signum, options),
-        train(f"verdict momentum {gamma}, vote", "majority_vote", verdict_momentum, options),
+        train("AdamW, plain DDP", "ddp", lambda parameters: AdamW(parameters, adamw_lr), data, options),
+        train(f"Signum {options.betas}, vote", "majority_vote", signum, data, options),
+        train(f"verdict momentum {gamma}, vote", "majority_vote", verdict_momentum, data, options),
     ]
     report(results, options)
 

@@ -130,9 +130,9 @@ class Exchange:
             self._apply(segments, block, bits)
             if self.statistics is not None:
                 own = ballots.transpose(0, 1).reshape(count, -1)
-                mask = self._masks(segments, present, block.lo, 8 * bits.shape[-1])
-                mine = None if mask is None else mask[peers.rank]
-                self.statistics.count_verdict(teller, block.lo, block.hi - block.lo, own, bits, mine)
+                here = None if present is None else present[peers.rank : peers.rank + 1]
+                mask = self._masks(segments, here, block.lo, 8 * bits.shape[-1])
+                self.statistics.count_verdict(teller, block.lo, block.hi - block.lo, own, bits, mask)
         for segment in segments:
             segment.finish()
 
@@ -166,7 +166,7 @@ class Exchange:
         return ballot.view(len(ballot), ranks, -1).transpose(0, 1).contiguous().to(self.peers.wire(device))
 
     def _masks(self, segments: list[Segment], present: Tensor | None, first: int, length: int) -> Tensor | None:
-        """Return who votes where in [first, first + length): bits, uint8 of shape (ranks, ⌈length/8⌉); None for all."""
+        """Return who votes where in [first, first + length): uint8 of shape (rows, ⌈length/8⌉); None for all."""
         if present is None:
             return None
         votes = torch.ones(len(present), length, dtype=torch.bool)

@@ -199,7 +199,7 @@ class Signum(Optimizer):
     def zeros(self) -> Zeros:
         """The zero rule in force."""
         chosen: Zeros | None = self.param_groups[0]["zeros"]
-        return chosen or ("abstain" if self.exchange is None else "alternate")
+        return chosen or core.default_zeros(1 if self.exchange is None else self.exchange.peers.world_size)
 
     def statement(self) -> list[str]:
         """Return in words what all ranks must have in common for a vote."""

@@ -62,7 +62,7 @@ class VoteStatistics:
             length: how many coordinates of it are real; the rest is padding.
             ballots: this rank's.
             verdict: of the same shape.
-            mask: bit 0 where this rank did not vote, shape (bytes,); None where it voted everywhere.
+            mask: bit 0 where this rank did not vote, shape (1, bytes); None where it voted everywhere.
         """
         differ = _differences(ballots, verdict)
         padding = 8 * ballots.shape[-1] - length

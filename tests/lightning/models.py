@@ -143,6 +143,22 @@ class Given(LightningModule):
         return DataLoader(TensorDataset(torch.zeros(len(self.given) * dist.get_world_size(), 1)))
 
 
+class GivenByTwo(Given):
+    """Two optimizers, one a tensor, both at every batch."""
+
+    automatic_optimization = False
+
+    def training_step(self, batch: Any, index: int) -> None:  # type: ignore[override]
+        optimizers: Any = self.optimizers()
+        self.zero_grad()
+        self.manual_backward(super().training_step(batch, index))
+        for optimizer in optimizers:
+            optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        return [Signum([x], betas=(0.0, 0.0)) for x in self.x]
+
+
 def trainer(**settings: Any) -> Trainer:
     """A Trainer over all ranks of the process group, without files and bars."""
     usual = {"accelerator": "cpu", "devices": dist.get_world_size(), "strategy": "majority_vote", "max_epochs": 1}

@@ -14,10 +14,10 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 
 from signsgd_core import Zeros
 from signsgd_core.traffic import majority_vote
-from signsgd_lightning import Signum, VoteMonitor, VoteStatistics
+from signsgd_lightning import VoteMonitor, VoteStatistics
 from tests.workers import Workers
 
-from .models import Array, Given, Net, trainer
+from .models import Array, Given, GivenByTwo, Net, trainer
 
 SIZES = (70, 3, 130)
 STEPS = 6
@@ -133,25 +133,9 @@ def test_csv_logger(tmp_path: Path, workers: Workers) -> None:
         assert {name: float(row[name]) for name in expected} == pytest.approx(expected, rel=1e-12)
 
 
-class _Two(Given):
-    """Two optimizers, one a tensor, both at every batch."""
-
-    automatic_optimization = False
-
-    def training_step(self, batch: Any, index: int) -> None:  # type: ignore[override]
-        optimizers: Any = self.optimizers()
-        self.zero_grad()
-        self.manual_backward(super().training_step(batch, index))
-        for optimizer in optimizers:
-            optimizer.step()
-
-    def configure_optimizers(self) -> Any:
-        return [Signum([x], betas=(0.0, 0.0)) for x in self.x]
-
-
 def _two(given: Any) -> list[Any]:
     notes = Notes()
-    trainer(callbacks=[VoteMonitor()], logger=notes, log_every_n_steps=2).fit(_Two(given))
+    trainer(callbacks=[VoteMonitor()], logger=notes, log_every_n_steps=2).fit(GivenByTwo(given))
     return [row for _, row in notes.rows]
 
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from signsgd_core.traffic import majority_vote
-from signsgd_lightning import Signum, VoteMonitor
+from signsgd_lightning import VoteMonitor
 from tests.workers import Workers
 
-from .models import Array, Given, Net, trainer
+from .models import Array, Given, GivenByTwo, Net, trainer
 
 UNUSED = "majority_vote_find_unused_parameters_true"
 
@@ -87,23 +87,9 @@ def test_off_after_an_error(workers: Workers) -> None:
     assert workers.run(2, _fails) == [True, True]
 
 
-class _TwoOptimizers(Given):
-    automatic_optimization = False
-
-    def training_step(self, batch: Any, index: int) -> None:  # type: ignore[override]
-        optimizers: Any = self.optimizers()
-        self.zero_grad()
-        self.manual_backward(super().training_step(batch, index))
-        for optimizer in optimizers:
-            optimizer.step()
-
-    def configure_optimizers(self) -> Any:
-        return [Signum([x], betas=(0.0, 0.0)) for x in self.x]
-
-
 def _by_twos(given: Any, every: int) -> int:
     notes = _Notes()
-    trainer(callbacks=[notes], log_every_n_steps=every).fit(_TwoOptimizers(given))
+    trainer(callbacks=[notes], log_every_n_steps=every).fit(GivenByTwo(given))
     return len(notes.rows)
 
 
