@@ -17,14 +17,16 @@ Our words and the papers' symbols (arXiv 1802.04434 and 1810.05291):
 from .ballots import BLOCK, Zeros, check_zeros, default_zeros, pack, planes, unpack, zero_bit
 from .momentum import (
     direction,
+    displacement,
     finite,
+    redistribute,
     update_momentum,
     update_parameters,
     update_verdict_momentum,
     warmup_steps,
 )
 from .reference import Reference
-from .settings import WarmupSteps, check_betas, check_settings
+from .settings import WarmupSteps, check_betas, check_settings, check_share, check_size, check_warmup_steps
 from .vote import majority, tally, verdict
 
 __all__ = [
@@ -34,13 +36,18 @@ __all__ = [
     "Zeros",
     "check_betas",
     "check_settings",
+    "check_share",
+    "check_size",
+    "check_warmup_steps",
     "check_zeros",
     "default_zeros",
     "direction",
+    "displacement",
     "finite",
     "majority",
     "pack",
     "planes",
+    "redistribute",
     "tally",
     "unpack",
     "update_momentum",

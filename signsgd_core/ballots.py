@@ -31,7 +31,7 @@ def check_zeros(zeros: object) -> Zeros:
     return zeros  # type: ignore[return-value]
 
 
-def zero_bit(zeros: Zeros, step: int, worker: int = 0) -> int | None:
+def zero_bit(zeros: Zeros, step: Any, worker: int = 0) -> Any:
     """Return the bit by which worker `worker` says "zero" at step `step`; with worker 0, the bit of a tied tally.
 
     ``(t + i) mod 2`` for "alternate" (abstaining workers cancel out and nothing drifts), 0 for "positive" (as the

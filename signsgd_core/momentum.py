@@ -63,6 +63,16 @@ def update_verdict_momentum(average: Array, verdict: Array, gamma: float) -> Arr
     return _average(average, verdict, gamma)
 
 
+def displacement(x: Array, u: Array, lr: float, weight_decay: float) -> Array:
+    """Return what one step takes from the parameters, ``lr·(u + λ·x)``; for variables that subtract in place.
+
+    Example:
+        >>> displacement(1.0, -1.0, 0.25, 0.5)
+        -0.125
+    """
+    return lr * (u if weight_decay == 0 else u + weight_decay * x)
+
+
 def update_parameters(x: Array, u: Array, lr: float, weight_decay: float) -> Array:
     """Return the parameters after one step, ``x ← x − lr·(u + λ·x)`` (step 8).
 
@@ -76,7 +86,29 @@ def update_parameters(x: Array, u: Array, lr: float, weight_decay: float) -> Arr
         >>> update_parameters(1.0, -1.0, 0.25, 0.5)
         1.125
     """
-    return x - lr * (u if weight_decay == 0 else u + weight_decay * x)
+    return x - displacement(x, u, lr, weight_decay)
+
+
+def redistribute(momenta: npt.NDArray[Any], workers: int) -> npt.NDArray[Any]:
+    """Return the momenta of `workers` workers from those of another number of them.
+
+    With more workers, new worker `i` of `M'` takes the momentum of old worker ``i mod M``; with fewer it takes the mean
+    of those it replaces, the old ones ``j`` with ``j mod M' = i``.
+
+    Args:
+        momenta: of the old workers, shape (M, …).
+        workers: M', at least 1.
+
+    Returns:
+        Shape (M', …), the same dtype.
+
+    Example:
+        >>> redistribute(np.array([1.0, 3.0, 5.0]), 2), redistribute(np.array([1.0, 3.0]), 3)
+        (array([3., 3.]), array([1., 3., 1.]))
+    """
+    if workers >= len(momenta):
+        return momenta[np.arange(workers) % len(momenta)]
+    return np.stack([momenta[i::workers].mean(axis=0, dtype=momenta.dtype) for i in range(workers)])
 
 
 @lru_cache

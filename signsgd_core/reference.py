@@ -19,10 +19,7 @@ from .momentum import (
     update_parameters,
     update_verdict_momentum,
 )
-from .momentum import (
-    warmup_steps as recommended_warmup_steps,
-)
-from .settings import WarmupSteps, check_settings
+from .settings import WarmupSteps, check_settings, check_warmup_steps
 
 Array = npt.NDArray[Any]
 
@@ -81,7 +78,7 @@ class Reference:
             raise ValueError(f"adversaries must be workers 0 to {workers - 1}, got {sorted(self.adversaries)}")
         self.workers, self.lr, self.betas, self.weight_decay = workers, lr, betas, weight_decay
         self.gamma = verdict_momentum
-        self.warmup_steps = recommended_warmup_steps(betas[1]) if warmup_steps == "auto" else warmup_steps
+        self.warmup_steps = check_warmup_steps(warmup_steps, betas[1])
         self.zeros: Zeros = zeros if zeros is not None else default_zeros(workers)
         self.momenta = [[np.zeros(x.shape, np.float32) for x in self.parameters] for _ in range(workers)]
         self.verdict_momenta = [np.zeros(x.shape, np.float32) for x in self.parameters]

@@ -25,6 +25,39 @@ def check_betas(betas: object) -> tuple[float, float]:
     return float(pair[0]), float(pair[1])
 
 
+def check_size(name: str, value: Any) -> None:
+    """Make sure that a setting is a finite number of 0 or more.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    if not _is_number(value) or not 0 <= value < float("inf"):
+        raise ValueError(f"{name} must be 0 or more and finite, got {value!r}")
+
+
+def check_share(name: str, value: Any) -> None:
+    """Make sure that a setting is a number in [0, 1).
+
+    Raises:
+        ValueError: if it is not.
+    """
+    if not _is_number(value) or not 0 <= value < 1:
+        raise ValueError(f"{name} must lie in [0, 1), got {value!r}")
+
+
+def check_warmup_steps(warmup_steps: Any, beta2: float) -> int:
+    """Return for how many steps the ballot is the sign of the gradient; for "auto", C(β2).
+
+    Raises:
+        ValueError: if it is neither "auto" nor a whole number of 0 or more, or C(β2) would never end.
+    """
+    if warmup_steps == "auto":
+        return recommended_warmup_steps(beta2)
+    if not isinstance(warmup_steps, Integral) or warmup_steps < 0:
+        raise ValueError(f"warmup_steps must be 'auto' or a whole number of 0 or more, got {warmup_steps!r}")
+    return int(warmup_steps)
+
+
 def check_settings(
     lr: Any, betas: object, weight_decay: Any, verdict_momentum: Any, zeros: Zeros | None, warmup_steps: Any
 ) -> None:
@@ -38,18 +71,13 @@ def check_settings(
         Traceback (most recent call last):
         ValueError: lr must be 0 or more and finite, got -1.0
     """
-    for name, value in (("lr", lr), ("weight_decay", weight_decay)):
-        if not _is_number(value) or not 0 <= value < float("inf"):
-            raise ValueError(f"{name} must be 0 or more and finite, got {value!r}")
+    check_size("lr", lr)
+    check_size("weight_decay", weight_decay)
     _, beta2 = check_betas(betas)
-    if not _is_number(verdict_momentum) or not 0 <= verdict_momentum < 1:
-        raise ValueError(f"verdict_momentum must lie in [0, 1), got {verdict_momentum!r}")
+    check_share("verdict_momentum", verdict_momentum)
     if zeros is not None:
         check_zeros(zeros)
-    if warmup_steps == "auto":
-        recommended_warmup_steps(beta2)  # says so if it would never end
-    elif not isinstance(warmup_steps, Integral) or warmup_steps < 0:
-        raise ValueError(f"warmup_steps must be 'auto' or a whole number of 0 or more, got {warmup_steps!r}")
+    check_warmup_steps(warmup_steps, beta2)
 
 
 def _is_number(value: object) -> bool:

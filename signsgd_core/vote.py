@@ -97,7 +97,7 @@ def verdict(
     Args:
         ballots: as in `majority`, each of as many planes as the zero rule has.
         zeros: the zero rule.
-        step: `t`.
+        step: `t`; where it is known only when a graph runs, a scalar of the words' framework and dtype.
         masks: as in `majority`.
 
     Returns:
@@ -116,7 +116,10 @@ def verdict(
     bit = zero_bit(zeros, step)
     if bit is None:
         return [negative, ~tied]
-    return [negative | tied] if bit else [negative]
+    if isinstance(bit, int):
+        return [negative | tied] if bit else [negative]
+    none = negative ^ negative
+    return [negative | (tied & (none - bit))]  # 0 − 1 sets every bit
 
 
 def _constant(number: int, none: Words) -> list[Words]:

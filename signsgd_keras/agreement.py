@@ -1,0 +1,80 @@
+"""What all workers must have in common for a vote: 32 bytes that travel ahead of every share of the ballots."""
+
+import hashlib
+import json
+from typing import Any
+
+import tensorflow as tf
+
+from signsgd_core.traffic import HEADER_BYTES
+
+Tensor = Any
+
+WIRE_VERSION = 1
+TERMS = HEADER_BYTES // 4
+"""How many int32 words they take."""
+
+SETTINGS = (
+    "beta_1",
+    "beta_2",
+    "verdict_momentum",
+    "zero_rule",
+    "warmup_steps",
+    "weight_decay",
+    "clipnorm",
+    "clipvalue",
+    "global_clipnorm",
+    "gradient_accumulation_steps",
+    "use_ema",
+    "ema_momentum",
+    "ema_overwrite_frequency",
+)
+"""Of the optimizer, known before the graph runs."""
+
+_COLUMNS = (
+    ("wire versions", 1),
+    (f"settings ({', '.join(SETTINGS)})", 2),
+    ("learning rates", 1),
+    ("numbers of steps taken", 2),
+    ("models (names and shapes of the variables)", 2),
+)
+"""What the words say, and how many it takes."""
+
+
+def terms(settings: dict[str, Any], shapes: list[Any], learning_rate: Tensor, iterations: Tensor) -> Tensor:
+    """Return this replica's terms.
+
+    Args:
+        settings: the optimizer's `SETTINGS` by name.
+        shapes: of the variables that are voted on, in their order.
+        learning_rate: float32 scalar.
+        iterations: int64 scalar.
+
+    Returns:
+        int32 of shape (TERMS,).
+    """
+    fixed = tf.constant([WIRE_VERSION, *_digest(settings)], tf.int32)
+    rate = tf.bitcast(tf.cast(learning_rate, tf.float32), tf.int32)[None]
+    step = tf.bitcast(tf.cast(iterations, tf.int64), tf.int32)
+    return tf.concat([fixed, rate, step, tf.constant(_digest(shapes), tf.int32)], axis=0)
+
+
+def check(rows: Tensor) -> list[Any]:
+    """Return assertions that all workers' terms, int32 of shape (replicas, TERMS), are the same.
+
+    Every worker gets the terms of all, so all raise the same error.
+    """
+    checks, first = [], 0
+    for name, count in _COLUMNS:
+        words = rows[:, first : first + count]
+        message = f"the workers disagree and cannot vote: their {name} differ; worker by worker, as bits:"
+        checks.append(tf.debugging.Assert(tf.reduce_all(tf.equal(words, words[0])), [message, words], summarize=-1))
+        first += count
+    return checks
+
+
+def _digest(value: Any) -> list[int]:
+    """Two int32 words of a digest of plain values."""
+    text = json.dumps(value, sort_keys=True, default=str)
+    digest = hashlib.sha256(text.encode()).digest()
+    return [int.from_bytes(digest[k : k + 4], "little", signed=True) for k in (0, 4)]

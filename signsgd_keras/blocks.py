@@ -1,0 +1,62 @@
+"""What is done with variables and blocks of them: where a framework runs operation by operation, block by block."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import keras
+from keras import ops
+
+from signsgd_core import BLOCK
+
+Tensor = Any
+Variable = Any
+
+
+def split(*arrays: Any) -> Iterator[tuple[Any, ...]]:
+    """Yield corresponding blocks of variables and tensors of one size; None stays None.
+
+    On the torch backend and a CPU these are flat views of a size that stays in the core's own cache; elsewhere the
+    compiler or the device does better with the whole.
+
+    Args:
+        *arrays: variables or tensors of one shape, or None.
+    """
+    if keras.backend.backend() != "torch":
+        yield arrays
+        return
+    tensors = [array.value if isinstance(array, keras.Variable) else array for array in arrays]
+    tensors = [None if tensor is None else tensor.detach() for tensor in tensors]
+    given = [tensor for tensor in tensors if tensor is not None]
+    if given[0].device.type != "cpu" or not all(tensor.is_contiguous() for tensor in given):
+        yield tuple(tensors)
+        return
+    flat = [None if tensor is None else tensor.view(-1) for tensor in tensors]
+    for lo in range(0, given[0].numel(), BLOCK):
+        yield tuple(None if tensor is None else tensor[lo : lo + BLOCK] for tensor in flat)
+
+
+def finite(gradient: Tensor) -> Tensor:
+    """Return the gradient with every NaN and ±Inf replaced by 0 (step 1)."""
+
+    def replaced() -> Tensor:
+        return ops.where(ops.isfinite(gradient), gradient, ops.zeros_like(gradient))
+
+    if keras.backend.backend() == "jax":
+        return replaced()  # the compiler makes it part of what follows
+    return ops.cond(ops.isfinite(ops.sum(gradient)), lambda: gradient, replaced)  # reads once where all is well
+
+
+def write(target: Variable, value: Tensor) -> None:
+    """Set a variable, or a block that `split` made of one."""
+    if hasattr(target, "assign"):
+        target.assign(value)
+    else:
+        target.copy_(value)
+
+
+def subtract(target: Variable, value: Tensor) -> None:
+    """Subtract from a variable, or from a block that `split` made of one."""
+    if hasattr(target, "assign_sub"):
+        target.assign_sub(value)
+    else:
+        target.sub_(value)

@@ -1,0 +1,203 @@
+"""Signum among the replicas of a `tf.distribute` strategy: cast, vote, apply."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import tensorflow as tf
+
+import signsgd_core as core
+
+from . import agreement, internals
+from .ballots import pack, unpack
+from .cross_device_ops import MajorityVote, width
+
+if TYPE_CHECKING:
+    from .optimizer import Signum
+
+Tensor = Any
+Variable = Any
+
+
+@dataclass(frozen=True)
+class _Own:
+    """What one replica brings to a step; opaque to TensorFlow, which would fail on replicas that differ."""
+
+    gradients: list[Tensor]
+    variables: list[Variable]
+
+
+class Voter:
+    """One optimizer's vote among the replicas of its strategy.
+
+    Args:
+        optimizer: made in the scope of the strategy.
+    """
+
+    def __init__(self, optimizer: "Signum") -> None:
+        self.optimizer = optimizer
+        self.strategy: Any = optimizer._distribution_strategy
+
+    def check_scope(self) -> None:
+        """Make sure that the optimizer belongs to the strategy in force, and that this one can vote.
+
+        Raises:
+            ValueError: if not.
+        """
+        current = tf.distribute.get_strategy()
+        if current is not self.strategy:
+            raise ValueError(
+                f"Signum was made under {_name(self.strategy)} and is used under {_name(current)}, where it would step "
+                "without a vote: make model, optimizer and compile() within `with strategy.scope():`"
+            )
+        votes = (tf.distribute.MirroredStrategy, tf.distribute.MultiWorkerMirroredStrategy)
+        if self.optimizer.replicas > 1 and not isinstance(self.strategy, votes):
+            raise ValueError(
+                f"Signum cannot vote under {_name(self.strategy)}: take tf.distribute.MirroredStrategy on one machine "
+                "or signsgd_keras.MultiWorkerMajorityVoteStrategy on several"
+            )
+
+    def apply(self, gradients: list[Tensor], variables: list[Variable]) -> None:
+        """Take one step, in replica context: accumulate, or clip, cast, vote and move.
+
+        Args:
+            gradients: this replica's, dense.
+            variables: theirs.
+
+        Raises:
+            ValueError: outside of `strategy.run`, where the vote cannot work, or if replicas lack different gradients.
+        """
+        self.check_scope()
+        context = tf.distribute.get_replica_context()
+        if context is None:
+            raise ValueError("Signum votes among replicas: call apply() within strategy.run(), or take model.fit()")
+        if internals.in_xla():
+            raise ValueError("a vote among replicas cannot be compiled by XLA: take compile(jit_compile=False) or 'auto'")
+        if internals.in_keras_loop():
+            raise ValueError(
+                "Keras cannot run steps_per_execution > 1 with an optimizer under tf.distribute: take "
+                "compile(steps_per_execution=1)"
+            )
+        context.merge_call(self._step, args=(_Own(gradients, variables),))
+
+    def _step(self, strategy: Any, own: Any) -> None:
+        """The step in cross-replica context, where a condition may hold a vote."""
+        optimizer, own = self.optimizer, strategy.experimental_local_results(own)
+        keys = [[optimizer._get_variable_index(v) for v in replica.variables] for replica in own]
+        if any(replica != keys[0] for replica in keys):
+            raise ValueError(
+                f"the replicas have gradients for different variables, {keys}: a vote among replicas needs them for the "
+                "same ones"
+            )
+        gradients = [replica.gradients for replica in own]
+        steps = optimizer.gradient_accumulation_steps
+        if steps:
+            sums = [optimizer._accumulated_gradients[k] for k in keys[0]]
+            tf.cond(
+                tf.equal((optimizer._iterations.value + 1) % steps, 0),
+                lambda: self._vote(_means(strategy, gradients, sums, steps), keys[0]),
+                lambda: _accumulate(strategy, gradients, sums),
+            )
+        else:
+            self._vote(gradients, keys[0])
+        if optimizer.use_ema:
+            self._average()
+
+    def _vote(self, gradients: list[list[Tensor]], keys: list[int]) -> None:
+        """Steps 1-8, in cross-replica context."""
+        optimizer, strategy = self.optimizer, self.strategy
+        variables = [optimizer._trainable_variables[k] for k in keys]
+        t, rule = optimizer.iterations, optimizer.zero_rule
+        parity, lr = tf.cast(t % 2, tf.uint8), tf.convert_to_tensor(optimizer.learning_rate)
+
+        def cast() -> Tensor:
+            replica, local = _replica(strategy)
+            bit = core.zero_bit(rule, parity, replica % 2)
+            clipped = optimizer._clip_gradients(gradients[local])
+            ballots = [
+                pack(optimizer.direction(g, optimizer.state_of(v)[0]), bit)
+                for g, v in zip(clipped, variables, strict=True)
+            ]
+            length = sum(ballot.shape[1] for ballot in ballots)
+            padding = tf.zeros([ballots[0].shape[0], width(length, optimizer.replicas) - length], tf.uint8)
+            return tf.concat([*ballots, padding], axis=1)
+
+        op = internals.cross_device_ops(strategy)
+        op = op if isinstance(op, MajorityVote) else MajorityVote(op)
+        ballots = strategy.experimental_local_results(strategy.extended.call_for_each_replica(cast))
+        terms = agreement.terms(_settings(optimizer), [[v.path, *v.shape] for v in variables], lr, t)
+        verdict = internals.per_replica(op.vote(ballots, rule, parity, terms))
+        first = 0
+        for variable in variables:
+            self._move(variable, verdict, first, lr)
+            first += -(-int(np.prod(variable.shape)) // 8)
+
+    def _move(self, variable: Variable, verdict: Any, first: int, lr: Tensor) -> None:
+        """Move a variable on every device by its bytes of the verdict, the first of which is `first`."""
+        length, optimizer = int(np.prod(variable.shape)), self.optimizer
+        average, decay = optimizer.state_of(variable)[1], optimizer.decay(variable)
+
+        def move(x: Variable, bits: Tensor, u: Variable | None) -> None:
+            bits = bits[:, first : first + -(-length // 8)]
+            optimizer.move(x, tf.reshape(unpack(bits, length), variable.shape), u, lr, decay)
+
+        average = None if average is None else average.value
+        self.strategy.extended.update(variable.value, move, args=(verdict, average), group=False)
+
+    def _average(self) -> None:
+        """Keras' moving average of the variables, and where asked for the variables from it."""
+        optimizer = self.optimizer
+        optimizer._update_model_variables_moving_average(optimizer._trainable_variables)
+        if optimizer.ema_overwrite_frequency:
+            tf.cond(
+                tf.equal((optimizer.iterations + 1) % optimizer.ema_overwrite_frequency, 0),
+                lambda: optimizer._overwrite_model_variables_with_average_value(optimizer._trainable_variables),
+                lambda: None,
+            )
+
+    def gather(self, variable: Variable) -> npt.NDArray[Any]:
+        """Return a variable of which each replica has its own, shape (replicas, …); all workers must call it."""
+        rows = self.strategy.run(lambda: tf.identity(variable.value)[None])
+        return self.strategy.gather(rows, axis=0).numpy()  # type: ignore[no-any-return]
+
+    def scatter(self, variable: Variable, rows: npt.NDArray[Any]) -> None:
+        """Set a variable of which each replica has its own from the rows of all replicas."""
+        self.strategy.run(lambda: variable.assign(rows[_replica(self.strategy)[0]]))
+
+
+def _replica(strategy: Any) -> tuple[int, int]:
+    """Return the number of the replica that runs this, among those of all workers and among this worker's."""
+    replica = int(tf.get_static_value(tf.distribute.get_replica_context().replica_id_in_sync_group))
+    return replica, replica % len(strategy.extended.worker_devices)
+
+
+def _means(strategy: Any, gradients: list[list[Tensor]], sums: list[Variable], steps: int) -> list[list[Tensor]]:
+    """Return each replica's mean gradients since its last vote, and start over."""
+
+    def mean() -> list[Tensor]:
+        means = [(g + s) / steps for g, s in zip(gradients[_replica(strategy)[1]], sums, strict=True)]
+        with tf.control_dependencies(means):
+            for s in sums:
+                s.assign(tf.zeros_like(s))
+        return means
+
+    means = strategy.extended.call_for_each_replica(mean)
+    return list(zip(*(strategy.experimental_local_results(m) for m in means), strict=True))
+
+
+def _accumulate(strategy: Any, gradients: list[list[Tensor]], sums: list[Variable]) -> None:
+    def add() -> None:
+        for g, s in zip(gradients[_replica(strategy)[1]], sums, strict=True):
+            s.assign_add(g)
+
+    strategy.extended.call_for_each_replica(add)
+
+
+def _settings(optimizer: "Signum") -> dict[str, Any]:
+    return {name: getattr(optimizer, name) for name in agreement.SETTINGS}
+
+
+def _name(strategy: Any) -> str:
+    name = type(strategy).__name__
+    return "no strategy" if name.startswith("_Default") else name
