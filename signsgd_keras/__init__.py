@@ -8,10 +8,11 @@ from .optimizer import Signum
 
 if TYPE_CHECKING:
     from .cross_device_ops import MajorityVote
+    from .strategy import MultiWorkerMajorityVoteStrategy
 
-__all__ = ["MajorityVote", "Signum"]
+__all__ = ["MajorityVote", "MultiWorkerMajorityVoteStrategy", "Signum"]
 
-_HOMES = {"MajorityVote": "cross_device_ops"}
+_HOMES = {"MajorityVote": "cross_device_ops", "MultiWorkerMajorityVoteStrategy": "strategy"}
 """What needs TensorFlow, and is therefore imported when first asked for."""
 
 
