@@ -19,10 +19,11 @@ _HOMES = {"MajorityVote": "cross_device_ops", "MultiWorkerMajorityVoteStrategy":
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if keras.backend.backend() != "tensorflow":
+    backend = keras.backend.backend()
+    if backend != "tensorflow":
         raise ImportError(
-            f"{name} works under tf.distribute and needs Keras' TensorFlow backend, this is {keras.backend.backend()!r}: "
-            "set KERAS_BACKEND=tensorflow before keras is imported"
+            f"{name} works under tf.distribute and needs Keras' TensorFlow backend, got {backend!r}: set "
+            "KERAS_BACKEND=tensorflow before keras is imported"
         )
     from importlib import import_module
 

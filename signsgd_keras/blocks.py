@@ -41,7 +41,7 @@ def finite(gradient: Tensor) -> Tensor:
     def replaced() -> Tensor:
         return ops.where(ops.isfinite(gradient), gradient, ops.zeros_like(gradient))
 
-    if keras.backend.backend() == "jax":
+    if _compiled():
         return replaced()  # the compiler makes it part of what follows
     return ops.cond(ops.isfinite(ops.sum(gradient)), lambda: gradient, replaced)  # reads once where all is well
 
@@ -60,3 +60,12 @@ def subtract(target: Variable, value: Tensor) -> None:
         target.assign_sub(value)
     else:
         target.sub_(value)
+
+
+def _compiled() -> bool:
+    """Tell whether a compiler sees the step as a whole."""
+    if keras.backend.backend() != "tensorflow":
+        return bool(keras.backend.backend() == "jax")
+    from .internals import in_xla
+
+    return in_xla()

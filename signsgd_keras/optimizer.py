@@ -211,9 +211,7 @@ class Signum(keras.optimizers.Optimizer):  # type: ignore[misc]
             return c
         return ops.cond(ops.less(self.iterations, self._warmup), lambda: g, lambda: c)
 
-    def move(
-        self, x: Variable, verdict: Tensor, average: Variable | None, learning_rate: Tensor, decay: float
-    ) -> None:
+    def move(self, x: Variable, verdict: Tensor, average: Variable | None, learning_rate: Tensor, decay: float) -> None:
         """Move a variable by the verdict: steps 7 and 8.
 
         Args:
@@ -286,7 +284,9 @@ class Signum(keras.optimizers.Optimizer):  # type: ignore[misc]
         if self.replicas == 1:
             super()._backend_apply_gradients(grads, trainable_variables)
         else:
-            self._voter.apply([dense(g, v) for g, v in zip(grads, trainable_variables, strict=True)], trainable_variables)
+            self._voter.apply(
+                [dense(g, v) for g, v in zip(grads, trainable_variables, strict=True)], trainable_variables
+            )
 
     def _apply_weight_decay(self, variables: list[Variable]) -> None:
         """Do nothing: step 8 decays."""

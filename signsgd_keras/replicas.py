@@ -73,7 +73,9 @@ class Voter:
         if context is None:
             raise ValueError("Signum votes among replicas: call apply() within strategy.run(), or take model.fit()")
         if internals.in_xla():
-            raise ValueError("a vote among replicas cannot be compiled by XLA: take compile(jit_compile=False) or 'auto'")
+            raise ValueError(
+                "a vote among replicas cannot be compiled by XLA: take compile(jit_compile=False) or 'auto'"
+            )
         if internals.in_keras_loop():
             raise ValueError(
                 "Keras cannot run steps_per_execution > 1 with an optimizer under tf.distribute: take "
@@ -87,8 +89,8 @@ class Voter:
         keys = [[optimizer._get_variable_index(v) for v in replica.variables] for replica in own]
         if any(replica != keys[0] for replica in keys):
             raise ValueError(
-                f"the replicas have gradients for different variables, {keys}: a vote among replicas needs them for the "
-                "same ones"
+                f"the replicas have gradients for different variables, by their numbers {keys}: a vote needs them for the "
+                "same ones on all"
             )
         gradients = [replica.gradients for replica in own]
         steps = optimizer.gradient_accumulation_steps
@@ -183,7 +185,7 @@ def _means(strategy: Any, gradients: list[list[Tensor]], sums: list[Variable], s
         return means
 
     means = strategy.extended.call_for_each_replica(mean)
-    return list(zip(*(strategy.experimental_local_results(m) for m in means), strict=True))
+    return [list(row) for row in zip(*(strategy.experimental_local_results(m) for m in means), strict=True)]
 
 
 def _accumulate(strategy: Any, gradients: list[list[Tensor]], sums: list[Variable]) -> None:

@@ -1,8 +1,13 @@
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 
 import pytest
 
+from .clusters import Cluster, Nursery
 from .workers import Workers
+
+os.environ["KERAS_BACKEND"] = "tensorflow"  # of this process; the others are in processes of their own
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 
 @pytest.fixture(scope="session")
@@ -10,3 +15,62 @@ def workers() -> Iterator[Workers]:
     pool = Workers(4)
     yield pool
     pool.close()
+
+
+@pytest.fixture(scope="session")
+def nursery() -> Iterator[Callable[[str], Nursery]]:
+    """Backend -> the process that forks processes with Keras on that backend."""
+    opened: dict[str, Nursery] = {}
+
+    def of(backend: str) -> Nursery:
+        if backend not in opened:
+            opened[backend] = Nursery(backend)
+        return opened[backend]
+
+    yield of
+    for one in opened.values():
+        one.close()
+
+
+@pytest.fixture(scope="session")
+def backend(nursery: Callable[[str], Nursery]) -> Iterator[Callable[[str], Cluster]]:
+    """Backend -> one process with Keras on that backend."""
+    opened: dict[str, Cluster] = {}
+
+    def of(name: str) -> Cluster:
+        if name not in opened:
+            opened[name] = Cluster(nursery(name), 1)
+        return opened[name]
+
+    yield of
+    for one in opened.values():
+        one.close()
+
+
+@pytest.fixture(scope="session")
+def cluster(nursery: Callable[[str], Nursery]) -> Iterator[Callable[[int], Cluster]]:
+    """Number of workers -> that many processes of one TensorFlow cluster, shared by tests that leave them alive."""
+    opened: dict[int, Cluster] = {}
+
+    def of(size: int) -> Cluster:
+        if size not in opened:
+            opened[size] = Cluster(nursery("tensorflow"), size)
+        return opened[size]
+
+    yield of
+    for one in opened.values():
+        one.close()
+
+
+@pytest.fixture
+def fresh_cluster(nursery: Callable[[str], Nursery]) -> Iterator[Callable[[int], Cluster]]:
+    """As `cluster`, for one test that may kill some."""
+    opened: list[Cluster] = []
+
+    def of(size: int) -> Cluster:
+        opened.append(Cluster(nursery("tensorflow"), size))
+        return opened[-1]
+
+    yield of
+    for one in opened:
+        one.close()
