@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import tensorflow as tf
+from tensorflow.python.distribute.collective_all_reduce_strategy import CollectiveAllReduceExtended
 from tensorflow.python.distribute.cross_device_ops import CollectiveAllReduce
 from tensorflow.python.distribute.distribute_utils import regroup
 from tensorflow.python.ops import collective_ops, control_flow_util
@@ -12,6 +13,7 @@ Tensor = Any
 
 __all__ = [
     "CollectiveAllReduce",
+    "CollectiveAllReduceExtended",
     "all_gather",
     "all_to_all",
     "cross_device_ops",

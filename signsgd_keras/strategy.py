@@ -2,7 +2,10 @@
 
 from typing import Any
 
+import keras
 import tensorflow as tf
+
+from .internals import CollectiveAllReduceExtended
 
 
 class MultiWorkerMajorityVoteStrategy(tf.distribute.MultiWorkerMirroredStrategy):  # type: ignore[misc]
@@ -30,6 +33,11 @@ class MultiWorkerMajorityVoteStrategy(tf.distribute.MultiWorkerMirroredStrategy)
         >>> model.fit(x, y)  # doctest: +SKIP
     """
 
+    def __init__(self, cluster_resolver: Any = None, communication_options: Any = None) -> None:
+        options = communication_options or tf.distribute.experimental.CommunicationOptions()
+        extended = _Extended(self, cluster_resolver=cluster_resolver, communication_options=options)
+        tf.distribute.Strategy.__init__(self, extended)
+
     def reduce(self, reduce_op: Any, value: Any, axis: Any) -> Any:
         """Reduce a value across replicas; of a structure of values, such as a batch, return this worker's own first.
 
@@ -44,3 +52,18 @@ class MultiWorkerMajorityVoteStrategy(tf.distribute.MultiWorkerMirroredStrategy)
         if all(tf.is_tensor(v) and v.shape.rank == 0 for v in local):
             axis = None
         return super().reduce(reduce_op, value, axis)
+
+
+class _Extended(CollectiveAllReduceExtended):  # type: ignore[misc]
+    """Makes the workers agree whether a step is skipped: Keras' `LossScaleOptimizer` asks each worker for its own."""
+
+    def _call_for_each_replica(self, fn: Any, args: Any, kwargs: Any) -> Any:
+        owner = getattr(fn, "__self__", None)
+        if not isinstance(owner, keras.optimizers.LossScaleOptimizer) or fn.__name__ != "check_finite":
+            return super()._call_for_each_replica(fn, args, kwargs)
+
+        def overflows(grads: Any) -> Any:
+            return 1 - tf.cast(fn(grads), tf.int32)
+
+        overflowed = super()._call_for_each_replica(overflows, args, kwargs)
+        return tf.equal(self._container_strategy().reduce("SUM", overflowed, axis=None), 0)
