@@ -259,19 +259,22 @@ class Signum(keras.optimizers.Optimizer):  # type: ignore[misc]
         if len(store.keys()) != len(self.variables):
             super().load_own_variables(store)  # says what is wrong
             return
-        for i, variable in enumerate(self.variables):
-            saved = np.asarray(store[str(i)])
-            rows = saved if saved.ndim > len(variable.shape) else saved[None]
-            if rows.shape[1:] != tuple(variable.shape):
-                raise ValueError(
-                    f"optimizer variable {i} ({variable.name}) has shape {tuple(variable.shape)}, "
-                    f"the saved one {saved.shape}: build the model that was saved"
-                )
-            rows = core.redistribute(rows, self.replicas if _is_private(variable) else 1)
+        fitting = [self._fit(i, variable, np.asarray(store[str(i)])) for i, variable in enumerate(self.variables)]
+        for variable, rows in zip(self.variables, fitting, strict=True):
             if _is_private(variable):
                 self._voter.scatter(variable, rows)
             else:
                 variable.assign(rows[0])
+
+    def _fit(self, i: int, variable: Variable, saved: Any) -> Any:
+        """Return what was saved of a variable as one row for each replica that has its own."""
+        rows = saved if saved.ndim > len(variable.shape) else saved[None]
+        if rows.shape[1:] != tuple(variable.shape):
+            raise ValueError(
+                f"optimizer variable {i}, {variable.path}, has shape {tuple(variable.shape)} and the saved one "
+                f"{saved.shape}: build the model that was saved; nothing was loaded into the optimizer"
+            )
+        return core.redistribute(rows, self.replicas if _is_private(variable) else 1)
 
     @property
     def _voter(self) -> Any:

@@ -89,8 +89,8 @@ class Voter:
         keys = [[optimizer._get_variable_index(v) for v in replica.variables] for replica in own]
         if any(replica != keys[0] for replica in keys):
             raise ValueError(
-                f"the replicas have gradients for different variables, by their numbers {keys}: a vote needs them for the "
-                "same ones on all"
+                f"the replicas have gradients for different variables, by their numbers {keys}: a vote needs them for "
+                "the same ones on all"
             )
         gradients = [replica.gradients for replica in own]
         steps = optimizer.gradient_accumulation_steps
