@@ -97,7 +97,7 @@ class Signum(keras.optimizers.Optimizer):  # type: ignore[misc]
             core.check_size("learning_rate", learning_rate)
         for share, value in (("beta_1", beta_1), ("beta_2", beta_2), ("verdict_momentum", verdict_momentum)):
             core.check_share(share, value)
-        core.check_size("weight_decay", weight_decay or 0.0)
+        core.check_size("weight_decay", 0.0 if weight_decay is None else weight_decay)
         if zeros is not None:
             core.check_zeros(zeros)
         warmup = core.check_warmup_steps(warmup_steps, beta_2)
@@ -156,7 +156,7 @@ class Signum(keras.optimizers.Optimizer):  # type: ignore[misc]
         if name not in ("momentum", "gradient_accumulator", "verdict_momentum"):
             return super().add_variable_from_reference(reference_variable, name, initializer)
         private = self.replicas > 1 and name != "verdict_momentum"
-        with keras.name_scope(self.name):
+        with keras.name_scope(self.name, caller=self):  # by caller: build() is in it already
             variable = keras.Variable(
                 initializer=initializer,
                 shape=reference_variable.shape,
