@@ -110,7 +110,8 @@ def test_redistribute(old: int, new: int) -> None:
     momenta = np.random.default_rng(old).integers(-80, 81, (old, 3, 2)).astype(np.float32)
     before = momenta.copy()
     result = redistribute(momenta, new)
-    assert (result.shape, result.dtype) == ((new, 3, 2), np.float32)
+    assert result.shape == (new, 3, 2)
+    assert result.dtype == np.float32
     for i in range(new):
         sources = [j for j in range(old) if j % new == i] if new < old else [i % old]
         np.testing.assert_allclose(result[i], sum(momenta[j] for j in sources) / np.float32(len(sources)), rtol=1e-6)

@@ -22,15 +22,14 @@ def everywhere(test: Test) -> Test:
     Its arguments are those of `pytest.mark.parametrize` and fixtures whose values can be sent.
     """
 
-    @pytest.mark.parametrize("name", BACKENDS)
-    @wraps(test)
-    def run(name: str, backend: Any, **arguments: Any) -> None:
+    def call(name: str, backend: Any, **arguments: Any) -> None:
         backend(name).run(_call, test.__module__, test.__name__, arguments)
 
-    own = list(inspect.signature(test).parameters)
-    run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-        [inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY) for key in ("name", "backend", *own)]
-    )
+    run: Test = pytest.mark.parametrize("name", BACKENDS)(wraps(test)(call))
+
+    asked: Any = run  # what pytest sees
+    names = ("name", "backend", *inspect.signature(test).parameters)
+    asked.__signature__ = inspect.Signature([inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY) for key in names])
     return run
 
 
@@ -79,7 +78,9 @@ def train(optimizer: Any, steps: Sequence[Sequence[Any]], xs: Sequence[Any] | No
     xs = variables() if xs is None else xs
     trajectory = []
     for step in steps:
-        given = [None if g is None else keras.ops.convert_to_tensor(g, dtype=x.dtype) for g, x in zip(step, xs)]  # noqa: B905
+        given = [
+            None if g is None else keras.ops.convert_to_tensor(g, dtype=x.dtype) for g, x in zip(step, xs, strict=True)
+        ]
         optimizer.apply(given, xs)
         trajectory.append([numbers(x) for x in xs])
     return trajectory
