@@ -136,6 +136,8 @@ class Signum(keras.optimizers.Optimizer):  # type: ignore[misc]
             return
         if keras.backend.backend() == "tensorflow":
             self._voter.check_scope()
+        if self.replicas > 1:
+            self._voter.agree(variables)
         super().build(variables)
         self._momentums = self._verdict_momentums = None
         if self.beta_1 > 0:  # else c = g: a momentum would never be read

@@ -58,6 +58,16 @@ class Voter:
                 "or signsgd_keras.MultiWorkerMajorityVoteStrategy on several"
             )
 
+    def agree(self, variables: list[Variable]) -> None:
+        """Make sure that all workers have the same settings and the same variables to vote on.
+
+        Raises:
+            ValueError: if not, on all workers.
+        """
+        ops = internals.cross_device_ops(self.strategy)
+        if isinstance(ops, internals.CollectiveAllReduce):
+            agreement.agree(ops, _settings(self.optimizer), _shapes(variables))
+
     def apply(self, gradients: list[Tensor], variables: list[Variable]) -> None:
         """Take one step, in replica context: accumulate, or clip, cast, vote and move.
 
@@ -128,7 +138,7 @@ class Voter:
         op = internals.cross_device_ops(strategy)
         op = op if isinstance(op, MajorityVote) else MajorityVote(op)
         ballots = strategy.experimental_local_results(strategy.extended.call_for_each_replica(cast))
-        terms = agreement.terms(_settings(optimizer), [[v.path, *v.shape] for v in variables], lr, t)
+        terms = agreement.terms(_settings(optimizer), _shapes(variables), lr, t)
         verdict = internals.per_replica(op.vote(ballots, rule, parity, terms))
         first = 0
         for variable in variables:
@@ -198,6 +208,10 @@ def _accumulate(strategy: Any, gradients: list[list[Tensor]], sums: list[Variabl
 
 def _settings(optimizer: "Signum") -> dict[str, Any]:
     return {name: getattr(optimizer, name) for name in agreement.SETTINGS}
+
+
+def _shapes(variables: list[Variable]) -> list[Any]:
+    return [[v.path, *v.shape] for v in variables]
 
 
 def _name(strategy: Any) -> str:
