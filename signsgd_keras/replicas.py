@@ -1,5 +1,6 @@
 """Signum among the replicas of a `tf.distribute` strategy: cast, vote, apply."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ import signsgd_core as core
 from . import agreement, internals
 from .ballots import pack, unpack
 from .cross_device_ops import MajorityVote, width
+from .statistics import count_nonfinite
 
 if TYPE_CHECKING:
     from .optimizer import Signum
@@ -123,27 +125,64 @@ class Voter:
         t, rule = optimizer.iterations, optimizer.zero_rule
         parity, lr = tf.cast(t % 2, tf.uint8), tf.convert_to_tensor(optimizer.learning_rate)
 
-        def cast() -> Tensor:
+        def cast() -> tuple[Tensor, Tensor]:
             replica, local = _replica(strategy)
             bit = core.zero_bit(rule, parity, replica % 2)
             clipped = optimizer._clip_gradients(gradients[local])
+            nonfinite = 0 if optimizer.statistics is None else count_nonfinite(clipped)
             ballots = [
                 pack(optimizer.direction(g, optimizer.state_of(v)[0]), bit)
                 for g, v in zip(clipped, variables, strict=True)
             ]
             length = sum(ballot.shape[1] for ballot in ballots)
             padding = tf.zeros([ballots[0].shape[0], width(length, optimizer.replicas) - length], tf.uint8)
-            return tf.concat([*ballots, padding], axis=1)
+            return tf.concat([*ballots, padding], axis=1), nonfinite
 
         op = internals.cross_device_ops(strategy)
         op = op if isinstance(op, MajorityVote) else MajorityVote(op)
-        ballots = strategy.experimental_local_results(strategy.extended.call_for_each_replica(cast))
+        cast_all, nonfinite = strategy.extended.call_for_each_replica(cast)
+        ballots = strategy.experimental_local_results(cast_all)
         terms = agreement.terms(_settings(optimizer), _shapes(variables), lr, t)
-        verdict = internals.per_replica(op.vote(ballots, rule, parity, terms))
+        if optimizer.statistics is None:
+            verdicts = op.vote(ballots, rule, parity, terms)
+        else:
+            verdicts = self._watch(op, ballots, rule, parity, terms, variables, nonfinite)
+        verdict = internals.per_replica(verdicts)
         first = 0
         for variable in variables:
             self._move(variable, verdict, first, lr)
             first += -(-int(np.prod(variable.shape)) // 8)
+
+    def _watch(
+        self,
+        op: MajorityVote,
+        ballots: Sequence[Tensor],
+        rule: core.Zeros,
+        parity: Tensor,
+        terms: Tensor,
+        variables: list[Variable],
+        nonfinite: Any,
+    ) -> list[Tensor]:
+        """Vote, and count what the vote looked like."""
+        optimizer, strategy = self.optimizer, self.strategy
+        with tf.control_dependencies(ballots):
+            begin = tf.timestamp()
+        tallies: list[list[list[Tensor]]] = []
+        verdicts = op.vote(ballots, rule, parity, terms, tallies)
+        with tf.control_dependencies([begin, *verdicts]):
+            seconds = tf.timestamp() - begin
+        planes, length = ballots[0].shape
+        sent, sizes = op.sent_bytes(length, planes, optimizer.replicas), [int(np.prod(v.shape)) for v in variables]
+        counts = strategy.experimental_local_results(nonfinite)
+
+        def count() -> None:
+            replica, local = _replica(strategy)
+            optimizer.statistics.count(
+                sizes, ballots[local], verdicts[local], tallies[local], replica, counts[local], sent, seconds
+            )
+
+        strategy.extended.call_for_each_replica(count)
+        return verdicts
 
     def _move(self, variable: Variable, verdict: Any, first: int, lr: Tensor) -> None:
         """Move a variable on every device by its bytes of the verdict, the first of which is `first`."""
