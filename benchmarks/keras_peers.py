@@ -17,7 +17,7 @@ from keras_cluster import Cluster, index, is_worker, tell, wait_for_go
 os.environ["KERAS_BACKEND"] = "tensorflow"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-REPLICAS, WORKERS, PARAMETERS, STEPS = 2, 2, 1_000_000, 10
+REPLICAS, WORKERS, PARAMETERS, STEPS, SECONDS = 2, 2, 1_000_000, 10, 600
 
 
 def outcome(trial: Callable[[], str]) -> str:
@@ -158,10 +158,10 @@ def bytes_per_step(strategy: Any, optimizer: Any) -> float:
 
 def on_several() -> list[tuple[str, str, str]]:
     """Rows of real worker processes: what, theirs, ours."""
-    with Cluster(WORKERS, __file__, "--worker", "theirs") as cluster:
+    with Cluster(WORKERS, __file__, "--worker", "theirs", seconds=SECONDS) as cluster:
         theirs = [cluster.hear()[0] for _ in range(3)]
         lion = sum(cluster.hear()) / WORKERS
-    with Cluster(WORKERS, __file__, "--worker", "ours") as cluster:
+    with Cluster(WORKERS, __file__, "--worker", "ours", seconds=SECONDS) as cluster:
         ours = [cluster.hear()[0] for _ in range(3)]
         signum = sum(cluster.hear()) / WORKERS
     where = f"fit, {WORKERS} worker processes"
@@ -190,8 +190,9 @@ def main() -> None:
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {packages}")
     print("theirs: Keras' Lion, MirroredStrategy, MultiWorkerMirroredStrategy")
     print("ours:   Signum, MirroredStrategy(cross_device_ops=MajorityVote()), MultiWorkerMajorityVoteStrategy")
-    for what, theirs, ours in [*on_one_machine(), *on_several()]:
-        print(f"\n{what}\n  theirs: {theirs}\n  ours:   {ours}", flush=True)
+    for rows in (on_one_machine, on_several):
+        for what, theirs, ours in rows():
+            print(f"\n{what}\n  theirs: {theirs}\n  ours:   {ours}", flush=True)
 
 
 if __name__ == "__main__":
