@@ -11,7 +11,7 @@ import pytest
 from signsgd_core import Reference
 from signsgd_keras import Signum
 
-from .backends import SHAPES, Array, assert_equal, everywhere, gradients, numbers, start, train, variables
+from .backends import SHAPES, Array, assert_equal, eighths, everywhere, gradients, numbers, start, train, variables
 
 Settings = dict[str, Any]
 Trajectory = list[list[Array]]
@@ -209,7 +209,7 @@ def test_accumulated_gradients_are_one_vote_with_their_mean() -> None:
     """Momentum, warmup and the alternation of zeros count votes, not batches; between votes nothing moves."""
     steps = gradients(8)
     means = [[(a + b) / 2 for a, b in zip(*steps[k : k + 2], strict=True)] for k in range(0, 8, 2)]
-    settings: Settings = {"zeros": "alternate", "warmup_steps": 1, "verdict_momentum": 0.5, "weight_decay": 0.5}
+    settings: Settings = {"zeros": "alternate", "warmup_steps": 2, "verdict_momentum": 0.5, "weight_decay": 0.5}
     trajectory = train(signum(gradient_accumulation_steps=2, **settings), steps)
     assert_equal(trajectory[1::2], reference(means, **settings))
     assert_equal(trajectory[::2], [start(), *trajectory[1:-1:2]])
@@ -332,12 +332,12 @@ def test_state_exists_only_where_a_setting_needs_it() -> None:
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_variables_round_once_and_keep_float32_momenta(dtype: str) -> None:
     half = np.dtype(getattr(ml_dtypes, dtype, dtype))
-    xs = variables([np.ones(3)], dtype=dtype)
+    x: Array = np.random.default_rng(0).standard_normal(500).astype(half)
+    xs = variables([x.astype(np.float32)], dtype=dtype)
     optimizer = signum(learning_rate=0.003, weight_decay=0.1, verdict_momentum=0.3)
-    x: Array = np.ones(3, half)
-    u: Array = np.zeros(3, np.float32)
-    m: Array = np.zeros(3, np.float32)
-    lr, decay, g = np.float32(0.003), np.float32(0.1), np.array([1.0, -1.0, 0.5], np.float32)
+    u: Array = np.zeros(500, np.float32)
+    m: Array = np.zeros(500, np.float32)
+    lr, decay, g = np.float32(0.003), np.float32(0.1), eighths(500, seed=1)
     for t in range(3):
         train(optimizer, [[g]], xs)
         u = np.float32(0.3) * u + np.float32(0.7) * np.sign(g)

@@ -113,6 +113,7 @@ def test_configuration_makes_the_same_optimizer() -> None:
     """By every way Keras has."""
     for settings in OURS:
         original = Signum(**settings)
+        assert original.get_config().items() >= settings.items()
         for copy in (
             Signum.from_config(original.get_config()),
             keras.optimizers.deserialize(keras.optimizers.serialize(original)),
