@@ -10,6 +10,8 @@ import tensorflow as tf
 import signsgd_core as core
 from signsgd_core.figures import COUNTS
 
+from .ballots import unwords, words
+
 Tensor = Any
 
 
@@ -24,7 +26,7 @@ class VoteStatistics:
 
     def __init__(self, strategy: Any, sizes: Sequence[int], planes: int) -> None:
         self.strategy = strategy
-        self._width = sum(-(-size // 8) for size in sizes)
+        self._width = 4 * -(-sum(-(-size // 8) for size in sizes) // 4)
         private = {
             "trainable": False,
             "synchronization": tf.VariableSynchronization.ON_READ,
@@ -34,7 +36,9 @@ class VoteStatistics:
             self._counts = tf.Variable(tf.zeros([len(COUNTS)], tf.float64), **private)
             self._votes = tf.Variable(0, dtype=tf.int64, **private)
             self._compared = tf.Variable(False, **private)
-            self._last = tf.Variable(tf.zeros([planes, self._width], tf.uint8), **private)
+            self._last = tf.Variable(
+                tf.zeros([planes, self._width // 4], tf.int32), **private
+            )  # workers share no bytes
 
     def count(
         self,
@@ -64,7 +68,7 @@ class VoteStatistics:
         ties = tf.reshape(tf.bitcast(core.majority(tally)[1], tf.uint8), [-1])
         last = tf.pad(verdict, [[0, 0], [0, max(self._width - verdict.shape[1], 0)]])[:, : self._width]
         coordinates, compared = sum(sizes), tf.cast(self._compared, tf.float64)
-        flips = _ones(_differences(self._last, last) & _mask(sizes, self._width))
+        flips = _ones(_differences(unwords(self._last), last) & _mask(sizes, self._width))
         counts = [
             coordinates,
             _ones(_differences(ballot, verdict) & mask),
@@ -78,7 +82,7 @@ class VoteStatistics:
         ]
         self._counts.assign_add(tf.stack([tf.cast(count, tf.float64) for count in counts]))
         self._votes.assign_add(1)
-        self._last.assign(last)
+        self._last.assign(words(last, tf.int32))
         self._compared.assign(True)
 
     def take(self) -> tuple[npt.NDArray[np.float64], int]:
