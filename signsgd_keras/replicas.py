@@ -124,6 +124,9 @@ class Voter:
         variables = [optimizer._trainable_variables[k] for k in keys]
         t, rule = optimizer.iterations, optimizer.zero_rule
         parity, lr = tf.cast(t % 2, tf.uint8), tf.convert_to_tensor(optimizer.learning_rate)
+        # Of all variables, with a gradient or without: an exchange of messages that differ in size never ends, and
+        # workers that lack different gradients are to get as far as comparing their terms.
+        size = width(sum(map(_bytes, optimizer._trainable_variables)), optimizer.replicas)
 
         def cast() -> tuple[Tensor, Tensor]:
             replica, local = _replica(strategy)
@@ -134,8 +137,7 @@ class Voter:
                 pack(optimizer.direction(g, optimizer.state_of(v)[0]), bit)
                 for g, v in zip(clipped, variables, strict=True)
             ]
-            length = sum(ballot.shape[1] for ballot in ballots)
-            padding = tf.zeros([ballots[0].shape[0], width(length, optimizer.replicas) - length], tf.uint8)
+            padding = tf.zeros([ballots[0].shape[0], size - sum(map(_bytes, variables))], tf.uint8)
             return tf.concat([*ballots, padding], axis=1), nonfinite
 
         op = internals.cross_device_ops(strategy)
@@ -151,7 +153,7 @@ class Voter:
         first = 0
         for variable in variables:
             self._move(variable, verdict, first, lr)
-            first += -(-int(np.prod(variable.shape)) // 8)
+            first += _bytes(variable)
 
     def _watch(
         self,
@@ -251,6 +253,11 @@ def _settings(optimizer: "Signum") -> dict[str, Any]:
 
 def _shapes(variables: list[Variable]) -> list[Any]:
     return [[v.path, *v.shape] for v in variables]
+
+
+def _bytes(variable: Variable) -> int:
+    """Return how many bytes each plane of its ballot takes."""
+    return -(-int(np.prod(variable.shape)) // 8)
 
 
 def _name(strategy: Any) -> str:
