@@ -108,7 +108,7 @@ def voted(gradients: list[Any], settings: dict[str, Any]) -> Step:
     from signsgd_keras import MajorityVote, Signum
 
     class NoExchange(MajorityVote):
-        def vote(self, ballots: Any, zeros: Any, step: Any, terms: Any) -> Any:
+        def vote(self, ballots: Any, zeros: Any, step: Any, terms: Any, tallies: Any = None) -> Any:
             return list(ballots)
 
     strategy = tf.distribute.MirroredStrategy(["CPU:0"], cross_device_ops=NoExchange())
@@ -120,7 +120,7 @@ def voted(gradients: list[Any], settings: dict[str, Any]) -> Step:
 
     @tf.function  # type: ignore[untyped-decorator]
     def step(grads: Any) -> None:
-        optimizer._voter._vote([grads], list(range(len(variables))))
+        optimizer.voter._vote([grads], list(range(len(variables))))
         optimizer.iterations.assign_add(1)
 
     def run() -> None:
