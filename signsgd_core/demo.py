@@ -13,9 +13,6 @@ import numpy.typing as npt
 from .ballots import Zeros
 from .settings import check_betas
 
-COUNTED = "what one worker sent, counted by the kernel at its TCP sockets; the mean of all workers"
-"""What bytes/step are, where they are counted."""
-
 
 class Data(NamedTuple):
     """Images, uint8 of shape (count, channels, height, width), and their labels, int64 of shape (count,)."""
@@ -106,22 +103,22 @@ def load(folder: Path | None, cache: Path) -> Data:
         return Data(*(arrays[name] for name in arrays.files))
 
 
-def report(results: Sequence[Result], options: argparse.Namespace, counted: str = COUNTED) -> None:
+def report(results: Sequence[Result], options: argparse.Namespace, by_formula: str = "") -> None:
     """Print the table and, if asked for, save the plot.
 
     Args:
         results: of all methods; the first is what the others' bytes are compared with.
         options: of the command line.
-        counted: what bytes/step are.
+        by_formula: why the bytes are by formula; empty where they were counted.
     """
-    print_table(results, counted)
+    print_table(results, by_formula)
     if options.plot:
         path = options.out / "accuracy_against_bytes.png"
-        save_plot(results, path)
+        save_plot(results, path, by_formula)
         print(f"plot: {path}")
 
 
-def print_table(results: Sequence[Result], counted: str = COUNTED) -> None:
+def print_table(results: Sequence[Result], by_formula: str = "") -> None:
     """Print one line a method; the first is what the others' bytes are compared with."""
     print(f"\n{'method':<34}{'accuracy':>9}{'bytes/step':>13}{'fewer':>8}{'step':>10}  workers")
     for result in results:
@@ -131,10 +128,11 @@ def print_table(results: Sequence[Result], counted: str = COUNTED) -> None:
         same = "bit-identical" if result.identical else "DIFFERENT"
         step = f"{result.step_seconds * 1e3:.1f} ms"
         print(f"{result.method:<34}{result.accuracy:>9.1%}{count:>13}{fewer:>8}{step:>10}  {same}")
-    print(f"bytes/step: {counted}")
+    counted = "what one worker sent, counted by the kernel at its TCP sockets; the mean of all workers"
+    print(f"bytes/step: {f'by formula, {by_formula}' if by_formula else counted}")
 
 
-def save_plot(results: Sequence[Result], path: Path) -> None:
+def save_plot(results: Sequence[Result], path: Path, by_formula: str = "") -> None:
     """Save accuracy against bytes sent."""
     import matplotlib
 
@@ -143,9 +141,10 @@ def save_plot(results: Sequence[Result], path: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
     for result in results:
-        sent, accuracy = zip(*result.curve, strict=True)
-        axes.plot(np.array(sent) / 1e6, accuracy, marker="o", markersize=3, label=result.method)
-    axes.set(xscale="log", xlabel="megabytes sent by each worker", ylabel="test accuracy")
+        megabytes, accuracy = np.array(result.curve).T * [[1e-6], [1]]
+        axes.plot(megabytes, accuracy, marker="o", markersize=3, label=result.method)
+    sent = "megabytes of each worker, by formula" if by_formula else "megabytes sent by each worker"
+    axes.set(xscale="log", xlabel=sent, ylabel="test accuracy")
     axes.grid(alpha=0.3)
     axes.legend()
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,9 @@ from signsgd_core import default_zeros, demo, traffic
 LEARNING_RATES = {"Adam": 2e-3, "Signum": 4e-4, "verdict momentum": 2e-3}
 """The best of a small grid on the digits."""
 
-BY_FORMULA = "by formula: workers within one process share its memory and send nothing; --processes counts real ones"
+BY_FORMULA = (
+    "since workers within one process share its memory and send nothing; --processes counts what real ones send"
+)
 
 WORKERS = 4
 PARENT = "SIGNSGD_DEMO_PARENT"
@@ -86,7 +88,7 @@ def run(strategy: Any, options: Any) -> None:
         train(f"verdict momentum {gamma}, vote", verdict_momentum, votes, strategy, data, options),
     ]
     if is_first(strategy):
-        demo.report(results, options, demo.COUNTED if options.processes else BY_FORMULA)
+        demo.report(results, options, "" if options.processes else BY_FORMULA)
 
 
 def mirrored(workers: int | None) -> Any:

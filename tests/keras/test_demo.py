@@ -85,7 +85,7 @@ def _until(what: Callable[[], bool], patience: float = 40) -> bool:
 
 
 def test_replicas_of_one_process(start: Start, tmp_path: Path) -> None:
-    rows = _rows(start("--workers=2", "--steps=8", "--out=here"), "by formula: ")
+    rows = _rows(start("--workers=2", "--steps=8", "--out=here"), "by formula, since ")
     full = traffic.ring_all_reduce(PARAMETERS, 2, bits=32).worker
     voted = traffic.majority_vote(PARAMETERS, 2).worker
     assert [sent for _, _, sent, _ in rows] == [full, voted, voted]
