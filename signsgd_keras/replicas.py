@@ -41,6 +41,12 @@ class Voter:
         self.optimizer = optimizer
         self.strategy: Any = optimizer._distribution_strategy
 
+    @property
+    def op(self) -> MajorityVote:
+        """The op that votes: the strategy's, or one of ours around it."""
+        op = internals.cross_device_ops(self.strategy)
+        return op if isinstance(op, MajorityVote) else MajorityVote(op)
+
     def check_scope(self) -> None:
         """Make sure that the optimizer belongs to the strategy in force, and that this one can vote.
 
@@ -66,9 +72,8 @@ class Voter:
         Raises:
             ValueError: if not, on all workers.
         """
-        ops = internals.cross_device_ops(self.strategy)
-        if isinstance(ops, internals.CollectiveAllReduce):
-            agreement.agree(ops, _settings(self.optimizer), _shapes(variables))
+        if isinstance(self.op.wrapped, internals.CollectiveAllReduce):
+            agreement.agree(self.op.wrapped, _settings(self.optimizer), _shapes(variables))
 
     def apply(self, gradients: list[Tensor], variables: list[Variable]) -> None:
         """Take one step, in replica context: accumulate, or clip, cast, vote and move.
@@ -88,10 +93,10 @@ class Voter:
             raise ValueError(
                 "a vote among replicas cannot be compiled by XLA: take compile(jit_compile=False) or 'auto'"
             )
-        if internals.in_keras_loop():
+        if internals.in_keras_loop() and isinstance(self.op.wrapped, internals.CollectiveAllReduce):
             raise ValueError(
-                "Keras cannot run steps_per_execution > 1 with an optimizer under tf.distribute: take "
-                "compile(steps_per_execution=1)"
+                "TensorFlow's collectives fail within Keras' steps_per_execution > 1, whatever the optimizer: take "
+                "compile(steps_per_execution=1), or on one machine MirroredStrategy(cross_device_ops=MajorityVote())"
             )
         context.merge_call(self._step, args=(_Own(gradients, variables),))
 
@@ -140,15 +145,13 @@ class Voter:
             padding = tf.zeros([ballots[0].shape[0], size - sum(map(_bytes, variables))], tf.uint8)
             return tf.concat([*ballots, padding], axis=1), nonfinite
 
-        op = internals.cross_device_ops(strategy)
-        op = op if isinstance(op, MajorityVote) else MajorityVote(op)
         cast_all, nonfinite = strategy.extended.call_for_each_replica(cast)
         ballots = strategy.experimental_local_results(cast_all)
         terms = agreement.terms(_settings(optimizer), _shapes(variables), lr, t)
         if optimizer.statistics is None:
-            verdicts = op.vote(ballots, rule, parity, terms)
+            verdicts = self.op.vote(ballots, rule, parity, terms)
         else:
-            verdicts = self._watch(op, ballots, rule, parity, terms, variables, nonfinite)
+            verdicts = self._watch(ballots, rule, parity, terms, variables, nonfinite)
         verdict = internals.per_replica(verdicts)
         first = 0
         for variable in variables:
@@ -157,7 +160,6 @@ class Voter:
 
     def _watch(
         self,
-        op: MajorityVote,
         ballots: Sequence[Tensor],
         rule: core.Zeros,
         parity: Tensor,
@@ -170,11 +172,11 @@ class Voter:
         with tf.control_dependencies(ballots):
             begin = tf.timestamp()
         tallies: list[list[list[Tensor]]] = []
-        verdicts = op.vote(ballots, rule, parity, terms, tallies)
+        verdicts = self.op.vote(ballots, rule, parity, terms, tallies)
         with tf.control_dependencies([begin, *verdicts]):
             seconds = tf.timestamp() - begin
         planes, length = ballots[0].shape
-        sent, sizes = op.sent_bytes(length, planes, optimizer.replicas), [int(np.prod(v.shape)) for v in variables]
+        sent, sizes = self.op.sent_bytes(length, planes, optimizer.replicas), [int(np.prod(v.shape)) for v in variables]
         counts = strategy.experimental_local_results(nonfinite)
 
         def count() -> None:
