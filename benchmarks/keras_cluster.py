@@ -1,6 +1,6 @@
 """Starts a script as the workers of a TensorFlow cluster and talks with them, for keras_wire and keras_peers.
 
-The parent opens a `Cluster`; in each worker the script calls `tell` and `wait_for_go`.
+The parent opens a `Cluster`; in each worker the script calls `is_worker`, `tell` and `wait_for_go`.
 """
 
 import json
@@ -85,14 +85,13 @@ class Cluster:
             process.kill()
 
 
-def tell(value: Any) -> None:
-    """Tell the parent something that JSON can say."""
-    print(f"\n{_MARK}{json.dumps(value)}", flush=True)
-
-
-def wait_for_go() -> None:
-    """Wait for the parent's `go`."""
-    _orders().get()
+def is_worker() -> bool:
+    """Tell whether a `Cluster` started this process; if so, from now on it ends when the parent is gone."""
+    if "TF_CONFIG" not in os.environ:
+        return False
+    if not any(thread.name == "orders" for thread in threading.enumerate()):
+        threading.Thread(target=_listen, name="orders", daemon=True).start()
+    return True
 
 
 def index() -> int:
@@ -100,25 +99,23 @@ def index() -> int:
     return int(json.loads(os.environ["TF_CONFIG"])["task"]["index"])
 
 
-def is_worker() -> bool:
-    """Tell whether this process was started by a `Cluster`."""
-    return "TF_CONFIG" in os.environ
+def tell(value: Any) -> None:
+    """Tell the parent something that JSON can say."""
+    print(f"\n{_MARK}{json.dumps(value)}", flush=True)
 
 
-_QUEUE: "queue.Queue[str]" = queue.Queue()
+def wait_for_go() -> None:
+    """Wait for the parent's `go`; `is_worker` has been called before."""
+    _ORDERS.get()
 
 
-def _orders() -> "queue.Queue[str]":
-    """The parent's lines; when it is gone this process ends too, whatever it waits for."""
-    if not any(thread.name == "orders" for thread in threading.enumerate()):
+_ORDERS: "queue.Queue[str]" = queue.Queue()
 
-        def listen() -> None:
-            for line in sys.stdin:
-                _QUEUE.put(line)
-            os._exit(1)
 
-        threading.Thread(target=listen, name="orders", daemon=True).start()
-    return _QUEUE
+def _listen() -> None:
+    for line in sys.stdin:
+        _ORDERS.put(line)
+    os._exit(1)  # whatever it waits for
 
 
 def _free_addresses(count: int) -> list[str]:

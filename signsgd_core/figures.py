@@ -21,6 +21,17 @@ many had a verdict at the vote before, and how many of those changed; how many i
 tied; gradient entries that were not finite; bytes of payload sent; seconds waited."""
 
 
+def names(workers: int) -> list[str]:
+    """Return the names of all figures, for logs that take no new ones later.
+
+    Example:
+        >>> len(names(workers=4))
+        9
+    """
+    shares = [*(f"vote/agreement/rank{rank}" for rank in range(workers)), "vote/ties", "vote/flips"]
+    return [*shares, "vote/bytes_per_step", "vote/exchange_seconds", "vote/nonfinite"]
+
+
 def figures(rows: npt.NDArray[Any], steps: int, nonfinite: float) -> dict[str, float]:
     """Return the figures of some votes by name.
 

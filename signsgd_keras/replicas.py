@@ -171,6 +171,10 @@ class Voter:
         optimizer, strategy = self.optimizer, self.strategy
         with tf.control_dependencies(ballots):
             begin = tf.timestamp()
+        with tf.control_dependencies([begin]):  # no part of the vote runs before the clock does
+            ballots = strategy.experimental_local_results(
+                strategy.extended.call_for_each_replica(tf.identity, args=(internals.per_replica(ballots),))
+            )
         tallies: list[list[list[Tensor]]] = []
         verdicts = self.op.vote(ballots, rule, parity, terms, tallies)
         with tf.control_dependencies([begin, *verdicts]):

@@ -10,6 +10,7 @@ import tensorflow as tf
 import signsgd_core as core
 from signsgd_core.figures import COUNTS
 
+from . import internals
 from .ballots import unwords, words
 
 Tensor = Any
@@ -36,9 +37,8 @@ class VoteStatistics:
             self._counts = tf.Variable(tf.zeros([len(COUNTS)], tf.float64), **private)
             self._votes = tf.Variable(0, dtype=tf.int64, **private)
             self._compared = tf.Variable(False, **private)
-            self._last = tf.Variable(
-                tf.zeros([planes, self._width // 4], tf.int32), **private
-            )  # workers share no bytes
+            last = tf.zeros([planes, self._width // 4], tf.int32)  # workers share no bytes
+            self._last = tf.Variable(last, **private)
 
     def count(
         self,
@@ -87,7 +87,8 @@ class VoteStatistics:
 
     def take(self) -> tuple[npt.NDArray[np.float64], int]:
         """Return all replicas' `COUNTS` since the last call, shape (replicas, 9), and of how many votes; start over."""
-        rows = self.strategy.gather(self.strategy.run(lambda: tf.identity(self._counts)[None]), axis=0).numpy()
+        own = [tf.identity(counts)[None] for counts in self.strategy.experimental_local_results(self._counts)]
+        rows = self.strategy.gather(internals.per_replica(own), axis=0).numpy()  # strategy.run() would warn, being slow
         votes = int(self.strategy.experimental_local_results(self._votes)[0].numpy())
         self._counts.assign(tf.zeros_like(rows[0]))
         self._votes.assign(0)
