@@ -208,8 +208,8 @@ assert all(process.returncode == 0 for process in processes)
 #
 # ## What is refused
 #
-# What cannot work ends with a sentence. Several workers also cannot have `steps_per_execution` above 1, for TensorFlow's
-# collectives fail in it, whatever the optimizer. (Replicas of one process can.)
+# What cannot work ends with a sentence. Several workers also cannot have `steps_per_execution` above 1, since
+# TensorFlow's collectives fail in it, whatever the optimizer. (Replicas of one process can.)
 
 
 # %%
