@@ -39,7 +39,7 @@ TELLING = {
 
 PRIVATE = re.compile(r"site-packages|/(tmp|home|root|Users|usr|opt|mnt|var|work)/|Traceback|Warning")
 
-pytestmark = pytest.mark.timeout(300)  # several processes that import a framework take long on a busy machine
+pytestmark = pytest.mark.timeout(480)  # several processes that import a framework take long on a busy machine
 
 
 def _run(*command: str, folder: Path) -> str:
@@ -52,7 +52,7 @@ def _run(*command: str, folder: Path) -> str:
             [sys.executable, *command], env=environment, cwd=folder, stdout=out, stderr=err, start_new_session=True
         )
         try:
-            code = process.wait(timeout=240)
+            code = process.wait(timeout=420)
         finally:
             _end(process)
         out.seek(0)
