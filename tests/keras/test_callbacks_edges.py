@@ -122,13 +122,14 @@ class _Mistake(keras.callbacks.Callback):  # type: ignore[misc]
 
 def test_it_starts_afresh_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """And lets no replica run outside of a graph, of which TensorFlow would warn."""
-    strategy, eager = mirrored(2), []
+    strategy, eager = mirrored(2), list[bool]()
     run = strategy.run
-    monkeypatch.setattr(
-        strategy,
-        "run",
-        lambda *args, **more: (eager.append(tf.executing_eagerly()), run(*args, **more))[1],  # type: ignore[func-returns-value]
-    )
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        eager.append(tf.executing_eagerly())
+        return run(*args, **kwargs)
+
+    monkeypatch.setattr(strategy, "run", watched)
     model, (x, y) = _model(), _data()
     y[4:] = np.nan
     with pytest.raises(ValueError, match="a mistake"):
