@@ -1,6 +1,7 @@
 """signSGD with majority vote for PyTorch and Lightning; importing it registers ``strategy="majority_vote"``."""
 
 from .callbacks import VoteMonitor
+from .checkpoint import gather_state, scatter_state
 from .ddp import enable_majority_vote
 from .exchange import Exchange
 from .optimizer import Signum
@@ -16,4 +17,6 @@ __all__ = [
     "VoteMonitor",
     "VoteStatistics",
     "enable_majority_vote",
+    "gather_state",
+    "scatter_state",
 ]

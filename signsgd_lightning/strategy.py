@@ -1,5 +1,6 @@
 """The Lightning strategy: DDP whose ranks vote at the optimizer's step."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.core.optimizer import _MockOptimizer  # stands for no optimizer
@@ -7,7 +8,9 @@ from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.nn.parallel import DistributedDataParallel
 
+from .checkpoint import gather_state, scatter_state
 from .ddp import agree_on_model, enable_majority_vote
+from .optimizer import Signum
 
 if TYPE_CHECKING:
     from lightning.fabric.strategies.registry import _StrategyRegistry
@@ -53,6 +56,16 @@ class MajorityVoteStrategy(DDPStrategy):
             assert isinstance(self.model, DistributedDataParallel)
             optimizers = [optimizer for optimizer in self.optimizers if not isinstance(optimizer, _MockOptimizer)]
             enable_majority_vote(self.model, *optimizers)  # type: ignore[arg-type]
+
+    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+        """Return an optimizer's state with the momenta of all ranks; Lightning calls it on all and saves rank 0's."""
+        optimizer = getattr(optimizer, "_optimizer", optimizer)  # of a LightningOptimizer
+        return gather_state(optimizer) if isinstance(optimizer, Signum) else super().optimizer_state(optimizer)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Give every rank its own momentum back, also where there are more ranks now or fewer."""
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            scatter_state(optimizer, state)  # type: ignore[arg-type]
 
     def on_exception(self, exception: BaseException) -> None:
         """Let Lightning add its advice, and put this strategy's names into it."""
