@@ -8,11 +8,13 @@ from .optimizer import Signum
 from .peers import PeerLostError
 from .statistics import VoteStatistics
 from .strategy import MajorityVoteStrategy
+from .verify import RanksDifferError
 
 __all__ = [
     "Exchange",
     "MajorityVoteStrategy",
     "PeerLostError",
+    "RanksDifferError",
     "Signum",
     "VoteMonitor",
     "VoteStatistics",

@@ -19,6 +19,11 @@ from .segments import Segment
 OTHERS = "momenta_of_other_ranks"
 """Where a gathered state has them: parameter -> float32 of shape (world_size − 1, *parameter.shape), rank 1 first."""
 
+_ONLY_FIRST = (
+    "this state holds the momenta of several ranks, of which rank 0's was loaded: to give every rank its own, load it "
+    "with signsgd_lightning.scatter_state, or in Lightning under strategy='majority_vote'"
+)
+
 
 class Signum(Optimizer):
     r"""Sign momentum: signSGD, Signum, Lion, and voted signSGD with verdict momentum, by their settings.
@@ -167,11 +172,7 @@ class Signum(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned; momenta come back bit for bit in float32, whatever the parameters' dtype."""
         if OTHERS in state_dict:
-            warnings.warn(
-                "this state holds the momenta of several ranks, of which rank 0's was loaded: to give every rank its "
-                "own, load it with signsgd_lightning.scatter_state, or in Lightning under strategy='majority_vote'",
-                stacklevel=2,
-            )
+            warnings.warn(_ONLY_FIRST, stacklevel=2)
         loaded = state_dict
 
         def keep(_: Optimizer, final: dict[str, Any]) -> None:

@@ -8,6 +8,8 @@ from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.nn.parallel import DistributedDataParallel
 
+from signsgd_core.adversaries import Adversary
+
 from .checkpoint import gather_state, scatter_state
 from .ddp import agree_on_model, enable_majority_vote
 from .optimizer import Signum
@@ -21,6 +23,10 @@ class MajorityVoteStrategy(DDPStrategy):
     """DDP that sends one bit per parameter each way: every `Signum` step is a majority vote of all ranks.
 
     Args:
+        verify_every_n_steps: how often all ranks make sure that they hold the same parameters and verdict momenta, bit
+            for bit (`RanksDifferError` if not); 0 for never.
+        adversaries: rank -> what it makes of its gradients before it votes (`signsgd_core.adversaries`), to try what
+            a vote withstands.
         **kwargs: those of `lightning.pytorch.strategies.DDPStrategy`, but for communication hooks. ``timeout`` bounds
             how long a rank waits for a lost one.
 
@@ -37,11 +43,14 @@ class MajorityVoteStrategy(DDPStrategy):
 
     strategy_name = "majority_vote"
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(
+        self, verify_every_n_steps: int = 0, adversaries: Mapping[int, Adversary] | None = None, **kwargs: Any
+    ) -> None:
         hooks = [name for name in kwargs if name.startswith("ddp_comm_") and kwargs[name] is not None]
         if hooks:
             raise ValueError(f"a majority vote takes the place of a communication hook; leave out {', '.join(hooks)}")
         super().__init__(**kwargs)
+        self.verify_every_n_steps, self.adversaries = verify_every_n_steps, adversaries
 
     def configure_ddp(self) -> None:
         """Wrap the model, once all ranks are sure to have the same: DDP would leave some with a lost connection."""
@@ -55,7 +64,12 @@ class MajorityVoteStrategy(DDPStrategy):
         if trainer.state.fn == TrainerFn.FITTING:
             assert isinstance(self.model, DistributedDataParallel)
             optimizers = [optimizer for optimizer in self.optimizers if not isinstance(optimizer, _MockOptimizer)]
-            enable_majority_vote(self.model, *optimizers)  # type: ignore[arg-type]
+            enable_majority_vote(
+                self.model,
+                *optimizers,  # type: ignore[arg-type]
+                verify_every_n_steps=self.verify_every_n_steps,
+                adversaries=self.adversaries,
+            )
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
         """Return an optimizer's state with the momenta of all ranks; Lightning calls it on all and saves rank 0's."""
