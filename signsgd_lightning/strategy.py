@@ -1,8 +1,12 @@
 """The Lightning strategy: DDP whose ranks vote at the optimizer's step."""
 
+import os
 from collections.abc import Mapping
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
+from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
+from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.core.optimizer import _MockOptimizer  # stands for no optimizer
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
@@ -80,6 +84,30 @@ class MajorityVoteStrategy(DDPStrategy):
         """Give every rank its own momentum back, also where there are more ranks now or fewer."""
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             scatter_state(optimizer, state)  # type: ignore[arg-type]
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any = None) -> None:
+        """Write a checkpoint so that the file of that name is always a whole one, whenever the run is killed."""
+        if not self.is_global_zero or not _is_local_file_protocol(filepath):
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+            return
+        part = f"{os.fspath(filepath)}.part"
+        super().save_checkpoint(checkpoint, part, storage_options)
+        os.replace(part, filepath)
+
+    def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read a checkpoint.
+
+        Raises:
+            RuntimeError: if the file is truncated, holds code instead of tensors, or is something else altogether.
+        """
+        try:
+            return super().load_checkpoint(checkpoint_path, weights_only)
+        except (EOFError, RuntimeError, UnpicklingError) as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise RuntimeError(
+                f"{checkpoint_path} is not a whole checkpoint as trainer.save_checkpoint writes it; take an older one, "
+                f"nothing was loaded ({reason})"
+            ) from error
 
     def on_exception(self, exception: BaseException) -> None:
         """Let Lightning add its advice, and put this strategy's names into it."""
