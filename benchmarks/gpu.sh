@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Every check that needs a GPU, in one command: the tests marked cuda, then the demo on all GPUs.
+# Every check that needs a GPU, in one command: the tests marked cuda, then the demos on all GPUs. For Keras' it takes a
+# TensorFlow built for them: pip install tensorflow[and-cuda] in place of tensorflow-cpu.
 #     benchmarks/gpu.sh [OUT]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -7,3 +8,4 @@ out=${1:-signsgd_demo}
 nvidia-smi --query-gpu=name,memory.total --format=csv
 python -m pytest -m cuda
 python -m signsgd_lightning --out "$out"
+python -m signsgd_keras --out "$out"

@@ -27,7 +27,15 @@ from .momentum import (
     warmup_steps,
 )
 from .reference import Reference
-from .settings import WarmupSteps, check_betas, check_settings, check_share, check_size, check_warmup_steps
+from .settings import (
+    WarmupSteps,
+    check_betas,
+    check_settings,
+    check_share,
+    check_size,
+    check_warmup_steps,
+    disagreement,
+)
 from .vote import majority, tally, verdict
 
 __all__ = [
@@ -43,6 +51,7 @@ __all__ = [
     "check_zeros",
     "default_zeros",
     "direction",
+    "disagreement",
     "displacement",
     "finite",
     "inherited",

@@ -2,7 +2,7 @@
 
 import argparse
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -12,9 +12,6 @@ import numpy.typing as npt
 
 from .ballots import Zeros
 from .settings import check_betas
-
-LEARNING_RATES = (2e-3, 4e-4, 2e-3)
-"""Of AdamW, Signum and verdict momentum: the best of a small grid on the digits."""
 
 
 class Data(NamedTuple):
@@ -33,7 +30,7 @@ class Result:
     Attributes:
         method: its name.
         accuracy: on the test images, 0 to 1.
-        bytes_per_step: what a worker sent per step, the mean of all, or None where nothing could be counted.
+        bytes_per_step: what a worker sent per step, the mean of all, or None where it is not known.
         step_seconds: the median.
         identical: whether all workers' parameters were bit-identical at the end.
         curve: (bytes sent so far, accuracy) at each evaluation.
@@ -47,15 +44,25 @@ class Result:
     curve: list[tuple[float, float]] = field(default_factory=list)
 
 
-def parse(program: str, description: str, arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the demo's options; a wrong one ends the program with a sentence."""
+def parser(
+    program: str, description: str, workers: str, learning_rates: Mapping[str, float]
+) -> argparse.ArgumentParser:
+    """Return the parser of the options that both demos have; with it a wrong one ends the program with a sentence.
+
+    Args:
+        program: how it is called.
+        description: what it does.
+        workers: what they are, and how many by default.
+        learning_rates: method -> the default of its learning rate, in the order of the runs.
+    """
     parser = argparse.ArgumentParser(program, description=description)
     add = parser.add_argument
-    add("--workers", type=_whole, help="worker processes (default: 4 on the CPU, one per GPU where there are GPUs)")
+    add("--workers", type=_whole, help=workers)
     add("--steps", type=_whole, default=240, help="training steps of each method (default: %(default)s)")
-    rates = "learning rate, one for all or one each for AdamW, Signum and verdict momentum"
-    default = ",".join(map(str, LEARNING_RATES))
-    add("--lr", type=_rates, default=LEARNING_RATES, metavar="LR[,LR,LR]", help=f"{rates} (default: {default})")
+    defaults, (*names, last) = tuple(learning_rates.values()), learning_rates
+    rates = f"learning rate, one for all or one each for {', '.join(names)} and {last}"
+    default = ",".join(map(str, defaults))
+    add("--lr", type=_rates, default=defaults, metavar="LR[,LR,LR]", help=f"{rates} (default: {default})")
     add("--betas", type=_betas, default=(0.9, 0.9), metavar="B1,B2", help="of Signum (default: 0.9,0.9)")
     add("--verdict-momentum", type=_share, default=0.8, metavar="G", help="of the third run (default: %(default)s)")
     add("--zeros", choices=get_args(Zeros), help="what zeros and ties count as (default: alternate)")
@@ -63,7 +70,7 @@ def parse(program: str, description: str, arguments: Sequence[str] | None = None
     add("--data", type=_folder, help="folder with train/CLASS/*.jpg and test/CLASS/*.jpg (default: handwritten digits)")
     add("--out", type=Path, default=Path("signsgd_demo"), help="where to save the plot (default: %(default)s)")
     add("--no-plot", dest="plot", action="store_false", help="save no plot")
-    return parser.parse_args(arguments)
+    return parser
 
 
 def load(folder: Path | None, cache: Path) -> Data:
@@ -96,7 +103,22 @@ def load(folder: Path | None, cache: Path) -> Data:
         return Data(*(arrays[name] for name in arrays.files))
 
 
-def print_table(results: Sequence[Result]) -> None:
+def report(results: Sequence[Result], options: argparse.Namespace, by_formula: str = "") -> None:
+    """Print the table and, if asked for, save the plot.
+
+    Args:
+        results: of all methods; the first is what the others' bytes are compared with.
+        options: of the command line.
+        by_formula: why the bytes are by formula; empty where they were counted.
+    """
+    print_table(results, by_formula)
+    if options.plot:
+        path = options.out / "accuracy_against_bytes.png"
+        save_plot(results, path, by_formula)
+        print(f"plot: {path}")
+
+
+def print_table(results: Sequence[Result], by_formula: str = "") -> None:
     """Print one line a method; the first is what the others' bytes are compared with."""
     print(f"\n{'method':<34}{'accuracy':>9}{'bytes/step':>13}{'fewer':>8}{'step':>10}  workers")
     for result in results:
@@ -106,10 +128,11 @@ def print_table(results: Sequence[Result]) -> None:
         same = "bit-identical" if result.identical else "DIFFERENT"
         step = f"{result.step_seconds * 1e3:.1f} ms"
         print(f"{result.method:<34}{result.accuracy:>9.1%}{count:>13}{fewer:>8}{step:>10}  {same}")
-    print("bytes/step: what one worker sent, counted by the kernel at its TCP sockets; the mean of all workers")
+    counted = "what one worker sent, counted by the kernel at its TCP sockets; the mean of all workers"
+    print(f"bytes/step: {f'by formula, {by_formula}' if by_formula else counted}")
 
 
-def save_plot(results: Sequence[Result], path: Path) -> None:
+def save_plot(results: Sequence[Result], path: Path, by_formula: str = "") -> None:
     """Save accuracy against bytes sent."""
     import matplotlib
 
@@ -118,9 +141,10 @@ def save_plot(results: Sequence[Result], path: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
     for result in results:
-        sent, accuracy = zip(*result.curve, strict=True)
-        axes.plot(np.array(sent) / 1e6, accuracy, marker="o", markersize=3, label=result.method)
-    axes.set(xscale="log", xlabel="megabytes sent by each worker", ylabel="test accuracy")
+        megabytes, accuracy = np.array(result.curve).T * [[1e-6], [1]]
+        axes.plot(megabytes, accuracy, marker="o", markersize=3, label=result.method)
+    sent = "megabytes of each worker, by formula" if by_formula else "megabytes sent by each worker"
+    axes.set(xscale="log", xlabel=sent, ylabel="test accuracy")
     axes.grid(alpha=0.3)
     axes.legend()
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -7,12 +7,13 @@ import keras
 from .optimizer import Signum
 
 if TYPE_CHECKING:
+    from .callbacks import VoteMonitor
     from .cross_device_ops import MajorityVote
     from .strategy import MultiWorkerMajorityVoteStrategy
 
-__all__ = ["MajorityVote", "MultiWorkerMajorityVoteStrategy", "Signum"]
+__all__ = ["MajorityVote", "MultiWorkerMajorityVoteStrategy", "Signum", "VoteMonitor"]
 
-_HOMES = {"MajorityVote": "cross_device_ops", "MultiWorkerMajorityVoteStrategy": "strategy"}
+_HOMES = {"MajorityVote": "cross_device_ops", "MultiWorkerMajorityVoteStrategy": "strategy", "VoteMonitor": "callbacks"}
 """What needs TensorFlow, and is therefore imported when first asked for."""
 
 

@@ -1,12 +1,16 @@
-"""What all workers must have in common for a vote: 32 bytes that travel ahead of every share of the ballots."""
+"""What all workers must have in common for a vote: said once in words, and in 32 bytes ahead of every share."""
 
 import hashlib
 import json
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
+import signsgd_core as core
 from signsgd_core.traffic import HEADER_BYTES
+
+from . import internals
 
 Tensor = Any
 
@@ -41,12 +45,37 @@ _COLUMNS = (
 """What the words say, and how many it takes."""
 
 
+def agree(ops: Any, settings: dict[str, Any], shapes: list[Any]) -> None:
+    """Make sure that all workers have the same settings and model, before any of them creates a variable.
+
+    Args:
+        ops: of all workers, a `CollectiveAllReduce`.
+        settings: the optimizer's `SETTINGS` by name.
+        shapes: names and shapes of the variables, in their order.
+
+    Raises:
+        ValueError: if not, on all workers, naming the first difference.
+    """
+    lines = [f"{name}={value!r}" for name, value in settings.items()]
+    lines += [f"{name}: shape {tuple(shape)}" for name, *shape in shapes]
+    text = "\n".join(lines).encode()
+    summaries = internals.gather_now(ops, np.array([len(text), *_digest(lines)], np.int32))
+    if (summaries == summaries[0]).all():
+        return
+    words = np.frombuffer(text.ljust(4 * -(-int(summaries[:, 0].max()) // 4)), np.int32)
+    everyone = [row.tobytes().decode().rstrip().split("\n") for row in internals.gather_now(ops, words)]
+    raise ValueError(
+        f"the workers disagree and cannot vote: {core.disagreement(everyone, 'worker')}. Build the same model and the "
+        "same optimizer, with the same settings, on every worker."
+    )
+
+
 def terms(settings: dict[str, Any], shapes: list[Any], learning_rate: Tensor, iterations: Tensor) -> Tensor:
     """Return this replica's terms.
 
     Args:
         settings: the optimizer's `SETTINGS` by name.
-        shapes: of the variables that are voted on, in their order.
+        shapes: names and shapes of the variables that are voted on, in their order.
         learning_rate: float32 scalar.
         iterations: int64 scalar.
 

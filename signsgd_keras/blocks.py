@@ -35,6 +35,13 @@ def split(*arrays: Any) -> Iterator[tuple[Any, ...]]:
         yield tuple(None if tensor is None else tensor[lo : lo + BLOCK] for tensor in flat)
 
 
+def dense(gradient: Tensor, variable: Variable) -> Tensor:
+    """Return a gradient with an entry for every coordinate; an embedding's has some rows only."""
+    if not hasattr(gradient, "dense_shape"):  # TensorFlow's IndexedSlices
+        return ops.convert_to_tensor(gradient, sparse=False)
+    return ops.scatter(ops.expand_dims(gradient.indices, -1), gradient.values, variable.shape)
+
+
 def finite(gradient: Tensor) -> Tensor:
     """Return the gradient with every NaN and ±Inf replaced by 0 (step 1)."""
 

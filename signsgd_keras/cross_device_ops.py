@@ -7,7 +7,7 @@ import tensorflow as tf
 
 import signsgd_core as core
 from signsgd_core import Zeros
-from signsgd_core.traffic import WORD_BITS
+from signsgd_core.traffic import HEADER_BYTES, WORD_BITS
 
 from . import agreement, internals
 from .ballots import unwords, words
@@ -40,7 +40,14 @@ class MajorityVote(tf.distribute.CrossDeviceOps):  # type: ignore[misc]
             raise TypeError(f"MajorityVote wraps a tf.distribute.CrossDeviceOps, got {wrapped!r}")
         self.wrapped = wrapped
 
-    def vote(self, ballots: Sequence[Tensor], zeros: Zeros, step: Tensor, terms: Tensor) -> list[Tensor]:
+    def vote(
+        self,
+        ballots: Sequence[Tensor],
+        zeros: Zeros,
+        step: Tensor,
+        terms: Tensor,
+        tallies: list[list[list[Tensor]]] | None = None,
+    ) -> list[Tensor]:
         """Return the verdict of all replicas, once on each device of this worker.
 
         Args:
@@ -49,6 +56,8 @@ class MajorityVote(tf.distribute.CrossDeviceOps):  # type: ignore[misc]
             zeros: the zero rule.
             step: parity of `t`, a uint8 scalar.
             terms: what all workers must have in common, as `agreement.terms` has it.
+            tallies: where a monitor wants to know, an empty list; for each replica of this worker it gets the ballots
+                that this one tallied, in int64 words.
 
         Returns:
             uint8 of the ballots' shape, one a ballot.
@@ -57,8 +66,19 @@ class MajorityVote(tf.distribute.CrossDeviceOps):  # type: ignore[misc]
             tf.errors.InvalidArgumentError: on all workers when the graph runs, if they differ in their terms.
         """
         if isinstance(self.wrapped, internals.CollectiveAllReduce):
-            return _vote_by_collectives(self.wrapped, ballots, zeros, step, terms)
-        return _vote_here(ballots, zeros, step)
+            return _vote_by_collectives(self.wrapped, ballots, zeros, step, terms, tallies)
+        return _vote_here(ballots, zeros, step, tallies)
+
+    def sent_bytes(self, width: int, planes: int, replicas: int) -> int:
+        """Return the bytes of payload that one replica sends in one vote.
+
+        Args:
+            width: of a ballot, in bytes.
+            planes: of a ballot.
+            replicas: of all workers.
+        """
+        heads = HEADER_BYTES if isinstance(self.wrapped, internals.CollectiveAllReduce) else 0
+        return (replicas - 1) * (heads + 2 * planes * width // replicas)
 
     def reduce_implementation(self, reduce_op: Any, per_replica_value: Any, destinations: Any, options: Any) -> Any:
         """Reduce what is no ballot."""
@@ -76,13 +96,15 @@ class MajorityVote(tf.distribute.CrossDeviceOps):  # type: ignore[misc]
         return self.wrapped._gather_implementation(per_replica_value, destinations, axis, options)
 
 
-def _vote_here(ballots: Sequence[Tensor], zeros: Zeros, step: Tensor) -> list[Tensor]:
+def _vote_here(
+    ballots: Sequence[Tensor], zeros: Zeros, step: Tensor, tallies: list[list[list[Tensor]]] | None
+) -> list[Tensor]:
     """Between the devices of one process."""
     shares = [tf.split(ballot, len(ballots), axis=1) for ballot in ballots]
     verdicts = []
     for teller, ballot in enumerate(ballots):
         with tf.device(ballot.device):
-            verdicts.append(_verdict([share[teller] for share in shares], zeros, step))
+            verdicts.append(_verdict([share[teller] for share in shares], zeros, step, tallies))
     copies = []
     for ballot in ballots:
         with tf.device(ballot.device):
@@ -91,7 +113,12 @@ def _vote_here(ballots: Sequence[Tensor], zeros: Zeros, step: Tensor) -> list[Te
 
 
 def _vote_by_collectives(
-    ops: Any, ballots: Sequence[Tensor], zeros: Zeros, step: Tensor, terms: Tensor
+    ops: Any,
+    ballots: Sequence[Tensor],
+    zeros: Zeros,
+    step: Tensor,
+    terms: Tensor,
+    tallies: list[list[list[Tensor]]] | None,
 ) -> list[Tensor]:
     """Between all workers: every replica's share travels behind the terms, and the verdicts come back alone."""
     replicas, received = ops._group_size, []
@@ -109,7 +136,7 @@ def _vote_by_collectives(
             with tf.control_dependencies(checks):
                 planes, width = ballot.shape
                 shares = unwords(tf.reshape(rows[:, agreement.TERMS :], [replicas, planes, width // replicas // 4]))
-                verdict = _verdict(tf.unstack(shares), zeros, step)
+                verdict = _verdict(tf.unstack(shares), zeros, step, tallies)
                 verdicts.append(internals.all_gather(ops, device, words(verdict, tf.int32)))
     copies = []
     for ballot, gathered in zip(ballots, verdicts, strict=True):
@@ -120,9 +147,13 @@ def _vote_by_collectives(
     return copies
 
 
-def _verdict(ballots: Sequence[Tensor], zeros: Zeros, step: Tensor) -> Tensor:
+def _verdict(
+    ballots: Sequence[Tensor], zeros: Zeros, step: Tensor, tallies: list[list[list[Tensor]]] | None = None
+) -> Tensor:
     """The teller's work: uint8 of shape (planes, bytes) from every worker's."""
     cast = [tf.unstack(words(ballot, tf.int64)) for ballot in ballots]
+    if tallies is not None:
+        tallies.append(cast)
     return unwords(tf.stack(core.verdict(cast, zeros, tf.cast(step, tf.int64))))
 
 

@@ -17,6 +17,7 @@ __all__ = [
     "all_gather",
     "all_to_all",
     "cross_device_ops",
+    "gather_now",
     "in_keras_loop",
     "in_xla",
     "per_replica",
@@ -63,6 +64,18 @@ def all_to_all(ops: CollectiveAllReduce, device: int, rows: Tensor) -> Tensor:
 def all_gather(ops: CollectiveAllReduce, device: int, rows: Tensor) -> Tensor:
     """Return the rows of all replicas, int32, one replica's after the other's."""
     return _launch(collective_ops.all_gather_v2, ops, device, rows)
+
+
+def gather_now(ops: CollectiveAllReduce, row: Any) -> Any:
+    """Return the row, int32, of every worker, shape (workers, …), also while a function is being traced."""
+
+    @tf.function  # type: ignore[untyped-decorator]
+    def gather() -> list[Tensor]:
+        return [all_gather(ops, device, tf.constant(row)[None]) for device in range(len(ops._devices))]
+
+    with tf.init_scope():
+        rows = gather()
+    return rows[0].numpy()[:: len(rows)]
 
 
 def _launch(collective: Any, ops: CollectiveAllReduce, device: int, value: Tensor) -> Tensor:

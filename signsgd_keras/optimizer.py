@@ -3,13 +3,12 @@
 from typing import Any
 
 import keras
-import numpy as np
 from keras import ops
 
 import signsgd_core as core
 from signsgd_core import WarmupSteps, Zeros
 
-from . import blocks
+from . import blocks, state
 
 Tensor = Any
 Variable = Any
@@ -97,7 +96,7 @@ class Signum(keras.optimizers.Optimizer):  # type: ignore[misc]
             core.check_size("learning_rate", learning_rate)
         for share, value in (("beta_1", beta_1), ("beta_2", beta_2), ("verdict_momentum", verdict_momentum)):
             core.check_share(share, value)
-        core.check_size("weight_decay", weight_decay or 0.0)
+        core.check_size("weight_decay", 0.0 if weight_decay is None else weight_decay)
         if zeros is not None:
             core.check_zeros(zeros)
         warmup = core.check_warmup_steps(warmup_steps, beta_2)
@@ -135,7 +134,9 @@ class Signum(keras.optimizers.Optimizer):  # type: ignore[misc]
         if self.built:
             return
         if keras.backend.backend() == "tensorflow":
-            self._voter.check_scope()
+            self.voter.check_scope()
+        if self.replicas > 1:
+            self.voter.agree(variables)
         super().build(variables)
         self._momentums = self._verdict_momentums = None
         if self.beta_1 > 0:  # else c = g: a momentum would never be read
@@ -153,20 +154,10 @@ class Signum(keras.optimizers.Optimizer):  # type: ignore[misc]
             name: what it is, e.g. "momentum".
             initializer: of its value.
         """
-        if name not in ("momentum", "gradient_accumulator", "verdict_momentum"):
+        if name not in state.NAMES:
             return super().add_variable_from_reference(reference_variable, name, initializer)
-        private = self.replicas > 1 and name != "verdict_momentum"
-        with keras.name_scope(self.name):
-            variable = keras.Variable(
-                initializer=initializer,
-                shape=reference_variable.shape,
-                dtype=reference_variable.dtype if name == "gradient_accumulator" else "float32",
-                trainable=False,
-                aggregation="only_first_replica" if private else "none",
-                synchronization="on_read" if private else "auto",
-                name=f"{getattr(reference_variable, 'path', reference_variable.name).replace('/', '_')}_{name}",
-                layout=getattr(reference_variable, "_layout", None),
-            )
+        with keras.name_scope(self.name, caller=self):  # by caller: build() is in it already
+            variable = state.create(self, reference_variable, name, initializer)
         self._track_variable(variable)
         return variable
 
@@ -187,7 +178,7 @@ class Signum(keras.optimizers.Optimizer):  # type: ignore[misc]
             learning_rate: `lr`.
         """
         bit = core.zero_bit(self.zero_rule, ops.cast(self.iterations, "int32"))
-        for x, g, m, u in blocks.split(variable, dense(gradient, variable), *self.state_of(variable)):
+        for x, g, m, u in blocks.split(variable, blocks.dense(gradient, variable), *self.state_of(variable)):
             c = self.direction(g, m)
             verdict = ops.sign(c)
             if bit is not None:
@@ -251,33 +242,17 @@ class Signum(keras.optimizers.Optimizer):  # type: ignore[misc]
 
     def save_own_variables(self, store: Any) -> None:
         """Write the state; what each replica has its own, as rows of all replicas."""
-        for i, variable in enumerate(self.variables):
-            store[str(i)] = self._voter.gather(variable) if _is_private(variable) else variable.numpy()
+        state.save(self, store)
 
     def load_own_variables(self, store: Any) -> None:
         """Read the state, also of another number of replicas, by the rule of `signsgd_core.redistribute`."""
         if len(store.keys()) != len(self.variables):
             super().load_own_variables(store)  # says what is wrong
-            return
-        fitting = [self._fit(i, variable, np.asarray(store[str(i)])) for i, variable in enumerate(self.variables)]
-        for variable, rows in zip(self.variables, fitting, strict=True):
-            if _is_private(variable):
-                self._voter.scatter(variable, rows)
-            else:
-                variable.assign(rows[0])
-
-    def _fit(self, i: int, variable: Variable, saved: Any) -> Any:
-        """Return what was saved of a variable as one row for each replica that has its own."""
-        rows = saved if saved.ndim > len(variable.shape) else saved[None]
-        if rows.shape[1:] != tuple(variable.shape):
-            raise ValueError(
-                f"optimizer variable {i}, {variable.path}, has shape {tuple(variable.shape)} and the saved one "
-                f"{saved.shape}: build the model that was saved; nothing was loaded into the optimizer"
-            )
-        return core.redistribute(rows, self.replicas if _is_private(variable) else 1)
+        else:
+            state.load(self, store)
 
     @property
-    def _voter(self) -> Any:
+    def voter(self) -> Any:
         """This optimizer among several replicas; only the TensorFlow backend has them."""
         from .replicas import Voter
 
@@ -287,20 +262,9 @@ class Signum(keras.optimizers.Optimizer):  # type: ignore[misc]
         if self.replicas == 1:
             super()._backend_apply_gradients(grads, trainable_variables)
         else:
-            self._voter.apply(
-                [dense(g, v) for g, v in zip(grads, trainable_variables, strict=True)], trainable_variables
+            self.voter.apply(
+                [blocks.dense(g, v) for g, v in zip(grads, trainable_variables, strict=True)], trainable_variables
             )
 
     def _apply_weight_decay(self, variables: list[Variable]) -> None:
         """Do nothing: step 8 decays."""
-
-
-def dense(gradient: Tensor, variable: Variable) -> Tensor:
-    """Return a gradient with an entry for every coordinate; an embedding's has some rows only."""
-    if not hasattr(gradient, "dense_shape"):  # TensorFlow's IndexedSlices
-        return ops.convert_to_tensor(gradient, sparse=False)
-    return ops.scatter(ops.expand_dims(gradient.indices, -1), gradient.values, variable.shape)
-
-
-def _is_private(variable: Variable) -> bool:
-    return bool(variable.synchronization == "on_read")

@@ -1,5 +1,6 @@
 """Signum among the replicas of a `tf.distribute` strategy: cast, vote, apply."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ import signsgd_core as core
 from . import agreement, internals
 from .ballots import pack, unpack
 from .cross_device_ops import MajorityVote, width
+from .statistics import count_nonfinite
 
 if TYPE_CHECKING:
     from .optimizer import Signum
@@ -39,6 +41,12 @@ class Voter:
         self.optimizer = optimizer
         self.strategy: Any = optimizer._distribution_strategy
 
+    @property
+    def op(self) -> MajorityVote:
+        """The op that votes: the strategy's, or one of ours around it."""
+        op = internals.cross_device_ops(self.strategy)
+        return op if isinstance(op, MajorityVote) else MajorityVote(op)
+
     def check_scope(self) -> None:
         """Make sure that the optimizer belongs to the strategy in force, and that this one can vote.
 
@@ -58,6 +66,15 @@ class Voter:
                 "or signsgd_keras.MultiWorkerMajorityVoteStrategy on several"
             )
 
+    def agree(self, variables: list[Variable]) -> None:
+        """Make sure that all workers have the same settings and the same variables to vote on.
+
+        Raises:
+            ValueError: if not, on all workers.
+        """
+        if isinstance(self.op.wrapped, internals.CollectiveAllReduce):
+            agreement.agree(self.op.wrapped, _settings(self.optimizer), _shapes(variables))
+
     def apply(self, gradients: list[Tensor], variables: list[Variable]) -> None:
         """Take one step, in replica context: accumulate, or clip, cast, vote and move.
 
@@ -76,10 +93,10 @@ class Voter:
             raise ValueError(
                 "a vote among replicas cannot be compiled by XLA: take compile(jit_compile=False) or 'auto'"
             )
-        if internals.in_keras_loop():
+        if internals.in_keras_loop() and isinstance(self.op.wrapped, internals.CollectiveAllReduce):
             raise ValueError(
-                "Keras cannot run steps_per_execution > 1 with an optimizer under tf.distribute: take "
-                "compile(steps_per_execution=1)"
+                "TensorFlow's collectives fail within Keras' steps_per_execution > 1, whatever the optimizer: take "
+                "compile(steps_per_execution=1), or on one machine MirroredStrategy(cross_device_ops=MajorityVote())"
             )
         context.merge_call(self._step, args=(_Own(gradients, variables),))
 
@@ -112,28 +129,68 @@ class Voter:
         variables = [optimizer._trainable_variables[k] for k in keys]
         t, rule = optimizer.iterations, optimizer.zero_rule
         parity, lr = tf.cast(t % 2, tf.uint8), tf.convert_to_tensor(optimizer.learning_rate)
+        # Of all variables, with a gradient or without: an exchange of messages that differ in size never ends, and
+        # workers that lack different gradients are to get as far as comparing their terms.
+        size = width(sum(map(_bytes, optimizer._trainable_variables)), optimizer.replicas)
 
-        def cast() -> Tensor:
+        def cast() -> tuple[Tensor, Tensor]:
             replica, local = _replica(strategy)
             bit = core.zero_bit(rule, parity, replica % 2)
             clipped = optimizer._clip_gradients(gradients[local])
+            nonfinite = 0 if optimizer.statistics is None else count_nonfinite(clipped)
             ballots = [
                 pack(optimizer.direction(g, optimizer.state_of(v)[0]), bit)
                 for g, v in zip(clipped, variables, strict=True)
             ]
-            length = sum(ballot.shape[1] for ballot in ballots)
-            padding = tf.zeros([ballots[0].shape[0], width(length, optimizer.replicas) - length], tf.uint8)
-            return tf.concat([*ballots, padding], axis=1)
+            padding = tf.zeros([ballots[0].shape[0], size - sum(map(_bytes, variables))], tf.uint8)
+            return tf.concat([*ballots, padding], axis=1), nonfinite
 
-        op = internals.cross_device_ops(strategy)
-        op = op if isinstance(op, MajorityVote) else MajorityVote(op)
-        ballots = strategy.experimental_local_results(strategy.extended.call_for_each_replica(cast))
-        terms = agreement.terms(_settings(optimizer), [[v.path, *v.shape] for v in variables], lr, t)
-        verdict = internals.per_replica(op.vote(ballots, rule, parity, terms))
+        cast_all, nonfinite = strategy.extended.call_for_each_replica(cast)
+        ballots = strategy.experimental_local_results(cast_all)
+        terms = agreement.terms(_settings(optimizer), _shapes(variables), lr, t)
+        if optimizer.statistics is None:
+            verdicts = self.op.vote(ballots, rule, parity, terms)
+        else:
+            verdicts = self._watch(ballots, rule, parity, terms, variables, nonfinite)
+        verdict = internals.per_replica(verdicts)
         first = 0
         for variable in variables:
             self._move(variable, verdict, first, lr)
-            first += -(-int(np.prod(variable.shape)) // 8)
+            first += _bytes(variable)
+
+    def _watch(
+        self,
+        ballots: Sequence[Tensor],
+        rule: core.Zeros,
+        parity: Tensor,
+        terms: Tensor,
+        variables: list[Variable],
+        nonfinite: Any,
+    ) -> list[Tensor]:
+        """Vote, and count what the vote looked like."""
+        optimizer, strategy = self.optimizer, self.strategy
+        with tf.control_dependencies(ballots):
+            begin = tf.timestamp()
+        with tf.control_dependencies([begin]):  # no part of the vote runs before the clock does
+            ballots = strategy.experimental_local_results(
+                strategy.extended.call_for_each_replica(tf.identity, args=(internals.per_replica(ballots),))
+            )
+        tallies: list[list[list[Tensor]]] = []
+        verdicts = self.op.vote(ballots, rule, parity, terms, tallies)
+        with tf.control_dependencies([begin, *verdicts]):
+            seconds = tf.timestamp() - begin
+        planes, length = ballots[0].shape
+        sent, sizes = self.op.sent_bytes(length, planes, optimizer.replicas), [int(np.prod(v.shape)) for v in variables]
+        counts = strategy.experimental_local_results(nonfinite)
+
+        def count() -> None:
+            replica, local = _replica(strategy)
+            optimizer.statistics.count(
+                sizes, ballots[local], verdicts[local], tallies[local], replica, counts[local], sent, seconds
+            )
+
+        strategy.extended.call_for_each_replica(count)
+        return verdicts
 
     def _move(self, variable: Variable, verdict: Any, first: int, lr: Tensor) -> None:
         """Move a variable on every device by its bytes of the verdict, the first of which is `first`."""
@@ -198,6 +255,15 @@ def _accumulate(strategy: Any, gradients: list[list[Tensor]], sums: list[Variabl
 
 def _settings(optimizer: "Signum") -> dict[str, Any]:
     return {name: getattr(optimizer, name) for name in agreement.SETTINGS}
+
+
+def _shapes(variables: list[Variable]) -> list[Any]:
+    return [[v.path, *v.shape] for v in variables]
+
+
+def _bytes(variable: Variable) -> int:
+    """Return how many bytes each plane of its ballot takes."""
+    return -(-int(np.prod(variable.shape)) // 8)
 
 
 def _name(strategy: Any) -> str:

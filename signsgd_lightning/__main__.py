@@ -22,6 +22,9 @@ from signsgd_core import demo, traffic
 
 from . import Signum
 
+LEARNING_RATES = {"AdamW": 2e-3, "Signum": 4e-4, "verdict momentum": 2e-3}
+"""The best of a small grid on the digits."""
+
 BATCH_SIZE = 32
 EVALUATIONS = 8
 
@@ -189,7 +192,9 @@ def train(
 
 def main(arguments: list[str] | None = None) -> None:
     """Run all three methods, print the table, save the plot."""
-    options = demo.parse("python -m signsgd_lightning", __doc__.splitlines()[0], arguments)
+    workers = "worker processes (default: 4 on the CPU, one per GPU where there are GPUs)"
+    parser = demo.parser("python -m signsgd_lightning", __doc__.splitlines()[0], workers, LEARNING_RATES)
+    options = parser.parse_args(arguments)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*(does not have many workers|LeafSpec|epoch parameter).*")
     data = demo.load(options.data, options.out)  # before the workers start: they find a folder decoded
@@ -207,17 +212,7 @@ def main(arguments: list[str] | None = None) -> None:
         train(f"Signum {options.betas}, vote", "majority_vote", signum, data, options),
         train(f"verdict momentum {gamma}, vote", "majority_vote", verdict_momentum, data, options),
     ]
-    report(results, options)
-
-
-@rank_zero_only
-def report(results: list[demo.Result], options: Any) -> None:
-    """Print the table and save the plot, on one worker."""
-    demo.print_table(results)
-    if options.plot:
-        path = options.out / "accuracy_against_bytes.png"
-        demo.save_plot(results, path)
-        print(f"plot: {path}")
+    rank_zero_only(demo.report)(results, options)
 
 
 if __name__ == "__main__":

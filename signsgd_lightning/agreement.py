@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from signsgd_core import disagreement
 from signsgd_core.traffic import HEADER_BYTES
 
 from .kernels.cpu import packbits, unpackbits
@@ -53,11 +54,7 @@ def describe(name: str, parameter: Tensor) -> str:
 def _difference(peers: Peers, lines: list[str]) -> str:
     everyone: list[list[str]] = [[] for _ in range(peers.world_size)]
     dist.all_gather_object(everyone, lines, group=peers.group)
-    other = next(rank for rank, theirs in enumerate(everyone) if theirs != everyone[0])
-    length = max(len(everyone[0]), len(everyone[other]))
-    ours, theirs = ([*side, *["nothing"] * (length - len(side))] for side in (everyone[0], everyone[other]))
-    first, second = next((a, b) for a, b in zip(ours, theirs, strict=True) if a != b)
     return (
-        f"the ranks disagree and cannot vote: rank 0 has «{first}» where rank {other} has «{second}». Build the same "
-        "model and the same optimizer, with the same settings, on every rank."
+        f"the ranks disagree and cannot vote: {disagreement(everyone, 'rank')}. Build the same model and the same "
+        "optimizer, with the same settings, on every rank."
     )

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from signsgd_core.figures import COUNTS, figures
+
 from .exchange import Exchange
 from .optimizer import Signum
 from .statistics import VoteStatistics
@@ -14,14 +16,7 @@ from .statistics import VoteStatistics
 class VoteMonitor(Callback):
     """Log how the ranks agree, what they send, and how long they wait, every ``log_every_n_steps`` steps.
 
-    | name | meaning | unit |
-    |---|---|---|
-    | ``vote/agreement/rank{r}`` | share of coordinates where rank r's ballot was the verdict | 0 to 1 |
-    | ``vote/ties`` | share of coordinates with a tied tally | 0 to 1 |
-    | ``vote/flips`` | share of coordinates whose verdict was not that of the step before | 0 to 1 |
-    | ``vote/bytes_per_step`` | payload that a rank sent per step, the mean of all | bytes |
-    | ``vote/exchange_seconds`` | time a rank waited for others per step, the mean of all | seconds |
-    | ``vote/nonfinite`` | gradient entries that were NaN or ±Inf since the start, all ranks together | count |
+    The names and what they mean: see `signsgd_core.figures`.
 
     Shares are over all votes since the last time they were logged, of the coordinates on which the rank voted; flips
     count where the vote before was on the same parameters. With several optimizers their votes are added up. A
@@ -44,7 +39,7 @@ class VoteMonitor(Callback):
         self._exchanges = [o.exchange for o in trainer.optimizers if isinstance(o, Signum) and o.exchange is not None]
         if not self._exchanges:
             raise RuntimeError("VoteMonitor has no vote to watch: it needs strategy='majority_vote' and several ranks")
-        self._nonfinite, self._steps, self._global_step = 0, 0, trainer.global_step
+        self._nonfinite, self._steps, self._global_step = 0.0, 0, trainer.global_step
         for exchange in self._exchanges:
             exchange.statistics = VoteStatistics()
         self._sent, self._waited = self._traffic()
@@ -85,11 +80,10 @@ class VoteMonitor(Callback):
 
     def _gather(self, steps: int, device: torch.device) -> dict[str, float]:
         """Return the figures of all ranks since the last call, and start over."""
-        names = ("coordinates", "disagreements", "compared", "flips", "tallied", "ties", "nonfinite")
-        counts = [0.0] * len(names)
+        counts = [0.0] * 7  # of those that a VoteStatistics has; the peers count bytes and seconds
         for exchange in self._exchanges:
             assert exchange.statistics is not None
-            counts = [count + getattr(exchange.statistics, name) for count, name in zip(counts, names, strict=True)]
+            counts = [count + getattr(exchange.statistics, name) for count, name in zip(counts, COUNTS, strict=False)]
             last = exchange.statistics
             exchange.statistics = VoteStatistics(last=last.last, parameters=last.parameters)
         sent, waited = self._traffic()
@@ -97,18 +91,6 @@ class VoteMonitor(Callback):
         peers = self._exchanges[0].peers
         rows = peers.gather(row.to(peers.wire(device)), "gathered the monitor's figures").cpu()
         self._sent, self._waited = self._traffic()
-        coordinates, disagreements, compared, flips, tallied, ties, nonfinite, sent_bytes, seconds = rows.T
-        self._nonfinite += int(nonfinite.sum())
-        values = {
-            f"vote/agreement/rank{rank}": 1 - float(disagreements[rank] / coordinates[rank])
-            for rank in range(len(rows))
-            if coordinates[rank]
-        }
-        if compared[0]:
-            values["vote/flips"] = float(flips[0] / compared[0])  # the verdict is the same on all
-        if tallied.sum():
-            values["vote/ties"] = float(ties.sum() / tallied.sum())
-        values["vote/bytes_per_step"] = float(sent_bytes.mean()) / steps
-        values["vote/exchange_seconds"] = float(seconds.mean()) / steps
-        values["vote/nonfinite"] = float(self._nonfinite)
+        values = figures(rows.numpy(), steps, self._nonfinite)
+        self._nonfinite = values["vote/nonfinite"]
         return values

@@ -1,106 +1,127 @@
-"""The list of front ends: each runs cases of one number of workers and returns the trajectory of every one."""
+"""The one list of front ends. Adding one is adding an entry: how it runs cases, and why it leaves out which."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
-import numpy as np
-import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-
-from signsgd_lightning import Signum, enable_majority_vote, exchange, kernels
+from signsgd_lightning import exchange
+from tests.clusters import Cluster
+from tests.devices import mirrored
 from tests.workers import Workers
 
-from .cases import LR, Array, Case
-
-Trajectory = list[list[Array]]
-FrontEnd = Callable[[Sequence[Case], Workers], list[Trajectory]]
+from . import core_runs, keras_runs, lightning_runs, torch_runs
+from .cases import SHAPES, Case, Trajectory
 
 
-def signum(parameters: Sequence[Tensor], case: Case) -> Signum:
-    return Signum(
-        parameters,
-        lr=LR,
-        betas=case.betas,
-        weight_decay=case.weight_decay,
-        verdict_momentum=case.verdict_momentum,
-        zeros=case.zeros,
-        warmup_steps=case.warmup_steps,
-    )
+@dataclass(frozen=True)
+class Processes:
+    """Where front ends run: fixtures of `tests/conftest.py`."""
+
+    workers: Workers
+    backend: Callable[[str], Cluster]
+    cluster: Callable[[int], Cluster]
 
 
-def train(parameters: Sequence[Tensor], optimizer: Signum, case: Case, rank: int) -> Trajectory:
-    trajectory = []
-    for gradients in case.gradients():
-        for p, g in zip(parameters, gradients[rank], strict=True):
-            p.grad = None if g is None else torch.from_numpy(np.array(g)).to(p.device)
-        optimizer.step()
-        trajectory.append([p.detach().cpu().numpy().copy() for p in parameters])
-    return trajectory
+Run = Callable[[Sequence[Case], Processes], list[list[Trajectory]]]
+"""Takes cases of one number of workers; returns what every worker had after each step, [worker][case]."""
 
 
-def torch_alone(cases: Sequence[Case], workers: Workers) -> list[Trajectory]:
-    """`Signum` without a process group: one worker."""
-    trajectories = []
-    for case in cases:
-        parameters = [torch.from_numpy(x).requires_grad_() for x in case.parameters()]
-        trajectories.append(train(parameters, signum(parameters, case), case, rank=0))
-    return trajectories
+@dataclass(frozen=True)
+class FrontEnd:
+    """A way to train.
+
+    Attributes:
+        name: of it.
+        run: runs cases.
+        covers: the public names that step or vote in it, and `"backend:NAME"` for a backend of Keras.
+        skips: why a case is left out; None where it runs.
+        without: tensors that it has not, by their numbers in `cases.SHAPES`, and why.
+    """
+
+    name: str
+    run: Run
+    covers: tuple[str, ...]
+    skips: Callable[[Case], str | None] = lambda case: None
+    without: Mapping[int, str] = field(default_factory=dict, hash=False)
 
 
-def torch_gloo(cases: Sequence[Case], workers: Workers) -> list[Trajectory]:
-    """`Signum` over DDP and Gloo; small blocks, so that a vector takes several; all ranks must be bit-identical."""
-    return _identical(workers.run(cases[0].workers, _vote, cases, 256, False))
+def one_worker_only(case: Case) -> str | None:
+    return "it is one worker alone" if case.workers > 1 else None
 
 
-def torch_gloo_one_block(cases: Sequence[Case], workers: Workers) -> list[Trajectory]:
-    """The same in one block."""
-    return _identical(workers.run(cases[0].workers, _vote, cases, exchange.BLOCK_SIZE, False))
+def two_or_more(case: Case) -> str | None:
+    return "one rank exchanges nothing: torch-gloo runs it" if case.workers == 1 else None
 
 
-def torch_gloo_device_kernel(cases: Sequence[Case], workers: Workers) -> list[Trajectory]:
-    """The same with the kernel of accelerators, which runs on CPU tensors, too."""
-    return _identical(workers.run(cases[0].workers, _vote, cases, 256, True))
+def same_gradients_on_all(case: Case) -> str | None:
+    if case.absent == "somewhere":
+        return "replicas that lack different gradients are refused, see test_refusals.py"
+    return None
 
 
-FRONT_ENDS: dict[str, tuple[FrontEnd, tuple[int, ...]]] = {
-    "torch-alone": (torch_alone, (1,)),
-    "torch-gloo": (torch_gloo, (2, 3, 4)),
-    "torch-gloo-one-block": (torch_gloo_one_block, (2, 3, 4)),
-    "torch-gloo-device-kernel": (torch_gloo_device_kernel, (2, 3, 4)),
-}
-"""Name -> front end, and the numbers of workers it is for: alone is one worker, a vote takes two or more."""
+def graph_of_replicas(case: Case) -> str | None:
+    if case.workers > 2 and case != Case(case.workers, zeros=case.zeros):
+        return (
+            "a graph of 3 to 8 replicas takes seconds to trace; keras-mirrored-eager runs it, and this runs it with 2"
+        )
+    return same_gradients_on_all(case)
 
 
-class _Model(nn.Module):
-    def __init__(self, case: Case) -> None:
-        super().__init__()
-        self.x = nn.ParameterList([torch.from_numpy(x) for x in case.parameters()])
+def cluster_of_workers(case: Case) -> str | None:
+    refused = same_gradients_on_all(case)
+    if refused is None and case.workers in (5, 6, 7):
+        return "so many TensorFlow processes take long on two cores; 2, 3, 4 and 8 run"
+    if refused is None and case.workers > 2 and case.betas != (0.5, 0.5) and not case.absent:
+        return "betas and verdict momentum are a worker's own affair, and this runs them with 2"
+    return refused
 
 
-def _vote(cases: Sequence[Case], block_size: int, device_kernel: bool) -> list[Trajectory]:
-    rank = torch.distributed.get_rank()
-    usual = kernels.for_device
-    if device_kernel:
-        kernels.for_device = lambda device: kernels.cuda
-    try:
-        trajectories = []
-        for case in cases:
-            model = DistributedDataParallel(_Model(case))
-            parameters = list(model.parameters())
-            optimizer = signum(parameters, case)
-            enable_majority_vote(model, optimizer)
-            assert optimizer.exchange is not None
-            optimizer.exchange.block_size = block_size
-            trajectories.append(train(parameters, optimizer, case, rank))
-        return trajectories
-    finally:
-        kernels.for_device = usual
+def _gloo(block_size: int = 256, device_kernel: bool = False) -> Run:
+    """Blocks are small, so that a vector takes several."""
+    return lambda cases, on: on.workers.run(cases[0].workers, torch_runs.vote, cases, block_size, device_kernel)
 
 
-def _identical(ranks: list[list[Trajectory]]) -> list[Trajectory]:
-    for rank, trajectories in enumerate(ranks[1:], start=1):
-        for ours, first in zip(trajectories, ranks[0], strict=True):
-            for t, (step, first_step) in enumerate(zip(ours, first, strict=True)):
-                for x, y in zip(step, first_step, strict=True):
-                    assert x.tobytes() == y.tobytes(), f"rank {rank} differs from rank 0 after step {t}"
-    return ranks[0]
+def _keras(backend: str, compiled: bool = False) -> Run:
+    return lambda cases, on: on.backend(backend).run(keras_runs.alone, cases, compiled)
+
+
+def _mirrored(graph: bool) -> Run:
+    return lambda cases, on: keras_runs.under(mirrored(cases[0].workers), cases, graph)
+
+
+_EMPTY = {SHAPES.index((0,)): "TensorFlow's own strategy for several workers dies of a variable without elements"}
+
+
+def _multi_worker(cases: Sequence[Case], on: Processes) -> list[list[Trajectory]]:
+    return on.cluster(cases[0].workers).run(keras_runs.multi_worker, cases, tuple(_EMPTY))
+
+
+_SIGNUM, _VOTE = "signsgd_lightning.Signum", "signsgd_lightning.enable_majority_vote"
+_KERAS_SIGNUM, _KERAS_VOTE = "signsgd_keras.Signum", "signsgd_keras.MajorityVote"
+
+FRONT_ENDS: tuple[FrontEnd, ...] = (
+    FrontEnd("core-packed", lambda cases, on: [core_runs.packed(cases)], ()),
+    FrontEnd("torch-alone", lambda cases, on: [torch_runs.alone(cases)], (_SIGNUM,), one_worker_only),
+    FrontEnd("torch-gloo", _gloo(), (_SIGNUM, _VOTE)),
+    FrontEnd("torch-gloo-one-block", _gloo(exchange.BLOCK_SIZE), (_SIGNUM, _VOTE), two_or_more),
+    FrontEnd("torch-gloo-device-kernel", _gloo(device_kernel=True), (_SIGNUM, _VOTE), two_or_more),
+    FrontEnd(
+        "lightning-gloo",
+        lambda cases, on: on.workers.run(cases[0].workers, lightning_runs.fit, cases),
+        (_SIGNUM, "signsgd_lightning.MajorityVoteStrategy"),
+    ),
+    FrontEnd("keras-tensorflow", _keras("tensorflow"), (_KERAS_SIGNUM, "backend:tensorflow"), one_worker_only),
+    FrontEnd(
+        "keras-tensorflow-xla", _keras("tensorflow", True), (_KERAS_SIGNUM, "backend:tensorflow"), one_worker_only
+    ),
+    FrontEnd("keras-jax", _keras("jax"), (_KERAS_SIGNUM, "backend:jax"), one_worker_only),
+    FrontEnd("keras-torch", _keras("torch"), (_KERAS_SIGNUM, "backend:torch"), one_worker_only),
+    FrontEnd("keras-mirrored", _mirrored(graph=True), (_KERAS_SIGNUM, _KERAS_VOTE), graph_of_replicas),
+    FrontEnd("keras-mirrored-eager", _mirrored(graph=False), (_KERAS_SIGNUM, _KERAS_VOTE), same_gradients_on_all),
+    FrontEnd(
+        "keras-multi-worker",
+        _multi_worker,
+        (_KERAS_SIGNUM, "signsgd_keras.MultiWorkerMajorityVoteStrategy"),
+        cluster_of_workers,
+        _EMPTY,
+    ),
+)

@@ -11,7 +11,9 @@ from types import ModuleType
 import pytest
 
 import signsgd_core
+import signsgd_keras
 import signsgd_lightning
+from tests import devices  # noqa: F401  before TensorFlow first runs anything
 
 ROOT = Path(signsgd_core.__file__).parents[1]
 FRAMEWORKS = ["torch", "tensorflow", "keras", "jax", "lightning", "sklearn", "matplotlib"]
@@ -22,13 +24,13 @@ def modules(package: ModuleType) -> list[str]:
     return [package.__name__, *(module.name for module in found)]
 
 
-@pytest.mark.parametrize("name", [*modules(signsgd_core), *modules(signsgd_lightning)])
+@pytest.mark.parametrize("name", [*modules(signsgd_core), *modules(signsgd_lightning), *modules(signsgd_keras)])
 def test_examples(name: str) -> None:
     result = doctest.testmod(importlib.import_module(name))
     assert result.failed == 0
 
 
-@pytest.mark.parametrize("name", ["adversaries", "ballots", "momentum", "reference", "traffic", "vote"])
+@pytest.mark.parametrize("name", ["adversaries", "ballots", "momentum", "reference", "settings", "traffic", "vote"])
 def test_the_mathematics_has_examples(name: str) -> None:
     examples = doctest.DocTestFinder().find(importlib.import_module(f"signsgd_core.{name}"))
     assert any(test.examples for test in examples)

@@ -8,9 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from signsgd_core import (
-    check_betas,
     direction,
+    displacement,
     finite,
+    redistribute,
     update_momentum,
     update_parameters,
     update_verdict_momentum,
@@ -90,24 +91,43 @@ def test_warmup_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
         warmup_steps(0.999)
 
 
-@pytest.mark.parametrize("betas", [(0, 0), (0.9, 0.99), [0.5, 0.25], np.array([0.0, 0.75])])
-def test_good_betas(betas: object) -> None:
-    checked = check_betas(betas)
-    assert checked == tuple(np.asarray(betas).tolist())
-    assert [type(beta) for beta in checked] == [float, float]
+@given(x=eighths, u=eighths, decay=quarters, lr=st.sampled_from([0.0, 2.0**-10, 0.25, 1.0]))
+def test_displacement_is_what_a_step_takes_away(x: float, u: float, decay: float, lr: float) -> None:
+    taken = displacement(x, u, lr, decay)
+    assert Fraction(taken) == Fraction(lr) * (Fraction(u) + Fraction(decay) * Fraction(x))
+    assert update_parameters(x, u, lr, decay) == x - taken
 
 
-@pytest.mark.parametrize("betas", [(1.2, 0.9), (0.9, 1.0), (-0.1, 0.9), (0.9, -1e-9), (float("nan"), 0.9)])
-def test_betas_out_of_range(betas: tuple[float, float]) -> None:
-    with pytest.raises(ValueError, match="betas") as error:
-        check_betas(betas)
-    assert str(error.value) == f"betas must lie in [0, 1), got {betas}"
+def test_without_decay_the_parameters_are_not_read() -> None:
+    """They may be infinite, or what does not multiply at all."""
+    assert displacement(float("inf"), -1.0, 0.5, 0.0) == -0.5
+    assert displacement(None, 1.0, 0.5, 0) == 0.5
 
 
-@pytest.mark.parametrize("betas", [0.9, None, (0.9,), (0.9, 0.9, 0.9), ("a", "b"), (None, 0.9)])
-def test_betas_that_are_no_pair(betas: object) -> None:
-    with pytest.raises(ValueError, match=r"^betas must be a pair of numbers such as \(0\.9, 0\.9\), got "):
-        check_betas(betas)
+@given(old=st.integers(1, 9), new=st.integers(1, 9))
+def test_redistribute(old: int, new: int) -> None:
+    """More workers: each new one takes that of old ``i mod M``. Fewer: the mean of the old ones it stands for."""
+    momenta = np.random.default_rng(old).integers(-80, 81, (old, 3, 2)).astype(np.float32)
+    before = momenta.copy()
+    result = redistribute(momenta, new)
+    assert result.shape == (new, 3, 2)
+    assert result.dtype == np.float32
+    for i in range(new):
+        sources = [j for j in range(old) if j % new == i] if new < old else [i % old]
+        np.testing.assert_allclose(result[i], sum(momenta[j] for j in sources) / np.float32(len(sources)), rtol=1e-6)
+    np.testing.assert_array_equal(momenta, before)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, np.int64])
+def test_the_same_number_of_workers_keeps_every_bit(dtype: Any) -> None:
+    momenta = np.array([[1, -2], [3, 0], [7, 5]], dtype)
+    np.testing.assert_array_equal(redistribute(momenta, 3), momenta, strict=True)
+
+
+def test_redistributed_scalars() -> None:
+    """One momentum a worker, of a variable without axes."""
+    np.testing.assert_array_equal(redistribute(np.array([1.0, 3.0]), 1), np.array([2.0]), strict=True)
+    np.testing.assert_array_equal(redistribute(np.array([4.0]), 3), np.array([4.0, 4.0, 4.0]), strict=True)
 
 
 def _allowed(beta: float, c: int) -> bool:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from signsgd_core import Zeros, majority, planes, tally, verdict
 
-from .frameworks import KINDS, Kind
+from .frameworks import FRAMEWORKS, KINDS, Kind
 
 Signs = npt.NDArray[np.int64]  # (workers, coordinates) of -1, 0, +1
 Masks = npt.NDArray[np.bool_]
@@ -66,6 +66,35 @@ def test_every_framework_masks(kind: Kind) -> None:
         signs = close_votes(6, abstain=zeros == "abstain")
         result = verdict(kind.ballots(signs, planes(zeros)), zeros, 1, [kind.words(mask) for mask in masks])
         np.testing.assert_array_equal(kind.verdict(result, LENGTH), naive(signs, zeros, 1, masks))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.framework != "python"], ids=str)
+def test_a_step_that_is_known_when_the_graph_runs(kind: Kind) -> None:
+    """A scalar of the words' framework and dtype; compiled once for all steps where the framework compiles."""
+    for zeros, workers in product(RULES, (4, 5)):
+        signs = close_votes(workers, abstain=zeros == "abstain")
+        ballots = kind.ballots(signs, planes(zeros))
+        vote = COMPILE.get(kind.framework, lambda f: f)(lambda ballots, step, rule=zeros: verdict(ballots, rule, step))
+        for step in (0, 1, 2, 7):
+            known_late = FRAMEWORKS[kind.framework](np.array(step, kind.dtype))
+            result = vote(ballots, known_late)
+            assert len(result) == planes(zeros)
+            np.testing.assert_array_equal(kind.verdict(result, LENGTH), naive(signs, zeros, step))
+
+
+def _jit(function: Any) -> Any:
+    import jax
+
+    return jax.jit(function)
+
+
+def _graph(function: Any) -> Any:
+    import tensorflow as tf
+
+    return tf.function(function)
+
+
+COMPILE = {"jax": _jit, "tensorflow": _graph}
 
 
 @given(st.integers(1, 257), st.integers(0, 2**32), st.integers(0, 9), st.sampled_from(RULES), st.booleans())

@@ -1,11 +1,9 @@
 """`VoteMonitor`: its figures are exact on given gradients, and reach whatever logger the user has."""
 
 import csv
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -15,13 +13,10 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 from signsgd_core import Zeros
 from signsgd_core.traffic import majority_vote
 from signsgd_lightning import VoteMonitor, VoteStatistics
+from tests.votes import SIZES, STEPS, Figures, expected_figures, given_gradients
 from tests.workers import Workers
 
-from .models import Array, Given, GivenByTwo, Net, trainer
-
-SIZES = (70, 3, 130)
-STEPS = 6
-Figures = dict[str, float]
+from .models import Given, GivenByTwo, Net, trainer
 
 
 class Notes(Logger):
@@ -40,39 +35,6 @@ class Notes(Logger):
         pass
 
 
-def _given(ranks: int, steps: int = STEPS, sizes: Sequence[int] = SIZES) -> list[list[list[Array | None]]]:
-    """Eighths, zeros often; one of 40 entries is NaN, Inf or −Inf."""
-    random = np.random.default_rng(ranks)
-    values = random.integers(-2, 3, (steps, ranks, sum(sizes))) / 8
-    wild = random.choice([np.nan, np.inf, -np.inf], values.shape)
-    values = np.where(random.random(values.shape) < 1 / 40, wild, values).astype(np.float32)
-    return [[list(np.split(worker, np.cumsum(sizes)[:-1])) for worker in step] for step in values]
-
-
-def _expected(given: Sequence[Any], zeros: Zeros, every: int) -> list[Figures]:
-    """Count the plain ballots of signSGD, `every` steps at a time."""
-    rows: list[Figures] = []
-    nonfinite, last = 0, None
-    for first in range(0, len(given), every):
-        agreed, tied, flipped = [], [], list[Any]()
-        for t in range(first, first + every):
-            g = np.stack([np.concatenate(worker) for worker in given[t]])
-            nonfinite += int((~np.isfinite(g)).sum())
-            signs = np.sign(np.where(np.isfinite(g), g, 0))
-            zero = {"alternate": [(-1) ** (t + i) for i in range(len(g))], "abstain": [0], "positive": [1]}[zeros]
-            ballots = np.where(signs == 0, np.array(zero)[:, None], signs)
-            tally = ballots.sum(axis=0)
-            verdict = np.where(tally == 0, zero[0], np.sign(tally))
-            agreed.append((ballots == verdict).mean(axis=1))
-            tied.append((tally == 0).mean())
-            flipped += [] if last is None else [(verdict != last).mean()]
-            last = verdict
-        figures = {f"vote/agreement/rank{rank}": share for rank, share in enumerate(np.mean(agreed, axis=0))}
-        figures |= {"vote/flips": np.mean(flipped)} if flipped else {}
-        rows.append({**figures, "vote/ties": np.mean(tied), "vote/nonfinite": nonfinite})
-    return rows
-
-
 def _monitor(given: Any, settings: dict[str, Any], **signum: Any) -> tuple[list[Any], Figures]:
     notes = Notes()
     run = trainer(callbacks=[VoteMonitor()], logger=notes, **settings)
@@ -89,11 +51,11 @@ def _observe(given: Any, zeros: Zeros, every: int) -> tuple[list[Any], Figures]:
 @pytest.mark.parametrize("zeros", ["alternate", "abstain", "positive"])
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_figures_are_exact(ranks: int, zeros: Zeros, every: int, workers: Workers) -> None:
-    given = _given(ranks)
+    given = given_gradients(ranks)
     bytes_per_step = majority_vote(sum(SIZES), ranks, zeros).worker
     for rows, metrics in workers.run(ranks, _observe, given, zeros, every):
         assert [step for step, _ in rows] == list(range(every - 1, STEPS, every))
-        for (_, row), expected in zip(rows, _expected(given, zeros, every), strict=True):
+        for (_, row), expected in zip(rows, expected_figures(given, zeros, every), strict=True):
             assert row.pop("vote/bytes_per_step") == bytes_per_step
             assert 0 < row.pop("vote/exchange_seconds") < 5
             assert row == pytest.approx(expected, rel=1e-12, abs=1e-12)
@@ -106,7 +68,7 @@ def _sparse_use(given: Any) -> tuple[list[Any], Figures]:
 
 def test_bytes_with_presence_bits(workers: Workers) -> None:
     """One bit a parameter and peer, where somebody lacks one; nothing for coordinates that nobody votes on."""
-    given = _given(3)
+    given = given_gradients(3)
     given[1][2][0] = None
     for worker in given[3]:
         worker[2] = None
@@ -124,12 +86,12 @@ def _to_csv(given: Any, folder: str) -> None:
 
 
 def test_csv_logger(tmp_path: Path, workers: Workers) -> None:
-    given = _given(2)
+    given = given_gradients(2)
     workers.run(2, _to_csv, given, str(tmp_path))
     with (tmp_path / "metrics.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["vote/ties"]]
     assert [int(row["step"]) for row in rows] == [2, 5]
-    for row, expected in zip(rows, _expected(given, "alternate", 3), strict=True):
+    for row, expected in zip(rows, expected_figures(given, "alternate", 3), strict=True):
         assert {name: float(row[name]) for name in expected} == pytest.approx(expected, rel=1e-12)
 
 
@@ -141,10 +103,10 @@ def _two(given: Any) -> list[Any]:
 
 def test_several_optimizers_are_added_up(workers: Workers) -> None:
     sizes = (70, 130)
-    given = _given(2, sizes=sizes)
+    given = given_gradients(2, sizes=sizes)
     bytes_of_both = sum(majority_vote(size, 2).worker for size in sizes)
     for rows in workers.run(2, _two, given):
-        for row, expected in zip(rows, _expected(given, "alternate", 2), strict=True):
+        for row, expected in zip(rows, expected_figures(given, "alternate", 2), strict=True):
             assert row.pop("vote/bytes_per_step") == bytes_of_both
             assert row.pop("vote/exchange_seconds") > 0
             assert row == pytest.approx(expected, rel=1e-12)

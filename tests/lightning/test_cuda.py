@@ -11,8 +11,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import signsgd_core as core
 from signsgd_lightning import Signum, enable_majority_vote, kernels
-from tests.conformance.cases import Array, Case, cases
-from tests.conformance.front_ends import Trajectory, signum, train
+from tests.conformance.cases import Array, Case, Trajectory, cases
+from tests.conformance.torch_runs import signum, train
 from tests.workers import Workers
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]

@@ -1,0 +1,169 @@
+"""The demo: the same model trained with Adam, and by majority vote; what it costs, what it gives."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import keras
+
+from signsgd_core import default_zeros, demo, traffic
+
+LEARNING_RATES = {"Adam": 2e-3, "Signum": 4e-4, "verdict momentum": 2e-3}
+"""The best of a small grid on the digits."""
+
+BY_FORMULA = (
+    "since workers within one process share its memory and send nothing; --processes counts what real ones send"
+)
+
+WORKERS = 4
+PARENT = "SIGNSGD_DEMO_PARENT"
+"""Environment variable with the process that started a worker."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run all three methods, print the table, save the plot."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    program = "python -m signsgd_keras"
+    about = "replicas in this process or, with --processes, processes"
+    workers = f"{about} (default: {WORKERS} on the CPU, one per GPU where there are several)"
+    parser = demo.parser(program, __doc__.splitlines()[0], workers, LEARNING_RATES)
+    parser.add_argument("--processes", action="store_true", help="start the workers as processes, on the CPU")
+    options = parser.parse_args(arguments)
+    if keras.backend.backend() != "tensorflow":
+        parser.error(f"needs Keras' TensorFlow backend, got {keras.backend.backend()!r}: set KERAS_BACKEND=tensorflow")
+    demo.load(options.data, options.out)  # before the workers start: they find a folder decoded
+    if not options.processes:
+        run(mirrored(options.workers), options)
+    elif "TF_CONFIG" not in os.environ:
+        launch(options.workers or WORKERS, arguments)
+    else:
+        if PARENT in os.environ:
+            leave_with(int(os.environ[PARENT]))
+        from . import MultiWorkerMajorityVoteStrategy
+
+        run(MultiWorkerMajorityVoteStrategy(), options)
+
+
+def run(strategy: Any, options: Any) -> None:
+    """Train all three methods under one strategy and report."""
+    from . import Signum
+    from .demo import is_first, train
+
+    data = demo.load(options.data, options.out)
+    workers, zeros = strategy.num_replicas_in_sync, options.zeros
+    rule = zeros or default_zeros(workers)
+    adam_lr, signum_lr, verdict_lr = options.lr
+    (beta_1, beta_2), gamma = options.betas, options.verdict_momentum
+
+    def cosine(lr: float, steps: int) -> Any:
+        return keras.optimizers.schedules.CosineDecay(lr, steps)
+
+    def adam(steps: int) -> Any:
+        return keras.optimizers.Adam(cosine(adam_lr, steps))
+
+    def signum(steps: int) -> Any:
+        return Signum(cosine(signum_lr, steps), beta_1, beta_2, zeros=zeros)
+
+    def verdict_momentum(steps: int) -> Any:
+        return Signum(cosine(verdict_lr, steps), 0.0, 0.0, gamma, zeros=zeros)
+
+    def averaged(parameters: int) -> int:
+        return traffic.ring_all_reduce(parameters, workers, bits=32).worker
+
+    def voted(parameters: int) -> int:
+        return traffic.majority_vote(parameters, workers, rule).worker
+
+    means, votes = (None, None) if options.processes else (averaged, voted)
+    results = [
+        train("Adam, averaged gradients", adam, means, strategy, data, options),
+        train(f"Signum {options.betas}, vote", signum, votes, strategy, data, options),
+        train(f"verdict momentum {gamma}, vote", verdict_momentum, votes, strategy, data, options),
+    ]
+    if is_first(strategy):
+        demo.report(results, options, "" if options.processes else BY_FORMULA)
+
+
+def mirrored(workers: int | None) -> Any:
+    """Return a strategy that votes among replicas of this process, on GPUs where there are enough."""
+    import tensorflow as tf
+
+    from . import MajorityVote
+
+    gpus = len(tf.config.list_physical_devices("GPU"))
+    workers = workers or (gpus if gpus > 1 else WORKERS)
+    kind = "GPU" if workers <= gpus else "CPU"
+    if kind == "CPU":
+        cpu, one = tf.config.list_physical_devices("CPU")[0], tf.config.LogicalDeviceConfiguration()
+        tf.config.set_logical_device_configuration(cpu, [one] * workers)
+    devices = [f"{kind}:{k}" for k in range(workers)]
+    return tf.distribute.MirroredStrategy(devices, cross_device_ops=MajorityVote())
+
+
+def launch(workers: int, arguments: Sequence[str]) -> None:
+    """Run this program once for every worker, on this machine, to the end of all; none outlives this process.
+
+    Args:
+        workers: how many.
+        arguments: of the command line.
+
+    Raises:
+        SystemExit: if one fails; the others are ended.
+    """
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that `finally` is run
+    addresses = free_addresses(workers)
+    processes: list[subprocess.Popen[bytes]] = []
+    try:
+        for index in range(workers):
+            task = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": index}}
+            environment = {
+                "TF_CPP_MIN_LOG_LEVEL": "3",
+                **os.environ,
+                "TF_CONFIG": json.dumps(task),
+                "CUDA_VISIBLE_DEVICES": "-1",  # workers that share a GPU's memory would send nothing
+                PARENT: str(os.getpid()),
+            }
+            processes.append(subprocess.Popen([sys.executable, "-m", "signsgd_keras", *arguments], env=environment))
+        codes: list[int | None] = [None]
+        while None in codes:
+            time.sleep(0.1)
+            codes = [process.poll() for process in processes]
+            for index, code in enumerate(codes):
+                if code:
+                    raise SystemExit(f"python -m signsgd_keras: worker {index} failed with exit status {code}")
+    finally:
+        for process in processes:
+            process.kill()
+        for process in processes:
+            process.wait()
+
+
+def free_addresses(count: int) -> list[str]:
+    """Return that many addresses of this machine that nobody listens at."""
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return ["{}:{}".format(*one.getsockname()) for one in sockets]
+
+
+def leave_with(parent: int) -> None:
+    """End this process once its parent is gone, however it went."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,36 @@
+"""The conformance summary: front ends x cases, how many compared with `==`, how many skipped and why."""
+
+from collections import Counter
+from typing import Any
+
+PROPERTY = "conformance"
+"""Under which a test notes the front end that it compares."""
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Print a line for each front end of which a case was compared in this session."""
+    outcomes: Counter[tuple[str, str]] = Counter()
+    for outcome in ("passed", "failed"):
+        for report in terminalreporter.stats.get(outcome, []):
+            name = dict(report.user_properties).get(PROPERTY)
+            if name is not None and report.when == "call":
+                outcomes[name, outcome] += 1
+    if not outcomes:
+        return
+    from .cases import SHAPES, STEPS, cases  # torch and TensorFlow are not imported for a session without conformance
+    from .front_ends import FRONT_ENDS
+
+    table = cases()
+    write = terminalreporter.write_line
+    terminalreporter.write_sep("=", f"conformance: {len(FRONT_ENDS)} front ends x {len(table)} cases")
+    write(f"each case: {STEPS} steps of {len(SHAPES)} tensors, every worker compared with signsgd_core.Reference by ==")
+    write(f"{'front end':<26}{'== compared':>12}{'different':>11}{'not run':>9}{'skipped':>9}")
+    for end in FRONT_ENDS:
+        reasons = Counter(reason for case in table if (reason := end.skips(case)) is not None)
+        equal, different = outcomes[end.name, "passed"], outcomes[end.name, "failed"]
+        not_run = len(table) - equal - different - reasons.total()
+        write(f"{end.name:<26}{equal:>12}{different:>11}{not_run:>9}{reasons.total():>9}")
+        for reason, count in reasons.items():
+            write(f"{count:>9} skipped: {reason}")
+        for tensor, reason in end.without.items():
+            write(f"{'':>9} without tensor {tensor} of shape {SHAPES[tensor]}: {reason}")

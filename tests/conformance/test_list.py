@@ -1,0 +1,79 @@
+"""The list of front ends is complete, and what it leaves out has a reason."""
+
+import inspect
+import pkgutil
+
+import keras
+import lightning.pytorch as pl
+import pytest
+import tensorflow as tf
+import torch
+
+import signsgd_keras
+import signsgd_lightning
+from tests import devices  # noqa: F401  before TensorFlow runs
+
+from .cases import SHAPES, cases
+from .front_ends import FRONT_ENDS, FrontEnd
+
+NOT_FOR_TRAINING = {
+    "common": "what backends share",
+    "numpy": "Keras trains no model on it",
+    "openvino": "Keras trains no model on it",
+}
+"""Packages beside Keras' backends that no front end is for."""
+
+KINDS = (
+    torch.optim.Optimizer,
+    pl.strategies.Strategy,
+    keras.optimizers.Optimizer,
+    tf.distribute.Strategy,
+    tf.distribute.CrossDeviceOps,
+)
+"""What steps or votes."""
+
+
+def covered() -> set[str]:
+    return {name for end in FRONT_ENDS for name in end.covers}
+
+
+@pytest.mark.parametrize("package", [signsgd_keras, signsgd_lightning], ids=lambda package: package.__name__)
+def test_all_that_steps_or_votes_has_a_front_end(package: object) -> None:
+    name = package.__name__  # type: ignore[attr-defined]
+    public = {key: getattr(package, key) for key in package.__all__}  # type: ignore[attr-defined]
+    steps = {
+        f"{name}.{key}"
+        for key, value in public.items()
+        if inspect.isfunction(value) or (inspect.isclass(value) and issubclass(value, KINDS))
+    }
+    assert steps, "nothing was found, so nothing was checked"
+    assert steps == {one for one in covered() if one.startswith(f"{name}.")}
+
+
+def test_every_backend_of_keras_has_a_front_end() -> None:
+    found = {module.name for module in pkgutil.iter_modules(keras.src.backend.__path__) if module.ispkg}
+    assert set(NOT_FOR_TRAINING) < found
+    assert {f"backend:{name}" for name in found - set(NOT_FOR_TRAINING)} == {
+        one for one in covered() if one.startswith("backend:")
+    }
+
+
+def test_names_are_unique() -> None:
+    assert len({end.name for end in FRONT_ENDS}) == len(FRONT_ENDS)
+
+
+@pytest.mark.parametrize("end", FRONT_ENDS, ids=lambda end: end.name)
+def test_what_is_left_out_has_a_reason(end: FrontEnd) -> None:
+    reasons = [end.skips(case) for case in cases()]
+    assert None in reasons, "it runs no case"
+    for reason in [*reasons, *end.without.values()]:
+        assert reason is None or len(reason.split()) > 3, f"{reason!r} is no reason"
+    assert set(end.without) < set(range(len(SHAPES)))
+
+
+@pytest.mark.parametrize("case", cases(), ids=str)
+def test_every_case_has_a_front_end_of_each_ecosystem(case: object) -> None:
+    """No case is skipped by all that could run it."""
+    runs = {end.name.split("-")[0] for end in FRONT_ENDS if end.skips(case) is None}  # type: ignore[arg-type]
+    refused_by_keras = case.absent == "somewhere"  # type: ignore[attr-defined]
+    assert runs == {"core", "torch", "lightning"} | (set() if refused_by_keras else {"keras"})

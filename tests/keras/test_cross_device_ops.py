@@ -1,0 +1,139 @@
+"""MajorityVote counts ballots as the core does, and leaves every other reduction to the op it wraps, bit for bit."""
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import signsgd_core as core
+from signsgd_core import Zeros
+from signsgd_keras import MajorityVote, Signum
+from signsgd_keras.cross_device_ops import width
+from tests.devices import mirrored
+
+from .models import compiled, components, data, net, same
+
+DEVICES = ["CPU:0", "CPU:1", "CPU:2"]
+
+
+def test_it_wraps_an_op_only() -> None:
+    with pytest.raises(TypeError, match=r"MajorityVote wraps a tf\.distribute\.CrossDeviceOps, got 'nccl'"):
+        MajorityVote("nccl")
+    wrapped = tf.distribute.HierarchicalCopyAllReduce()
+    assert MajorityVote(wrapped).wrapped is wrapped
+
+
+def test_width_is_whole_words_for_every_replica() -> None:
+    for replicas in range(1, 9):
+        for length in (1, 7, 8, 9, 63, 64, 65, 1000):
+            padded = width(length, replicas)
+            assert padded % (8 * replicas) == 0
+            assert length <= padded < length + 8 * replicas
+
+
+@pytest.mark.parametrize("zeros", ["alternate", "abstain", "positive"])
+@pytest.mark.parametrize("replicas", [1, 2, 3, 4, 8])
+def test_the_verdict_is_the_cores_on_every_device(replicas: int, zeros: Zeros) -> None:
+    """Odd and even numbers of replicas, ties, zeros, and both parities of the step."""
+    random, size = np.random.default_rng(replicas), width(41, replicas)
+    for step in (4, 7):
+        directions = random.integers(-1, 2, (replicas, 8 * size)).astype(np.float32)
+        ballots = [core.pack(c, zeros, step, worker) for worker, c in enumerate(directions)]
+        expected = np.stack(core.verdict([list(ballot) for ballot in ballots], zeros, step % 2))
+        placed = []
+        for k, ballot in enumerate(ballots):
+            with tf.device(f"CPU:{k}"):
+                placed.append(tf.constant(ballot))
+        copies = MajorityVote().vote(placed, zeros, tf.constant(step % 2, tf.uint8), tf.zeros(8, tf.int32))
+        assert len(copies) == replicas
+        for k, copy in enumerate(copies):
+            assert copy.dtype == tf.uint8
+            assert copy.numpy().tobytes() == expected.tobytes()
+            assert copy.device.endswith(f"CPU:{k}")
+
+
+def normalized() -> keras.Model:
+    return net(keras.layers.BatchNormalization(name="norm"))
+
+
+def train(strategy: tf.distribute.Strategy, optimizer: Callable[[], Any]) -> tuple[dict[str, Any], Any, Any]:
+    """With batch statistics, a metric, validation data and a last smaller batch."""
+    with strategy.scope():
+        model = compiled(optimizer(), make=normalized, metrics=["mae"])
+    history = model.fit(*data(29), batch_size=6, epochs=2, shuffle=False, verbose=0, validation_data=data(11, seed=1))
+    scores = [
+        model.evaluate(*data(17, seed=2), batch_size=6, verbose=0),
+        model.predict(data(17)[0], verbose=0).tolist(),
+    ]
+    return {**history.history, "scores": scores}, components(model.variables), components(model.optimizer.variables)
+
+
+OPTIMIZERS: dict[str, Callable[[], Any]] = {
+    "Adam": lambda: keras.optimizers.Adam(0.1),
+    "SGD": lambda: keras.optimizers.SGD(0.1, momentum=0.9, weight_decay=0.1),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "replicas", "wrapped"),
+    [
+        ("Adam", 2, None),
+        ("SGD", 3, tf.distribute.ReductionToOneDevice),
+        ("SGD", 3, tf.distribute.HierarchicalCopyAllReduce),
+    ],
+)
+def test_other_optimizers_train_exactly_as_without_it(name: str, replicas: int, wrapped: Any) -> None:
+    """Losses, metrics, batch statistics, weights and optimizer state.
+
+    With two replicas beside TensorFlow's own default; with three beside the op that is wrapped, since the order of
+    their sum is the op's.
+    """
+    plain = tf.distribute.MirroredStrategy(DEVICES[:replicas], cross_device_ops=wrapped and wrapped())
+    op = MajorityVote() if wrapped in (None, tf.distribute.ReductionToOneDevice) else MajorityVote(wrapped())
+    voting = tf.distribute.MirroredStrategy(DEVICES[:replicas], cross_device_ops=op)
+    ours, theirs = train(voting, OPTIMIZERS[name]), train(plain, OPTIMIZERS[name])
+    assert ours[0] == theirs[0]
+    assert same(ours[1], theirs[1])
+    assert same(ours[2], theirs[2])
+    assert len(set(ours[0]["loss"])) == 2
+
+
+def test_losses_metrics_and_batch_statistics_under_signum_are_those_of_an_optimizer_that_stands_still() -> None:
+    """With a learning rate of 0 only the batch statistics move."""
+    ours = train(mirrored(2), lambda: Signum(0.0))
+    theirs = train(tf.distribute.MirroredStrategy(DEVICES[:2]), lambda: keras.optimizers.SGD(0.0))
+    assert ours[0] == theirs[0]
+    assert same(ours[1], theirs[1])
+    start = normalized().variables
+    moved = {v.name for v, a, b in zip(start, components(start), ours[1], strict=True) if not same(a, b[:1])}
+    assert moved == {"moving_mean", "moving_variance"}
+
+
+def test_reduce_and_gather_of_a_strategy_are_the_wrapped_ops() -> None:
+    found = []
+    plain = tf.distribute.MirroredStrategy(DEVICES, cross_device_ops=tf.distribute.ReductionToOneDevice())
+    for strategy in (mirrored(3), plain):
+        values = strategy.experimental_distribute_values_from_function(
+            lambda context: tf.constant([1.1, 2.2]) * (context.replica_id_in_sync_group + 1)
+        )
+        bytes_ = strategy.experimental_distribute_values_from_function(
+            lambda context: tf.constant([3, 4], tf.uint8) + context.replica_id_in_sync_group
+        )
+
+        def all_reduce(x: tf.Tensor) -> tf.Tensor:
+            return tf.distribute.get_replica_context().all_reduce("SUM", x)
+
+        found.append(
+            [
+                strategy.reduce("SUM", values, axis=None).numpy().tolist(),
+                strategy.reduce("MEAN", values, axis=0).numpy().tolist(),
+                strategy.gather(values, axis=0).numpy().tolist(),
+                strategy.reduce("SUM", bytes_, axis=None).numpy().tolist(),  # no ballot, though bytes
+                [v.numpy().tolist() for v in strategy.experimental_local_results(strategy.run(all_reduce, (values,)))],
+            ]
+        )
+    assert found[0] == found[1]
+    assert found[0][3] == [12, 15]
