@@ -31,7 +31,7 @@ def gather_state(optimizer: Signum) -> dict[str, Any]:
         ...     torch.save({"model": model.state_dict(), "optimizer": state}, "checkpoint.pt")
     """
     state = optimizer.state_dict()
-    if optimizer.exchange is None:
+    if optimizer.exchange is None or not any(group["betas"][0] > 0 for group in optimizer.param_groups):
         return state
     peers = optimizer.exchange.peers
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
