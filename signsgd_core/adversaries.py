@@ -43,6 +43,37 @@ def send_nan(gradient: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return np.full_like(gradient, np.nan)
 
 
+def constant(gradient: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return ones: the worker votes for the same direction everywhere and always.
+
+    Example:
+        >>> constant(np.array([-3.0, 2.0]))
+        array([1., 1.])
+    """
+    return np.ones_like(gradient)
+
+
+class Collude:
+    """Workers that all send the same signs, chosen once: a fixed direction for tensors of each shape.
+
+    Args:
+        seed: the same on all that collude.
+
+    Example:
+        >>> one, other = Collude(seed=1), Collude(seed=1)
+        >>> bool((one(np.ones(9)) == other(np.zeros(9))).all())
+        True
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def __call__(self, gradient: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Return the chosen signs, of the gradient's shape and dtype."""
+        random = np.random.default_rng([self.seed, *gradient.shape])
+        return random.choice([-1, 1], gradient.shape).astype(gradient.dtype)
+
+
 class Randomize:
     """A worker whose gradient is pure noise, each sign as likely as the other.
 
@@ -60,3 +91,14 @@ class Randomize:
     def __call__(self, gradient: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Return noise of the gradient's shape and dtype."""
         return self._random.standard_normal(gradient.shape).astype(gradient.dtype)
+
+
+ADVERSARIES: dict[str, Callable[[int], Adversary]] = {
+    "invert": lambda seed: invert,
+    "random": Randomize,
+    "constant": lambda seed: constant,
+    "silent": lambda seed: silent,
+    "nan": lambda seed: send_nan,
+    "collude": lambda seed: Collude(0),
+}
+"""Name -> the adversary that a worker with a seed of its own is."""

@@ -89,26 +89,45 @@ def update_parameters(x: Array, u: Array, lr: float, weight_decay: float) -> Arr
     return x - displacement(x, u, lr, weight_decay)
 
 
-def redistribute(momenta: npt.NDArray[Any], workers: int) -> npt.NDArray[Any]:
-    """Return the momenta of `workers` workers from those of another number of them.
+def inherited(momenta: Array, worker: int, workers: int) -> Array:
+    """Return the momentum with which one of `workers` workers goes on from those of another number of them.
 
     With more workers, new worker `i` of `M'` takes the momentum of old worker ``i mod M``; with fewer it takes the mean
     of those it replaces, the old ones ``j`` with ``j mod M' = i``.
+
+    Args:
+        momenta: of the old workers, shape (M, …), of any framework.
+        worker: i.
+        workers: M', at least 1.
+
+    Returns:
+        Of the shape of one momentum.
+
+    Example:
+        >>> inherited(np.array([1.0, 3.0, 5.0]), worker=0, workers=2)
+        np.float64(3.0)
+    """
+    if workers >= len(momenta):
+        return momenta[worker % len(momenta)]
+    replaced = momenta[worker::workers]
+    return replaced.sum(0) / len(replaced)
+
+
+def redistribute(momenta: npt.NDArray[Any], workers: int) -> npt.NDArray[Any]:
+    """Return the momenta of all `workers` workers, each as `inherited` has it.
 
     Args:
         momenta: of the old workers, shape (M, …).
         workers: M', at least 1.
 
     Returns:
-        Shape (M', …), the same dtype.
+        Shape (M', …).
 
     Example:
         >>> redistribute(np.array([1.0, 3.0, 5.0]), 2), redistribute(np.array([1.0, 3.0]), 3)
         (array([3., 3.]), array([1., 3., 1.]))
     """
-    if workers >= len(momenta):
-        return momenta[np.arange(workers) % len(momenta)]
-    return np.stack([momenta[i::workers].mean(axis=0, dtype=momenta.dtype) for i in range(workers)])
+    return np.stack([inherited(momenta, worker, workers) for worker in range(workers)])
 
 
 @lru_cache

@@ -1,6 +1,6 @@
 """The vote in a plain `DistributedDataParallel` script."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -9,6 +9,8 @@ from torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks import noop_hoo
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
+from signsgd_core.adversaries import Adversary
+
 from .agreement import agree, describe
 from .exchange import Exchange
 from .optimizer import Signum
@@ -16,14 +18,23 @@ from .peers import Peers
 from .use import Use
 
 
-def enable_majority_vote(ddp_model: DistributedDataParallel, *optimizers: Signum) -> None:
+def enable_majority_vote(
+    ddp_model: DistributedDataParallel,
+    *optimizers: Signum,
+    verify_every_n_steps: int = 0,
+    adversaries: Mapping[int, Adversary] | None = None,
+) -> None:
     """Let every `Signum` step be a majority vote of all ranks; two lines in a plain DDP script.
 
     DDP goes on to broadcast parameters and buffers, and hands every rank its own gradients back instead of averages.
 
     Args:
         ddp_model: the wrapped model; its process group votes.
-        optimizers: of the model's parameters, in the same order on all ranks.
+        *optimizers: of the model's parameters, in the same order on all ranks.
+        verify_every_n_steps: how often all ranks make sure that they hold the same parameters and verdict momenta, bit
+            for bit (`RanksDifferError` if not); 0 for never.
+        adversaries: rank -> what it makes of its gradients before it votes (`signsgd_core.adversaries`), to try what
+            a vote withstands.
 
     Raises:
         TypeError: if the model is not wrapped, or an optimizer is not a `Signum`.
@@ -38,6 +49,7 @@ def enable_majority_vote(ddp_model: DistributedDataParallel, *optimizers: Signum
     """
     ddp_model = getattr(ddp_model, "_orig_mod", ddp_model)  # of a model that torch.compile took
     _check(ddp_model, optimizers)
+    check_trials(dist.get_world_size(ddp_model.process_group), verify_every_n_steps, adversaries)
     ddp_model.register_comm_hook(None, noop_hook)
     group = ddp_model.process_group
     if dist.get_world_size(group) == 1:
@@ -47,6 +59,8 @@ def enable_majority_vote(ddp_model: DistributedDataParallel, *optimizers: Signum
     names = {id(p): name for name, p in ddp_model.module.named_parameters()}
     for k, optimizer in enumerate(optimizers):
         exchange = Exchange(group, names, f"optimizer {k}")
+        exchange.verify_every_n_steps = verify_every_n_steps
+        exchange.adversary = (adversaries or {}).get(exchange.peers.rank)
         optimizer.exchange = exchange
         exchange.agree(optimizer.segments(), optimizer.statement())
         if ddp_model.find_unused_parameters or ddp_model.static_graph:
@@ -67,6 +81,19 @@ def agree_on_model(model: nn.Module) -> None:
     peers = Peers(world, "model")
     device = peers.wire(next(model.parameters()).device)
     agree(peers, [describe(name, p) for name, p in parameters.items()], torch.ones(0, dtype=torch.bool), device)
+
+
+def check_trials(world_size: int, verify_every_n_steps: int, adversaries: Mapping[int, Adversary] | None) -> None:
+    """Make sure that what is to be verified and tried makes sense.
+
+    Raises:
+        ValueError: if not.
+    """
+    if not isinstance(verify_every_n_steps, int) or verify_every_n_steps < 0:
+        raise ValueError(f"verify_every_n_steps must be a whole number of 0 or more, got {verify_every_n_steps!r}")
+    unknown = sorted(set(adversaries or {}) - set(range(world_size)))
+    if unknown:
+        raise ValueError(f"adversaries must be ranks 0 to {world_size - 1}, got {unknown}")
 
 
 def _check(ddp_model: DistributedDataParallel, optimizers: Sequence[Signum]) -> None:

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from signsgd_core import Zeros, planes
+from signsgd_core.adversaries import Adversary
 from signsgd_core.traffic import WORD_BITS
 
 from . import kernels
@@ -17,6 +18,7 @@ from .peers import Peers
 from .segments import Segment, cover, lay_out
 from .statistics import VoteStatistics
 from .use import Use
+from .verify import verify
 
 WIRE_VERSION = 1
 BLOCK_SIZE = 1 << 22
@@ -47,6 +49,8 @@ class Exchange:
         peers: the other ranks, and the bytes sent to them.
         statistics: filled at each vote where not None.
         use: which gradients are real, where DDP hides it; else None.
+        verify_every_n_steps: how often all ranks make sure that they are still the same; 0 for never.
+        adversary: what this rank makes of its gradients before it votes; None for an honest one.
     """
 
     def __init__(
@@ -60,6 +64,8 @@ class Exchange:
         self.name, self.block_size = name, block_size
         self.statistics: VoteStatistics | None = None
         self.use: Use | None = None
+        self.verify_every_n_steps = 0
+        self.adversary: Adversary | None = None
         self._names = parameter_names
 
     def vote(self, segments: Sequence[Segment], statement: list[str], zeros: Zeros, step: int) -> None:
@@ -74,9 +80,12 @@ class Exchange:
         Raises:
             PeerLostError: if a rank does not answer within the process group's timeout.
             RuntimeError: if the ranks disagree; then nothing was changed on any.
+            RanksDifferError: if they are no longer the same, where that is looked at.
         """
         for segment in segments:
             segment.present = segment.present and (self.use is None or segment.parameter in self.use)
+            if self.adversary is not None and segment.present:
+                segment.lie(self.adversary)
         if not segments:
             return
         present = self.agree(segments, statement)
@@ -86,6 +95,9 @@ class Exchange:
             self._run([segments[k] for k in voted], None if present.all() else present, zeros, step)
         if self.use is not None:
             self.use.forget()
+        if self.verify_every_n_steps and (step + 1) % self.verify_every_n_steps == 0:
+            shared = [(self._names.get(id(s.parameter), "a parameter"), s.shared()) for s in segments]
+            verify(self.peers, shared, step)
 
     def agree(self, segments: Sequence[Segment], statement: list[str]) -> Tensor:
         """Make sure that all ranks have the same parameters and settings.

@@ -1,5 +1,6 @@
 """Signum: a torch optimizer by itself, and the voter of its rank where a majority vote is enabled."""
 
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -14,6 +15,14 @@ from signsgd_core import WarmupSteps, Zeros
 from . import kernels
 from .exchange import Exchange
 from .segments import Segment
+
+OTHERS = "momenta_of_other_ranks"
+"""Where a gathered state has them: parameter -> float32 of shape (world_size − 1, *parameter.shape), rank 1 first."""
+
+_ONLY_FIRST = (
+    "this state holds the momenta of several ranks, of which rank 0's was loaded: to give every rank its own, load it "
+    "with signsgd_lightning.scatter_state, or in Lightning under strategy='majority_vote'"
+)
 
 
 class Signum(Optimizer):
@@ -162,6 +171,8 @@ class Signum(Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned; momenta come back bit for bit in float32, whatever the parameters' dtype."""
+        if OTHERS in state_dict:
+            warnings.warn(_ONLY_FIRST, stacklevel=2)
         loaded = state_dict
 
         def keep(_: Optimizer, final: dict[str, Any]) -> None:

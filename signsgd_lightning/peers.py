@@ -95,6 +95,23 @@ class Peers:
         self.swap(row.expand_as(rows), rows, doing)()
         return rows
 
+    def collect(self, row: Tensor, doing: str) -> Tensor | None:
+        """Return every rank's row on rank 0, shape (world_size, *row.shape), and None on the others."""
+        rows = row.new_empty(self.world_size, *row.shape) if self.rank == 0 else None
+        works: list[tuple[int, dist.Work | None]] = []
+        if rows is None:
+            works.append((0, dist.isend(row.contiguous(), group=self.group, group_dst=0)))
+        else:
+            rows[0].copy_(row)
+            works += [(j, dist.irecv(rows[j], group=self.group, group_src=j)) for j in range(1, self.world_size)]
+        for peer, work in works:
+            try:
+                if work is not None:
+                    work.wait()
+            except RuntimeError as error:
+                raise self._lost(peer, doing, error) from error
+        return rows
+
     def _lost(self, suspect: int | None, doing: str, error: Exception) -> PeerLostError:
         """Name the rank that failed first.
 

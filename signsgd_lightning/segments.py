@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 import signsgd_core as core
+from signsgd_core.adversaries import Adversary
 
 
 @dataclass
@@ -46,6 +48,18 @@ class Segment:
     def _gradient(self) -> Tensor:
         assert self.parameter.grad is not None
         return self.parameter.grad.detach().reshape(-1)
+
+    def lie(self, adversary: Adversary) -> None:
+        """Put what an adversary sends in the gradient's place; without anything to send it abstains."""
+        sent = adversary(self._gradient.float().cpu().numpy().reshape(self.parameter.shape))
+        self.present = sent is not None
+        if sent is not None:
+            self._gradient = torch.from_numpy(np.array(sent)).to(self.parameter.device).reshape(-1)
+
+    def shared(self) -> list[Tensor]:
+        """Return what is the same on all ranks: the parameter, and its verdict momentum where there is one."""
+        average = self.state.get(self.parameter, {}).get("verdict_momentum")
+        return [self.parameter] if average is None else [self.parameter, average]
 
     def directions(self, lo: int, hi: int) -> tuple[Tensor, Tensor]:
         """Take the gradient into the momentum and return what to vote with: steps 1-3.

@@ -181,10 +181,9 @@ print(f"accuracy {model.accuracy():.1%}")
 # %% [markdown]
 # ## Checkpoints
 #
-# With `betas=(0, 0)` no worker has a state of its own, so an ordinary checkpoint holds everything. With other `betas`
-# every worker has its own momentum, and **today a Lightning checkpoint holds rank 0's alone**: after a restart all
-# ranks go on with that one, until their own gradients have replaced it. Saving every worker's is to come. We train for
-# two epochs, start again from the checkpoint of the first, and compare the parameters bit by bit.
+# Every rank has its own momentum, and a Lightning checkpoint under `"majority_vote"` holds them all, in one file; with
+# `betas=(0, 0)` no rank has a state of its own, and it is an ordinary one. It also opens on another number of ranks. We
+# train for two epochs, start again from the checkpoint of the first, and compare the parameters bit by bit.
 
 # %%
 kinds = {
@@ -221,8 +220,8 @@ refused(lambda: fit(lambda parameters: Signum(parameters), "auto", devices=1, ca
 # %% [markdown]
 # ## What to use when
 #
-# - **Verdict momentum**, `betas=(0, 0), verdict_momentum=0.8`, where an ordinary checkpoint must hold everything, and
-#   as a first try on transformers. Learning rates like AdamW's suit it; above, half of AdamW's was best.
+# - **Verdict momentum**, `betas=(0, 0), verdict_momentum=0.8`, where workers come and go, since none has a state of its
+#   own, and as a first try on transformers. Learning rates like AdamW's suit it; above, half of AdamW's was best.
 # - **Signum**, the default `betas=(0.9, 0.9)`, where gradients are small beside their noise (small batches), and as a
 #   first try on convolutional networks. A fifth of AdamW's learning rate was best above.
 # - **Plain DDP**, where the links are fast, or accuracy per step is all that counts.

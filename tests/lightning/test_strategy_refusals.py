@@ -111,8 +111,8 @@ def test_communication_hooks_are_refused(name: str) -> None:
     with pytest.raises(
         ValueError, match=f"^a majority vote takes the place of a communication hook; leave out {name}$"
     ):
-        MajorityVoteStrategy(**{name: default_hooks.fp16_compress_hook})
-    assert MajorityVoteStrategy(**{name: None}).strategy_name == "majority_vote"
+        MajorityVoteStrategy(**dict[str, Any]({name: default_hooks.fp16_compress_hook}))
+    assert MajorityVoteStrategy(**dict[str, Any]({name: None})).strategy_name == "majority_vote"
 
 
 class _Wavering(Net):

@@ -1,0 +1,104 @@
+"""The momentum of every rank in one checkpoint: gathered before saving, handed out after loading."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import signsgd_core as core
+
+from .optimizer import OTHERS, Signum
+
+
+def gather_state(optimizer: Signum) -> dict[str, Any]:
+    """Return `optimizer.state_dict()` of rank 0 with the momenta of all ranks; every rank must call it.
+
+    Momenta travel one parameter after the other and are kept in the host's memory. Where no rank has a momentum of its
+    own (``betas=(0, 0)``, or one rank) the state is the ordinary one and nothing is sent.
+
+    Args:
+        optimizer: that votes.
+
+    Returns:
+        On rank 0 what to save. On other ranks their ordinary state, which is not to be saved.
+
+    Raises:
+        PeerLostError: if a rank does not answer within the process group's timeout.
+
+    Example:
+        >>> state = gather_state(optimizer)  # doctest: +SKIP
+        >>> if dist.get_rank() == 0:  # doctest: +SKIP
+        ...     torch.save({"model": model.state_dict(), "optimizer": state}, "checkpoint.pt")
+    """
+    state = optimizer.state_dict()
+    if optimizer.exchange is None or not any(group["betas"][0] > 0 for group in optimizer.param_groups):
+        return state
+    peers = optimizer.exchange.peers
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    here = torch.tensor(["momentum" in optimizer.state.get(p, {}) for p in parameters])
+    wire = peers.wire(parameters[0].device)
+    anywhere = peers.gather(here.to(wire), "said which momenta they have").any(0).tolist()
+    others: dict[int, Tensor] = {}
+    for key, p in enumerate(parameters):
+        if not anywhere[key]:
+            continue
+        row = optimizer.state[p].get("momentum")
+        row = torch.zeros(p.shape, device=p.device) if row is None else row
+        rows = peers.collect(row.to(wire), "gathered their momenta")
+        if rows is not None:
+            others[key] = rows[1:].cpu()
+            state["state"].setdefault(key, {})["momentum"] = row
+    return {**state, OTHERS: others} if others else state
+
+
+def scatter_state(optimizer: Signum, state: dict[str, Any]) -> None:
+    """Load a state so that every rank goes on with its own momentum, also with another number of ranks than saved it.
+
+    With more ranks, new rank `i` takes the momentum of old rank ``i mod M``; with fewer each takes the mean of those it
+    replaces (`signsgd_core.inherited`). An ordinary state counts as that of one rank.
+
+    Args:
+        optimizer: that votes, or is alone.
+        state: what `gather_state` or `Signum.state_dict` returned, loaded on every rank.
+
+    Raises:
+        ValueError: if a momentum does not fit its parameter; then nothing was loaded.
+
+    Example:
+        >>> scatter_state(optimizer, torch.load("checkpoint.pt", weights_only=True)["optimizer"])  # doctest: +SKIP
+    """
+    others: dict[int, Tensor] = state.get(OTHERS, {})
+    _check(optimizer, state, others)
+    peers = None if optimizer.exchange is None else optimizer.exchange.peers
+    rank, world_size = (0, 1) if peers is None else (peers.rank, peers.world_size)
+    own = {key: dict(entries) for key, entries in state["state"].items()}
+    for key, rows in others.items():
+        first = own[key]["momentum"].to(rows.device)
+        own[key]["momentum"] = core.inherited(torch.cat([first[None], rows]), rank, world_size)
+    optimizer.load_state_dict({**{name: value for name, value in state.items() if name != OTHERS}, "state": own})
+
+
+def _check(optimizer: Signum, state: dict[str, Any], others: dict[int, Tensor]) -> None:
+    for name in ("state", "param_groups"):
+        if name not in state:
+            raise ValueError(f"this is no state of Signum: it has no {name!r}, only {', '.join(map(repr, state))}")
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    saved = [key for group in state["param_groups"] for key in group["params"]]
+    shapes = dict(zip(saved, (p.shape for p in parameters), strict=False))
+    for key, entries in state["state"].items():
+        for name in ("momentum", "verdict_momentum"):
+            value = entries.get(name)
+            if value is not None and key in shapes and value.shape != shapes[key]:
+                raise ValueError(
+                    f"the {name} of parameter {key} must have its shape {tuple(shapes[key])}, the saved one has "
+                    f"{tuple(value.shape)}: build the model that was saved"
+                )
+    ranks = {len(rows) for rows in others.values()}
+    if len(ranks) > 1:
+        raise ValueError(f"{OTHERS} must all be of one number of ranks, got {sorted(1 + count for count in ranks)}")
+    for key, rows in others.items():
+        if key not in shapes or rows.shape[1:] != shapes[key] or "momentum" not in state["state"].get(key, {}):
+            raise ValueError(
+                f"{OTHERS} of parameter {key} must be rows of a parameter with a momentum, of its shape "
+                f"{tuple(shapes.get(key, ()))}, got {tuple(rows.shape)}"
+            )
