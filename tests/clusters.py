@@ -69,7 +69,7 @@ class Cluster:
         self.pids: list[int] = self.run(os.getpid)
 
     def run(
-        self, function: Callable[..., Any], *args: Any, lost: tuple[int, ...] = (), timeout: float = 100.0
+        self, function: Callable[..., Any], *args: Any, lost: tuple[int, ...] = (), timeout: float = 240.0
     ) -> list[Any]:
         """Return what `function(*args)` returned in each process; None for those that are expected to get `lost`."""
         for end in self.ends:

@@ -35,7 +35,7 @@ class Workers:
         *args: Any,
         lost: tuple[int, ...] = (),
         group_timeout: float = 30.0,
-        timeout: float = 90.0,
+        timeout: float = 180.0,
     ) -> list[Any]:
         """Return what `function(*args)` returned on each rank; None for the ranks that are expected to get `lost`."""
         port = free_port()
