@@ -14,6 +14,8 @@ from tests.clusters import Cluster
 from .cluster_strategy import strategy
 from .models import Array, Batch, arrays, compiled, data, dataset, net, replay, same, shares
 
+pytestmark = pytest.mark.slow  # not yet seen to pass as a whole on a quiet machine: see that, then take this out
+
 LR = 2.0**-4
 
 Run = tuple[list[list[Batch]], list[Array], list[Array], int]

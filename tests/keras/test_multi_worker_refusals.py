@@ -9,6 +9,8 @@ from tests.clusters import Cluster
 from .cluster_strategy import strategy
 from .models import arrays, compiled, data, net, same
 
+pytestmark = pytest.mark.slow  # not yet seen to pass as a whole on a quiet machine: see that, then take this out
+
 
 def _disagree(kind: str) -> tuple[str, list[Any]]:
     """Worker 1 differs; return the error of this worker, and its variables after three good steps together."""

@@ -14,6 +14,8 @@ from tests.devices import mirrored
 
 from .models import arrays, compiled, data, net, same
 
+pytestmark = pytest.mark.slow  # not yet seen to pass as a whole on a quiet machine: see that, then take this out
+
 IN_LOOP = (
     "TensorFlow's collectives fail within Keras' steps_per_execution > 1, whatever the optimizer: take "
     "compile(steps_per_execution=1), or on one machine MirroredStrategy(cross_device_ops=MajorityVote())"
