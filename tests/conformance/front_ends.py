@@ -59,11 +59,12 @@ def same_gradients_on_all(case: Case) -> str | None:
 
 
 def graph_of_replicas(case: Case) -> str | None:
-    if case.workers > 2 and case != Case(case.workers, zeros=case.zeros):
+    refused = same_gradients_on_all(case)
+    if refused is None and case.workers > 2 and case != Case(case.workers, zeros=case.zeros):
         return (
             "a graph of 3 to 8 replicas takes seconds to trace; keras-mirrored-eager runs it, and this runs it with 2"
         )
-    return same_gradients_on_all(case)
+    return refused
 
 
 def cluster_of_workers(case: Case) -> str | None:
