@@ -140,22 +140,20 @@ def _inputs(kind: str) -> list[Array]:
             return 3
 
         def __getitem__(self, index: int) -> tuple[Array, Array]:
-            return x[8 * index : 8 * index + 8], y[8 * index : 8 * index + 8]
+            rows = slice(8 * index, 8 * index + 8)
+            return x[rows].copy(), y[rows].copy()  # of views TensorFlow overwrites what they are views of
 
-    def run() -> list[Array]:
-        with strategy().scope():
-            model = compiled(Signum(2.0**-4, 0.5, 0.75))
-        given: dict[str, Any] = {
-            "NumPy": (x, y),
-            "tensors": (tf.constant(x), tf.constant(y)),
-            "tf.data": (dataset(x, y, 8),),
-            "PyDataset": (Rows(),),
-        }
-        options = {"batch_size": 8} if kind in ("NumPy", "tensors") else {}
-        model.fit(*given[kind], epochs=2, shuffle=False, verbose=0, **options)
-        return arrays(model.weights)
-
-    return run()
+    with strategy().scope():
+        model = compiled(Signum(2.0**-4, 0.5, 0.75))
+    given: dict[str, Any] = {
+        "NumPy": (x, y),
+        "tensors": (tf.constant(x), tf.constant(y)),
+        "tf.data": (dataset(x, y, 8),),
+        "PyDataset": (Rows(),),
+    }
+    options = {"batch_size": 8} if kind in ("NumPy", "tensors") else {}
+    model.fit(*given[kind], epochs=2, shuffle=False, verbose=0, **options)
+    return arrays(model.weights)
 
 
 def test_inputs_of_all_kinds_train_the_same(cluster: Callable[[int], Cluster]) -> None:
