@@ -97,9 +97,15 @@ class VoteStatistics:
 
 def count_nonfinite(gradients: Sequence[Tensor]) -> Tensor:
     """Return how many entries are not finite in float32."""
-    return tf.add_n(
-        [tf.math.count_nonzero(~tf.math.is_finite(tf.cast(gradient, tf.float32))) for gradient in gradients]
-    )
+
+    def count(gradient: Tensor) -> Tensor:
+        return tf.cond(
+            tf.math.is_finite(tf.reduce_sum(gradient)),  # reads once where all is well
+            lambda: tf.constant(0, tf.int64),
+            lambda: tf.math.count_nonzero(~tf.math.is_finite(gradient)),
+        )
+
+    return tf.add_n([count(tf.cast(gradient, tf.float32)) for gradient in gradients])
 
 
 def _mask(sizes: Sequence[int], width: int) -> Tensor:
