@@ -9,8 +9,7 @@ import os
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Collection
 from multiprocessing.connection import Client, Connection, Listener, wait
 from typing import Any
 
@@ -49,6 +48,10 @@ class Nursery:
         assert isinstance(end, Connection)
         return end
 
+    def kill(self, pids: Collection[int]) -> None:
+        """Kill those of the forked processes that still run; the nursery knows its own, whoever has their pids by now."""
+        self.end.send(list(pids))
+
     def close(self) -> None:
         self.end.close()
         self.process.join(20)
@@ -62,7 +65,7 @@ class Cluster:
 
     def __init__(self, nursery: Nursery, size: int) -> None:
         workers = [f"127.0.0.1:{free_port()}" for _ in range(size)]
-        self.ends = []
+        self.nursery, self.ends = nursery, list[Connection]()
         for index in range(size):
             task = {"cluster": {"worker": workers}, "task": {"type": "worker", "index": index}}
             self.ends.append(nursery.fork({"TF_CONFIG": json.dumps(task)} if size > 1 else {}))
@@ -93,9 +96,7 @@ class Cluster:
         """End the processes: each leaves when its end is closed, or is killed."""
         for end in self.ends:
             end.close()
-        for pid in self.pids:
-            with suppress(ProcessLookupError):
-                os.kill(pid, 9)
+        self.nursery.kill(self.pids)
 
 
 def _nurse(end: Connection, address: str) -> None:
@@ -104,11 +105,16 @@ def _nurse(end: Connection, address: str) -> None:
     context = multiprocessing.get_context("fork")
     while True:
         try:
-            environment = end.recv()
+            order = end.recv()
         except EOFError:
             break
-        context.Process(target=_serve, args=(address, environment), daemon=True).start()
-        multiprocessing.active_children()  # takes note of those that ended
+        children = multiprocessing.active_children()  # without those that ended
+        if isinstance(order, dict):
+            context.Process(target=_serve, args=(address, order), daemon=True).start()
+            continue
+        for child in children:
+            if child.pid in order:
+                child.kill()
 
 
 def _serve(address: str, environment: dict[str, str]) -> None:
