@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,17 @@ from signsgd_core import Reference
 Array = npt.NDArray[Any]
 Batch = tuple[Array, Array]
 """Features, float32 of shape (rows, 4), and targets, float32 of shape (rows, 1)."""
+
+
+@cache
+def plain() -> Any:
+    """A `MirroredStrategy` with TensorFlow's own op, over two devices.
+
+    One for the whole process: the collectives of several have the same keys and fail where sizes or shapes differ.
+    """
+    import tensorflow as tf
+
+    return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
 
 
 def data(rows: int, seed: int = 0) -> Batch:

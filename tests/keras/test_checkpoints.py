@@ -14,8 +14,6 @@ from tests.devices import mirrored
 
 from .models import Array, arrays, compiled, data, same
 
-pytestmark = pytest.mark.slow  # not yet seen to pass as a whole on a quiet machine: see that, then take this out
-
 REPLICAS = 3
 EPOCHS = 4
 

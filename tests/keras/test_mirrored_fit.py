@@ -45,7 +45,7 @@ def test_ways_to_run_a_step_end_alike(settings: dict[str, Any]) -> None:
     assert not model.jit_compile
 
 
-class Rows(keras.utils.PyDataset):
+class Rows(keras.utils.PyDataset):  # type: ignore[misc]
     """Batches of six rows."""
 
     def __init__(self, **options: Any) -> None:
@@ -115,7 +115,7 @@ def test_an_overflow() -> None:
         model, optimizer = net(), keras.optimizers.LossScaleOptimizer(Signum(LR, 0.5, 0.5), initial_scale=8.0)
         optimizer.build(model.trainable_variables)
 
-    @tf.function
+    @tf.function  # type: ignore[untyped-decorator]
     def step(worst: tf.Tensor) -> None:
         def apply() -> None:
             replica = tf.get_static_value(tf.distribute.get_replica_context().replica_id_in_sync_group)

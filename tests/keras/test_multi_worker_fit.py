@@ -13,8 +13,6 @@ from tests.clusters import Cluster
 from .cluster_strategy import strategy
 from .models import Array, arrays, compiled, data, dataset, same
 
-pytestmark = pytest.mark.slow  # not yet seen to pass as a whole on a quiet machine: see that, then take this out
-
 Trained = tuple[dict[str, list[float]], list[float], Array, list[Array]]
 """History, scores of `evaluate`, rows of `predict`, weights."""
 

@@ -1,6 +1,7 @@
 """Workers that differ where a vote needs them alike: all of them end with the same sentence, and nothing hangs."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -27,7 +28,7 @@ def _settings() -> list[tuple[str, bool]]:
 
     scope, found = strategy(), []
     for name, values in SETTINGS.items():
-        own = {"beta_1": 0.5, "beta_2": 0.5, name: values[scope.cluster_resolver.task_id]}
+        own: dict[str, Any] = {"beta_1": 0.5, "beta_2": 0.5, name: values[scope.cluster_resolver.task_id]}
         with scope.scope():
             model = compiled(Signum(0.125, **own))
         before = arrays(model.trainable_variables)
