@@ -49,7 +49,7 @@ class Nursery:
         return end
 
     def kill(self, pids: Collection[int]) -> None:
-        """Kill those of the forked processes that still run; the nursery knows its own, whoever has their pids by now."""
+        """Kill those of the forked processes that still run; the nursery knows its own, whoever has their pids."""
         self.end.send(list(pids))
 
     def close(self) -> None:
