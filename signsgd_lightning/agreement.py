@@ -3,7 +3,6 @@
 import hashlib
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from signsgd_core import disagreement
@@ -13,6 +12,7 @@ from .kernels.cpu import packbits, unpackbits
 from .peers import Peers
 
 _DIGEST_BYTES = 16
+_TIMES_LONGER, _SPARE_BYTES = 4, 1 << 16
 
 
 def agree(peers: Peers, lines: list[str], present: Tensor, device: torch.device) -> Tensor:
@@ -39,7 +39,7 @@ def agree(peers: Peers, lines: list[str], present: Tensor, device: torch.device)
     row = torch.tensor(list(header), dtype=torch.uint8).to(device)
     headers = peers.gather(row, "compared notes").cpu()
     if (headers[:, :_DIGEST_BYTES] != headers[0, :_DIGEST_BYTES]).any():
-        raise RuntimeError(_difference(peers, lines))
+        raise RuntimeError(_difference(peers, lines, device))
     if headers[:, _DIGEST_BYTES].all():
         return torch.ones(peers.world_size, len(present), dtype=torch.bool)
     bits = peers.gather(packbits(present).to(device), "said which gradients they have")
@@ -51,9 +51,17 @@ def describe(name: str, parameter: Tensor) -> str:
     return f"{name}: shape {tuple(parameter.shape)}, {parameter.dtype}"
 
 
-def _difference(peers: Peers, lines: list[str]) -> str:
-    everyone: list[list[str]] = [[] for _ in range(peers.world_size)]
-    dist.all_gather_object(everyone, lines, group=peers.group)
+def _difference(peers: Peers, lines: list[str], device: torch.device) -> str:
+    text = "\n".join(lines).encode()
+    doing = "looked for what they disagree about"
+    sizes = peers.gather(torch.tensor([len(text)]).to(device), doing).flatten().tolist()
+    # Bytes, never pickles, and no more of them than a multiple of the shortest: a rank may have gone mad, or worse.
+    longest = min(max(sizes), _TIMES_LONGER * max(min(sizes), 1) + _SPARE_BYTES)
+    row = torch.frombuffer(bytearray(text[:longest].ljust(longest, b"\n")), dtype=torch.uint8)
+    rows = peers.gather(row.to(device), doing).cpu().numpy()
+    everyone = [row.tobytes().decode(errors="replace").rstrip("\n").split("\n") for row in rows]
+    if all(theirs == everyone[0] for theirs in everyone):
+        return "the ranks cannot vote: a header does not fit the words it stands for; memory or the network failed"
     return (
         f"the ranks disagree and cannot vote: {disagreement(everyone, 'rank')}. Build the same model and the same "
         "optimizer, with the same settings, on every rank."

@@ -78,7 +78,7 @@ def agree_on_model(model: nn.Module) -> None:
     parameters = dict(model.named_parameters())
     if not parameters or any(map(is_lazy, parameters.values())):
         return  # DDP has its own words for these
-    peers = Peers(world, "model")
+    peers = Peers(world)
     device = peers.wire(next(model.parameters()).device)
     agree(peers, [describe(name, p) for name, p in parameters.items()], torch.ones(0, dtype=torch.bool), device)
 

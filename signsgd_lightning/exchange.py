@@ -60,7 +60,7 @@ class Exchange:
         name: str = "optimizer 0",
         block_size: int = BLOCK_SIZE,
     ) -> None:
-        self.peers = Peers(process_group, name)
+        self.peers = Peers(process_group)
         self.name, self.block_size = name, block_size
         self.statistics: VoteStatistics | None = None
         self.use: Use | None = None
@@ -123,14 +123,14 @@ class Exchange:
         up, down = [], []
         for block in self._blocks(lay_out(segments)):
             ballots = self._cast(segments, block, zeros, step)
-            received = torch.empty_like(ballots)
+            received = torch.zeros_like(ballots)  # what a rank leaves out counts as its own zeros, never as old memory
             up.append((block, ballots, received, peers.swap(ballots, received, "sent ballots")))
         for block, _, received, wait in up:
             wait()
             shard = 8 * block.shard_bytes
             masks = self._masks(segments, present, block.lo + peers.rank * shard, shard)
             verdict = teller.verdict(received, zeros, step, masks)
-            everyone = torch.empty_like(received)
+            everyone = torch.zeros_like(received)
             wait = peers.swap(verdict.expand_as(everyone), everyone, "sent verdicts")
             down.append((block, everyone, wait, verdict))  # the verdict stays alive until it is sent
             if self.statistics is not None:

@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 
 import torch
@@ -12,6 +13,15 @@ from torch.distributed.distributed_c10d import PrefixStore, _get_default_store  
 
 _GRACE = timedelta(seconds=2)
 """How long a suspect gets to say that it is alive and only saw somebody else fail."""
+
+_STORE_HOST = 0
+"""The rank on whose machine the store is."""
+
+_GLOO = ("/gloo/", "Application timeout caused pair closure")
+"""What its plain RuntimeErrors are known by."""
+
+_PROBE = 9041
+"""A tag that nobody receives."""
 
 
 class PeerLostError(RuntimeError):
@@ -35,7 +45,6 @@ class Peers:
 
     Args:
         group: the process group.
-        name: of what is swapped, the same on all ranks.
 
     Attributes:
         rank: this rank in the group.
@@ -44,8 +53,8 @@ class Peers:
         waited_seconds: time spent waiting so far.
     """
 
-    def __init__(self, group: dist.ProcessGroup, name: str) -> None:
-        self.group, self.name = group, name
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
         self.sent_bytes, self.waited_seconds = 0, 0.0
 
@@ -113,27 +122,79 @@ class Peers:
         return rows
 
     def _lost(self, suspect: int | None, doing: str, error: Exception) -> PeerLostError:
-        """Name the rank that failed first.
+        return PeerLostError(first_lost(self.group, suspect), doing, str(error).splitlines()[0])
 
-        A rank that fails closes its connections, and its peers see that before they see the one it blames. So each
-        leaves word in the store, and a suspect that left word is alive: the one it blames takes its place.
-        """
-        suspects = [suspect]
-        inquiry = threading.Thread(target=self._inquire, args=(suspects,), daemon=True)
-        inquiry.start()
-        inquiry.join(_GRACE.total_seconds())  # a store whose own host hangs would never answer
-        return PeerLostError(suspects[-1], doing, str(error).splitlines()[0])
 
-    def _inquire(self, suspects: list[int | None]) -> None:
-        """Follow the blame from rank to rank and append each new suspect."""
-        try:
-            store = PrefixStore(f"signsgd/{self.group.group_name}/{self.name}", _get_default_store())
-            store.set(f"blamed by {self.rank}", str(suspects[-1]))
-            while suspects[-1] is not None:
-                store.wait([f"blamed by {suspects[-1]}"], _GRACE)
-                word = store.get(f"blamed by {suspects[-1]}").decode()
-                if word in ("None", str(self.rank)) or int(word) in suspects:
-                    return
-                suspects.append(int(word))
-        except (RuntimeError, ValueError):
-            return  # no word from the suspect, or the store is lost, too: the suspicion stands
+def explain(error: BaseException, group: dist.ProcessGroup) -> str | None:
+    """Return in words which rank was lost, where torch's own collectives failed and named none.
+
+    Args:
+        error: any exception; None is returned where it tells of no lost connection, or has a rank already.
+        group: the process group. Every rank that is still there is expected to ask, or to have met the loss in a vote.
+    """
+    reason = (str(error) or " ").splitlines()[0]
+    connection = isinstance(error, dist.DistError) or any(words in reason for words in _GLOO)
+    if isinstance(error, PeerLostError) or not connection:
+        return None
+    return str(PeerLostError(first_lost(group, None), "worked together", reason))
+
+
+def first_lost(group: dist.ProcessGroup, suspect: int | None) -> int | None:
+    """Return the rank that failed first, None where nobody can tell.
+
+    A rank that fails closes its connections, and its peers see that before they see the one it blames. So each leaves
+    word in the store, and who left word was alive: a suspect that did is replaced by the one it blames.
+
+    Args:
+        group: the process group.
+        suspect: the rank with which a connection failed, None if that is not known.
+    """
+    suspects = [suspect]
+    inquiry = threading.Thread(target=_inquire, args=(group, suspects), daemon=True)
+    inquiry.start()
+    inquiry.join(1.5 * _GRACE.total_seconds())  # a store whose own host hangs would never answer
+    if suspects[-1] is None and inquiry.is_alive():
+        return _STORE_HOST
+    return suspects[-1]
+
+
+def _inquire(group: dist.ProcessGroup, suspects: list[int | None]) -> None:
+    """Leave word, follow the blame from rank to rank, and append each new suspect."""
+    rank, suspect = dist.get_rank(group), suspects[-1]
+    try:
+        store = PrefixStore(f"signsgd/{group.group_name}", _get_default_store())
+        store.set(f"blamed by {rank}", str(suspect))
+        if suspect is None:
+            suspects.append(_silent(group, store))
+            store.set(f"blamed by {rank}", str(suspects[-1]))
+            return
+        while True:
+            store.wait([f"blamed by {suspects[-1]}"], _GRACE)
+            word = store.get(f"blamed by {suspects[-1]}").decode()
+            if word in ("None", str(rank)) or int(word) in suspects:
+                return
+            suspects.append(int(word))
+    except (RuntimeError, ValueError):  # no word from the suspect, or the store is lost, too: the suspicion stands
+        if suspects[-1] is None:
+            suspects.append(_STORE_HOST)
+
+
+def _silent(group: dist.ProcessGroup, store: PrefixStore) -> int | None:
+    """Return the first of the unreachable ranks that leaves no word, either."""
+    others = [rank for rank in range(dist.get_world_size(group)) if rank != dist.get_rank(group)]
+    unreachable = [rank for rank in others if not _reachable(group, rank)] or others
+    words = [f"blamed by {rank}" for rank in unreachable]
+    with suppress(RuntimeError):
+        store.wait(words, _GRACE)
+    return next((rank for rank, word in zip(unreachable, words, strict=True) if not store.check([word])), None)
+
+
+def _reachable(group: dist.ProcessGroup, rank: int) -> bool:
+    """Whether the connection still stands, as far as Gloo knows; after a timeout it has closed them all."""
+    if dist.get_backend(group) != "gloo":
+        return False
+    try:
+        dist.isend(torch.zeros(1, dtype=torch.uint8), group=group, group_dst=rank, tag=_PROBE)
+    except RuntimeError:
+        return False
+    return True

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
+import torch.distributed as dist
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.core.optimizer import _MockOptimizer  # stands for no optimizer
@@ -17,6 +18,7 @@ from signsgd_core.adversaries import Adversary
 from .checkpoint import gather_state, scatter_state
 from .ddp import agree_on_model, enable_majority_vote
 from .optimizer import Signum
+from .peers import explain
 
 if TYPE_CHECKING:
     from lightning.fabric.strategies.registry import _StrategyRegistry
@@ -110,8 +112,11 @@ class MajorityVoteStrategy(DDPStrategy):
             ) from error
 
     def on_exception(self, exception: BaseException) -> None:
-        """Let Lightning add its advice, and put this strategy's names into it."""
+        """Name the rank that was lost; let Lightning add its advice, and put this strategy's names into it."""
         super().on_exception(exception)
+        lost = explain(exception, dist.group.WORLD) if dist.is_initialized() and dist.group.WORLD else None
+        if lost:
+            exception.args = (lost,)
         if exception.args and isinstance(exception.args[0], str):
             advice = exception.args[0].replace("'ddp_find", f"'{self.strategy_name}_find")
             exception.args = (advice.replace("=DDPStrategy", f"={type(self).__name__}"), *exception.args[1:])

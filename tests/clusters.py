@@ -6,6 +6,7 @@ TensorFlow takes seconds to import, so a nursery imports it once and forks a fre
 import json
 import multiprocessing
 import os
+import pickle
 import tempfile
 import time
 import traceback
@@ -122,10 +123,11 @@ def _serve(address: str, environment: dict[str, str]) -> None:
     end = Client(address, _FAMILY)
     while True:
         try:
-            function, args = end.recv()
+            call = end.recv_bytes()
         except (EOFError, OSError):
             os._exit(0)
         try:
+            function, args = pickle.loads(call)  # imports the function's module, which may fail here
             answer = (True, function(*args))
         except BaseException:
             answer = (False, traceback.format_exc())

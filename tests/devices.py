@@ -1,5 +1,6 @@
 """Eight logical CPUs for TensorFlow in this process; to be imported before TensorFlow first runs anything."""
 
+import os
 from functools import cache
 from typing import Any
 
@@ -7,9 +8,10 @@ import tensorflow as tf
 
 DEVICES = 8
 
-tf.config.set_logical_device_configuration(
-    tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * DEVICES
-)
+if "TF_CONFIG" not in os.environ:  # a worker of a cluster has one device, and may have run something by now
+    tf.config.set_logical_device_configuration(
+        tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * DEVICES
+    )
 
 
 @cache

@@ -88,7 +88,7 @@ def _serve(end: Connection) -> None:
             rank, world_size, port, group_timeout, function, args = end.recv()
         except EOFError:
             return
-        os.environ.update(_environment(rank, world_size, port))
+        os.environ.update(environment(rank, world_size, port))
         try:
             torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=group_timeout))
             answer = (True, function(*args))
@@ -101,8 +101,8 @@ def _serve(end: Connection) -> None:
             traceback.print_exc()
 
 
-def _environment(rank: int, world_size: int, port: int) -> dict[str, str]:
-    """As torchrun sets it, so that a Lightning Trainer takes its place among the workers."""
+def environment(rank: int, world_size: int, port: int) -> dict[str, str]:
+    """Return the variables as torchrun sets them, so that a Lightning Trainer takes its place among the workers."""
     return {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),

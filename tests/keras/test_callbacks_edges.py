@@ -14,8 +14,6 @@ import tensorflow as tf
 from signsgd_keras import Signum, VoteMonitor
 from tests.devices import mirrored
 
-pytestmark = pytest.mark.slow  # not yet seen to pass as a whole on a quiet machine: see that, then take this out
-
 STEPS = 3
 """Of an epoch, with 4 rows each, 2 a replica."""
 
