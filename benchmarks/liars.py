@@ -203,4 +203,4 @@ if __name__ == "__main__":
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         free = listener.getsockname()[1]
-    spawn(worker, (free, parser.parse_args()), WORKERS)
+    spawn(worker, (free, parser.parse_args()), WORKERS)  # type: ignore[no-untyped-call]
