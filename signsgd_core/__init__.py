@@ -16,8 +16,8 @@ Our words and the papers' symbols (arXiv 1802.04434 and 1810.05291):
 
 from .ballots import BLOCK, Zeros, check_zeros, default_zeros, pack, planes, unpack, zero_bit
 from .momentum import (
+    decayed,
     direction,
-    displacement,
     finite,
     inherited,
     redistribute,
@@ -49,10 +49,10 @@ __all__ = [
     "check_size",
     "check_warmup_steps",
     "check_zeros",
+    "decayed",
     "default_zeros",
     "direction",
     "disagreement",
-    "displacement",
     "finite",
     "inherited",
     "majority",

@@ -63,14 +63,14 @@ def update_verdict_momentum(average: Array, verdict: Array, gamma: float) -> Arr
     return _average(average, verdict, gamma)
 
 
-def displacement(x: Array, u: Array, lr: float, weight_decay: float) -> Array:
-    """Return what one step takes from the parameters, ``lr·(u + λ·x)``; for variables that subtract in place.
+def decayed(x: Array, u: Array, weight_decay: float) -> Array:
+    """Return what the parameters move against, ``u + λ·x``; for variables that take ``lr`` times it away in place.
 
     Example:
-        >>> displacement(1.0, -1.0, 0.25, 0.5)
-        -0.125
+        >>> decayed(1.0, -1.0, 0.5)
+        -0.5
     """
-    return lr * (u if weight_decay == 0 else u + weight_decay * x)
+    return u if weight_decay == 0 else u + weight_decay * x
 
 
 def update_parameters(x: Array, u: Array, lr: float, weight_decay: float) -> Array:
@@ -86,7 +86,7 @@ def update_parameters(x: Array, u: Array, lr: float, weight_decay: float) -> Arr
         >>> update_parameters(1.0, -1.0, 0.25, 0.5)
         1.125
     """
-    return x - displacement(x, u, lr, weight_decay)
+    return x - lr * decayed(x, u, weight_decay)
 
 
 def inherited(momenta: Array, worker: int, workers: int) -> Array:

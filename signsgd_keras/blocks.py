@@ -61,12 +61,18 @@ def write(target: Variable, value: Tensor) -> None:
         target.copy_(value)
 
 
-def subtract(target: Variable, value: Tensor) -> None:
-    """Subtract from a variable, or from a block that `split` made of one."""
-    if hasattr(target, "assign_sub"):
-        target.assign_sub(value)
+def descend(target: Variable, direction: Tensor, rate: Tensor) -> None:
+    """Take ``rate·direction`` from a variable, or from a block that `split` made of one."""
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        variable = target.value if isinstance(target, keras.Variable) else target
+        # One pass over memory, where a product and a subtraction are two.
+        tf.raw_ops.ResourceApplyGradientDescent(var=variable.handle, alpha=rate, delta=direction)
+    elif hasattr(target, "assign_sub"):
+        target.assign_sub(rate * direction)
     else:
-        target.sub_(value)
+        target.sub_(rate * direction)
 
 
 def _compiled() -> bool:

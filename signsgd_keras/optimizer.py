@@ -223,7 +223,7 @@ class Signum(keras.optimizers.Optimizer):  # type: ignore[misc]
             moved = core.update_parameters(ops.cast(x, exact), u, lr, decay)
             blocks.write(x, ops.cast(moved, x.dtype))
         else:
-            blocks.subtract(x, core.displacement(x, ops.cast(u, exact), lr, decay))
+            blocks.descend(x, core.decayed(x, ops.cast(u, exact), decay), lr)
 
     def decay(self, variable: Variable) -> float:
         """Return λ of a variable, 0 where it is excluded from weight decay."""

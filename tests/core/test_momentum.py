@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from signsgd_core import (
+    decayed,
     direction,
-    displacement,
     finite,
     redistribute,
     update_momentum,
@@ -92,16 +92,16 @@ def test_warmup_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @given(x=eighths, u=eighths, decay=quarters, lr=st.sampled_from([0.0, 2.0**-10, 0.25, 1.0]))
-def test_displacement_is_what_a_step_takes_away(x: float, u: float, decay: float, lr: float) -> None:
-    taken = displacement(x, u, lr, decay)
-    assert Fraction(taken) == Fraction(lr) * (Fraction(u) + Fraction(decay) * Fraction(x))
-    assert update_parameters(x, u, lr, decay) == x - taken
+def test_what_the_parameters_move_against(x: float, u: float, decay: float, lr: float) -> None:
+    against = decayed(x, u, decay)
+    assert Fraction(against) == Fraction(u) + Fraction(decay) * Fraction(x)
+    assert update_parameters(x, u, lr, decay) == x - lr * against
 
 
 def test_without_decay_the_parameters_are_not_read() -> None:
     """They may be infinite, or what does not multiply at all."""
-    assert displacement(float("inf"), -1.0, 0.5, 0.0) == -0.5
-    assert displacement(None, 1.0, 0.5, 0) == 0.5
+    assert decayed(float("inf"), -1.0, 0.0) == -1.0
+    assert decayed(None, 1.0, 0) == 1.0
 
 
 @given(old=st.integers(1, 9), new=st.integers(1, 9))

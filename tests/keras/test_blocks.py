@@ -28,7 +28,7 @@ def test_blocks_cover_everything_once(shape: tuple[int, ...]) -> None:
         assert tuple(x.shape) == tuple(y.shape)
         sizes.append(int(np.prod(x.shape)))
         blocks.write(x, y + 1)
-        blocks.subtract(x, keras.ops.ones(y.shape))
+        blocks.descend(x, 2 * keras.ops.ones(y.shape), keras.ops.convert_to_tensor(0.5))
     np.testing.assert_array_equal(numbers(variable), eighths(*shape) + 1, strict=True)
     assert sum(sizes) == np.prod(shape)
     if keras.backend.backend() == "torch":
