@@ -15,9 +15,10 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from signsgd_lightning import MajorityVoteStrategy
+from tests.lightning.models import Net, trainer
 from tests.workers import Workers
 
-from .models import Net, trainer
+from .conftest import Fault
 
 EPOCHS = 40
 SCRIPT = """
@@ -87,7 +88,12 @@ def _names_of(path: str) -> list[str]:
 
 
 @pytest.mark.parametrize("kills", [1, pytest.param(20, marks=[pytest.mark.slow, pytest.mark.timeout(900)])])
-def test_killed_runs_go_on_bit_for_bit(kills: int, tmp_path: Path) -> None:
+def test_killed_runs_go_on_bit_for_bit(kills: int, tmp_path: Path, fault: Fault) -> None:
+    with fault("the whole run is killed at a random moment and goes on from its checkpoint", kills):
+        _compare(kills, tmp_path)
+
+
+def _compare(kills: int, tmp_path: Path) -> None:
     straight = _start(tmp_path / "straight", "")
     assert straight.wait(timeout=90) == 0
     killed = _run_and_kill(tmp_path / "killed", kills)
@@ -116,7 +122,7 @@ def _save(folder: str) -> None:
     trainer(enable_checkpointing=True, callbacks=[save], strategy=MajorityVoteStrategy()).fit(Net())
 
 
-def test_broken_files_are_named(tmp_path: Path, workers: Workers) -> None:
+def test_broken_files_are_named(tmp_path: Path, workers: Workers, fault: Fault) -> None:
     workers.run(2, _save, str(tmp_path))
     whole = (tmp_path / "whole.ckpt").read_bytes()
     files = {
@@ -128,8 +134,9 @@ def test_broken_files_are_named(tmp_path: Path, workers: Workers) -> None:
     for name, data in files.items():
         path = tmp_path / f"{name}.ckpt"
         path.write_bytes(data)
-        for message in workers.run(2, _fit, str(path)):
-            assert message.startswith(f"{path} is not a whole checkpoint"), message
+        with fault("a checkpoint is cut short, empty, foreign, or holds code"):
+            for message in workers.run(2, _fit, str(path)):
+                assert message.startswith(f"{path} is not a whole checkpoint"), message
     assert not (tmp_path / "hacked").exists()
     assert not list(tmp_path.glob("*.part"))
 

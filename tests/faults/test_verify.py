@@ -12,9 +12,10 @@ from lightning.pytorch import Callback
 from signsgd_core import Reference
 from signsgd_core.adversaries import ADVERSARIES
 from signsgd_lightning import MajorityVoteStrategy, RanksDifferError
+from tests.lightning.models import Given, Net, trainer
 from tests.workers import Workers
 
-from .models import Given, Net, trainer
+from .conftest import Fault
 
 RANKS, STEPS = 3, 6
 
@@ -48,11 +49,11 @@ def test_nothing_is_found_where_all_is_well(workers: Workers) -> None:
 
 @pytest.mark.parametrize("momentum", [False, True])
 @pytest.mark.parametrize("rank", range(RANKS))
-def test_a_flipped_bit_is_found_at_the_next_check(rank: int, momentum: bool, workers: Workers) -> None:
-    results = workers.run(RANKS, _train, 2, [FlipBit(rank, 1, momentum)])
-    for message, found in results:
-        assert found == ([rank], 3, "net.2.weight")
-        assert f"after step 3 rank {rank} differs from the other ranks in net.2.weight" in message
+def test_a_flipped_bit_is_found_at_the_next_check(rank: int, momentum: bool, workers: Workers, fault: Fault) -> None:
+    with fault("a bit flips in a parameter or a verdict momentum of a rank, and is found"):
+        for message, found in workers.run(RANKS, _train, 2, [FlipBit(rank, 1, momentum)]):
+            assert found == ([rank], 3, "net.2.weight")
+            assert f"after step 3 rank {rank} differs from the other ranks in net.2.weight" in message
 
 
 def test_two_ranks_cannot_tell_which_of_them_is_wrong(workers: Workers) -> None:
@@ -94,12 +95,13 @@ def _lie(given: Any, names: dict[int, str]) -> list[Any]:
 @pytest.mark.parametrize(
     "names", [{1: "invert"}, {0: "random", 3: "constant"}, {2: "silent"}, {1: "nan"}, {0: "collude", 1: "collude"}]
 )
-def test_adversaries_vote_as_the_reference_has_it(names: dict[int, str], workers: Workers) -> None:
+def test_adversaries_vote_as_the_reference_has_it(names: dict[int, str], workers: Workers, fault: Fault) -> None:
     random = np.random.default_rng(0)
     given = [[[(random.integers(-3, 4, 37) / 8).astype(np.float32)] for _ in range(4)] for _ in range(STEPS)]
     adversaries = {rank: ADVERSARIES[name](rank) for rank, name in names.items()}
     reference = Reference([np.ones(37, np.float32)], 4, 0.25, (0.5, 0.5), adversaries=adversaries)
     for gradients in given:
         reference.step(gradients)
-    for (x,) in workers.run(4, _lie, given, names):
-        np.testing.assert_array_equal(x, reference.parameters[0])
+    with fault("ranks that lie: they cost their votes and nothing else", len(names)):
+        for (x,) in workers.run(4, _lie, given, names):
+            np.testing.assert_array_equal(x, reference.parameters[0])
