@@ -17,16 +17,16 @@ _MARK = "@"  # before each line meant for the parent: whatever a library prints 
 
 
 class Cluster:
-    """Processes `python SCRIPT ARGS…` that see each other through ``TF_CONFIG``; all end with the `with` block.
+    """Processes `python -m MODULE ARGS…` that see each other through ``TF_CONFIG``; all end with the `with` block.
 
     Args:
         workers: how many.
-        script: the path.
+        module: its name.
         arguments: of its command line.
         seconds: after which all are killed.
     """
 
-    def __init__(self, workers: int, script: str, *arguments: str, seconds: float = 240.0) -> None:
+    def __init__(self, workers: int, module: str, *arguments: str, seconds: float = 240.0) -> None:
         addresses, self.processes, self.errors = _free_addresses(workers), [], []
         self.watchdog = threading.Timer(seconds, self._kill)
         self.watchdog.daemon = True
@@ -36,7 +36,7 @@ class Cluster:
             environment = {"TF_CPP_MIN_LOG_LEVEL": "3", "KERAS_BACKEND": "tensorflow", "TF_CONFIG": json.dumps(task)}
             errors: IO[str] = tempfile.TemporaryFile("w+")  # noqa: SIM115  closed with the cluster
             process = subprocess.Popen(
-                [sys.executable, script, *arguments],
+                [sys.executable, "-m", module, *arguments],
                 env={**os.environ, **environment},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,

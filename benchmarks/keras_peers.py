@@ -1,6 +1,6 @@
 """What fails with Keras' own Lion and MultiWorkerMirroredStrategy and works with Signum: each line is really run.
 
-python benchmarks/keras_peers.py
+python -m benchmarks.keras_peers
 """
 
 import argparse
@@ -12,7 +12,8 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from keras_cluster import Cluster, index, is_worker, tell, wait_for_go
+
+from benchmarks.keras_cluster import Cluster, index, is_worker, tell, wait_for_go
 
 os.environ["KERAS_BACKEND"] = "tensorflow"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -158,10 +159,10 @@ def bytes_per_step(strategy: Any, optimizer: Any) -> float:
 
 def on_several() -> list[tuple[str, str, str]]:
     """Rows of real worker processes: what, theirs, ours."""
-    with Cluster(WORKERS, __file__, "--worker", "theirs", seconds=SECONDS) as cluster:
+    with Cluster(WORKERS, "benchmarks.keras_peers", "--worker", "theirs", seconds=SECONDS) as cluster:
         theirs = [cluster.hear()[0] for _ in range(3)]
         lion = sum(cluster.hear()) / WORKERS
-    with Cluster(WORKERS, __file__, "--worker", "ours", seconds=SECONDS) as cluster:
+    with Cluster(WORKERS, "benchmarks.keras_peers", "--worker", "ours", seconds=SECONDS) as cluster:
         ours = [cluster.hear()[0] for _ in range(3)]
         signum = sum(cluster.hear()) / WORKERS
     where = f"fit, {WORKERS} worker processes"

@@ -1,6 +1,6 @@
 """Time of one step of Signum, without a vote and of all of a voted step but the exchange, beside Keras' Lion.
 
-python benchmarks/keras_step.py
+python -m benchmarks.keras_step
 """
 
 import argparse
@@ -177,7 +177,15 @@ def main() -> None:
     print("columns: wall time; in steps of Keras' Lion, wall and processor time; the target, of wall time")
     for number, (backend, _) in enumerate(MODES):
         environment = {"KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
-        command = [sys.executable, __file__, "--mode", str(number), "--rounds", str(options.rounds)]
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.keras_step",
+            "--mode",
+            str(number),
+            "--rounds",
+            str(options.rounds),
+        ]
         subprocess.run(command, env={**os.environ, **environment}, check=True, timeout=600)
 
 

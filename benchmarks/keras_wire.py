@@ -1,6 +1,6 @@
 """Bytes that real worker processes send per step: Signum's vote beside Keras' SGD and its fp32 reduction.
 
-python benchmarks/keras_wire.py
+python -m benchmarks.keras_wire
 
 The workers run in a network namespace of their own, in which nothing else sends, and the bytes are those that its
 interface counted: headers, acknowledgements and TensorFlow's heartbeats included. It takes root, or a system that
@@ -18,8 +18,8 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from keras_cluster import Cluster, index, is_worker, tell, wait_for_go
 
+from benchmarks.keras_cluster import Cluster, index, is_worker, tell, wait_for_go
 from signsgd_core.traffic import majority_vote, ring_all_reduce, sent_since, socket_bytes
 
 TENSORS, WARMUP = 10, 3
@@ -63,7 +63,7 @@ def worker(method: str, parameters: int, steps: int) -> None:
 def measure(workers: int, method: str, parameters: int, steps: int) -> tuple[float, float, float]:
     """Return payload and interface bytes per worker and step, and the median time of a step."""
     arguments = ["--worker", method, "--parameters", str(parameters), "--steps", str(steps)]
-    with Cluster(workers, __file__, *arguments) as cluster:
+    with Cluster(workers, "benchmarks.keras_wire", *arguments) as cluster:
         cluster.hear()
         before = interface_bytes()
         cluster.go()
@@ -95,7 +95,7 @@ def enter_namespace() -> bool:
     possible = subprocess.run([*own, "sh", "-c", up], capture_output=True).returncode == 0
     if possible:
         os.environ[INSIDE] = "1"
-        again = ["sh", "-c", f'{up} && exec "$@"', "sh", sys.executable, *sys.argv]
+        again = ["sh", "-c", f'{up} && exec "$@"', "sh", sys.executable, "-m", "benchmarks.keras_wire", *sys.argv[1:]]
         os.execvp(own[0], [*own, *again])
     return False
 

@@ -1,6 +1,6 @@
 """The second paper's table of faults redone: how many workers may lie, under a vote and under fp32 averaging.
 
-python benchmarks/liars.py
+python -m benchmarks.liars
 
 Seven real worker processes over Gloo train a perceptron on handwritten digits, of which some lie about every
 gradient. Each method gets in each column the best learning rate of a grid by its first seed, then runs all seeds.

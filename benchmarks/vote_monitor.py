@@ -1,6 +1,6 @@
 """What VoteMonitor costs: steps of a real Trainer's loop with counting on and off, in turns, in one run.
 
-python benchmarks/vote_monitor.py
+python -m benchmarks.vote_monitor
 """
 
 import argparse

@@ -15,11 +15,13 @@ Our words and the papers' symbols (arXiv 1802.04434 and 1810.05291):
 """
 
 from .ballots import BLOCK, Zeros, check_zeros, default_zeros, pack, planes, unpack, zero_bit
+from .costs import Cost, break_even, by_nodes, fastest, flat, vote_work
 from .momentum import (
     decayed,
     direction,
     finite,
     inherited,
+    predecessors,
     redistribute,
     update_momentum,
     update_parameters,
@@ -40,9 +42,12 @@ from .vote import majority, tally, verdict
 
 __all__ = [
     "BLOCK",
+    "Cost",
     "Reference",
     "WarmupSteps",
     "Zeros",
+    "break_even",
+    "by_nodes",
     "check_betas",
     "check_settings",
     "check_share",
@@ -53,11 +58,14 @@ __all__ = [
     "default_zeros",
     "direction",
     "disagreement",
+    "fastest",
     "finite",
+    "flat",
     "inherited",
     "majority",
     "pack",
     "planes",
+    "predecessors",
     "redistribute",
     "tally",
     "unpack",
@@ -65,6 +73,7 @@ __all__ = [
     "update_parameters",
     "update_verdict_momentum",
     "verdict",
+    "vote_work",
     "warmup_steps",
     "zero_bit",
 ]

@@ -4,7 +4,7 @@ An adversary is any function from the gradient a worker computed to the one it v
 the minus sign and NumPy's random numbers are used, so `invert` and `silent` also take tensors of any framework.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -102,3 +102,24 @@ ADVERSARIES: dict[str, Callable[[int], Adversary]] = {
     "collude": lambda seed: Collude(0),
 }
 """Name -> the adversary that a worker with a seed of its own is."""
+
+
+def check_adversaries(adversaries: Mapping[int, Adversary] | None, workers: int, kind: str = "worker") -> None:
+    """Make sure that only workers that there are get to lie.
+
+    Args:
+        adversaries: number of the worker -> what it makes of its gradients.
+        workers: how many there are.
+        kind: what one is called: "worker", "rank" or "replica".
+
+    Raises:
+        ValueError: if there are others.
+
+    Example:
+        >>> check_adversaries({2: invert}, workers=2)
+        Traceback (most recent call last):
+        ValueError: adversaries must be workers 0 to 1, got [2]
+    """
+    unknown = sorted(set(adversaries or {}) - set(range(workers)))
+    if unknown:
+        raise ValueError(f"adversaries must be {kind}s 0 to {workers - 1}, got {unknown}")

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, get_args
 import numpy as np
 import numpy.typing as npt
 
+from .adversaries import ADVERSARIES, Adversary
 from .ballots import Zeros
 from .settings import check_betas
 
@@ -66,11 +67,37 @@ def parser(
     add("--betas", type=_betas, default=(0.9, 0.9), metavar="B1,B2", help="of Signum (default: 0.9,0.9)")
     add("--verdict-momentum", type=_share, default=0.8, metavar="G", help="of the third run (default: %(default)s)")
     add("--zeros", choices=get_args(Zeros), help="what zeros and ties count as (default: alternate)")
+    lies = f"what the last workers make of their gradients in every run, one name a worker: {', '.join(ADVERSARIES)}"
+    add("--adversaries", type=_adversaries, default=(), metavar="NAME[,NAME]", help=f"{lies} (default: none)")
     add("--seed", type=int, default=0, help="of weights and data order (default: %(default)s)")
     add("--data", type=_folder, help="folder with train/CLASS/*.jpg and test/CLASS/*.jpg (default: handwritten digits)")
     add("--out", type=Path, default=Path("signsgd_demo"), help="where to save the plot (default: %(default)s)")
     add("--no-plot", dest="plot", action="store_false", help="save no plot")
     return parser
+
+
+def settle(parser: argparse.ArgumentParser, options: argparse.Namespace, workers: int) -> None:
+    """Write into the options how many workers there are; end the program if none of them would be honest.
+
+    Args:
+        parser: of the options.
+        options: of the command line.
+        workers: how many where `--workers` was left out.
+    """
+    options.workers = options.workers or workers
+    if len(options.adversaries) >= options.workers:
+        count = len(options.adversaries)
+        parser.error(f"argument --adversaries: must be fewer than the {options.workers} workers, got {count}")
+
+
+def adversaries(options: argparse.Namespace) -> dict[int, Adversary]:
+    """Return what the last workers are, afresh.
+
+    Args:
+        options: of the command line, with the number of workers settled.
+    """
+    first = options.workers - len(options.adversaries)
+    return {worker: ADVERSARIES[name](worker) for worker, name in enumerate(options.adversaries, first)}
 
 
 def load(folder: Path | None, cache: Path) -> Data:
@@ -112,6 +139,9 @@ def report(results: Sequence[Result], options: argparse.Namespace, by_formula: s
         by_formula: why the bytes are by formula; empty where they were counted.
     """
     print_table(results, by_formula)
+    if options.adversaries:
+        count, names = len(options.adversaries), ", ".join(options.adversaries)
+        print(f"adversaries: the last {count} of {options.workers} workers ({names}), in every run")
     if options.plot:
         path = options.out / "accuracy_against_bytes.png"
         save_plot(results, path, by_formula)
@@ -203,6 +233,13 @@ def _numbers(text: str) -> tuple[float, ...]:
         return tuple(float(word) for word in text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(f"must be numbers, got {text!r}") from None
+
+
+def _adversaries(text: str) -> tuple[str, ...]:
+    names = tuple(text.split(","))
+    if not set(names) <= set(ADVERSARIES):
+        raise argparse.ArgumentTypeError(f"must be names of {', '.join(ADVERSARIES)}, got {text!r}")
+    return names
 
 
 def _folder(text: str) -> Path:

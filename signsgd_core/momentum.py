@@ -89,11 +89,28 @@ def update_parameters(x: Array, u: Array, lr: float, weight_decay: float) -> Arr
     return x - lr * decayed(x, u, weight_decay)
 
 
-def inherited(momenta: Array, worker: int, workers: int) -> Array:
-    """Return the momentum with which one of `workers` workers goes on from those of another number of them.
+def predecessors(worker: int, workers: int, old_workers: int) -> range:
+    """Return from which old workers' momenta one of `workers` workers goes on, where there were another number.
 
-    With more workers, new worker `i` of `M'` takes the momentum of old worker ``i mod M``; with fewer it takes the mean
-    of those it replaces, the old ones ``j`` with ``j mod M' = i``.
+    With more workers, new worker `i` of `M'` goes on from old worker ``i mod M``; with fewer from those it replaces,
+    the old ones ``j`` with ``j mod M' = i``.
+
+    Args:
+        worker: i.
+        workers: M', at least 1.
+        old_workers: M, at least 1.
+
+    Example:
+        >>> list(predecessors(0, 2, 3)), list(predecessors(2, 3, 2))
+        ([0, 2], [0])
+    """
+    if workers >= old_workers:
+        return range(worker % old_workers, worker % old_workers + 1)
+    return range(worker, old_workers, workers)
+
+
+def inherited(momenta: Array, worker: int, workers: int) -> Array:
+    """Return the momentum with which one of `workers` workers goes on: the mean of its `predecessors`'.
 
     Args:
         momenta: of the old workers, shape (M, …), of any framework.
@@ -107,10 +124,8 @@ def inherited(momenta: Array, worker: int, workers: int) -> Array:
         >>> inherited(np.array([1.0, 3.0, 5.0]), worker=0, workers=2)
         np.float64(3.0)
     """
-    if workers >= len(momenta):
-        return momenta[worker % len(momenta)]
-    replaced = momenta[worker::workers]
-    return replaced.sum(0) / len(replaced)
+    old = predecessors(worker, workers, len(momenta))
+    return momenta[old.start] if len(old) == 1 else momenta[old.start :: old.step].sum(0) / len(old)
 
 
 def redistribute(momenta: npt.NDArray[Any], workers: int) -> npt.NDArray[Any]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .adversaries import Adversary
+from .adversaries import Adversary, check_adversaries
 from .ballots import Zeros, default_zeros, zero_bit
 from .momentum import (
     direction,
@@ -74,8 +74,7 @@ class Reference:
         if any(x.dtype.kind != "f" and x.dtype.name != "bfloat16" for x in self.parameters):
             raise ValueError(f"parameters must be floating point, got {[str(x.dtype) for x in self.parameters]}")
         self.adversaries = dict(adversaries or {})
-        if not set(self.adversaries) <= set(range(workers)):
-            raise ValueError(f"adversaries must be workers 0 to {workers - 1}, got {sorted(self.adversaries)}")
+        check_adversaries(self.adversaries, workers)
         self.workers, self.lr, self.betas, self.weight_decay = workers, lr, betas, weight_decay
         self.gamma = verdict_momentum
         self.warmup_steps = check_warmup_steps(warmup_steps, betas[1])

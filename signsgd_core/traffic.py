@@ -73,6 +73,26 @@ def ring_all_reduce(parameters: int, workers: int, bits: int) -> Traffic:
     return _everyone(-(-2 * (workers - 1) * parameters * bits // (8 * workers)))
 
 
+def power_sgd(parameters: int, workers: int, rank: int, width: int = 1000) -> Traffic:
+    """PowerSGD of square layers: two factors of rank `r` for a matrix, vectors in full, by ring all-reduce in fp32.
+
+    A layer of ``n² + n`` parameters sends ``2·r·n + n`` numbers (arXiv 1905.13727); the larger its layers, the less
+    a model sends.
+
+    Args:
+        parameters: `d`, all in layers of a matrix and a bias.
+        workers: `M`.
+        rank: `r`.
+        width: `n`.
+
+    Example:
+        >>> power_sgd(10_010_000, workers=4, rank=1).worker
+        180000
+    """
+    numbers = -(-parameters * (2 * rank + 1) // (width + 1))
+    return ring_all_reduce(numbers, workers, 32)
+
+
 SCHEMES: dict[str, Callable[[int, int], Traffic]] = {
     "majority vote, 1 bit": majority_vote,
     "all-gather, 1 bit": sign_all_gather,

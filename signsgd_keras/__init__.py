@@ -1,19 +1,40 @@
 """signSGD with majority vote for Keras: an optimizer on every backend, the vote under `tf.distribute`."""
 
+import os
+import sys
 from typing import TYPE_CHECKING, Any
+
+if sys.argv[:1] == ["-m"] and __name__ in sys.orig_argv:  # the demo, which would come too late: Python asks us first
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import keras
 
+from .loss_scale import LossScaleOptimizer
 from .optimizer import Signum
 
 if TYPE_CHECKING:
     from .callbacks import VoteMonitor
     from .cross_device_ops import MajorityVote
     from .strategy import MultiWorkerMajorityVoteStrategy
+    from .verify import ReplicasDifferError, VerifyReplicas
 
-__all__ = ["MajorityVote", "MultiWorkerMajorityVoteStrategy", "Signum", "VoteMonitor"]
+__all__ = [
+    "LossScaleOptimizer",
+    "MajorityVote",
+    "MultiWorkerMajorityVoteStrategy",
+    "ReplicasDifferError",
+    "Signum",
+    "VerifyReplicas",
+    "VoteMonitor",
+]
 
-_HOMES = {"MajorityVote": "cross_device_ops", "MultiWorkerMajorityVoteStrategy": "strategy", "VoteMonitor": "callbacks"}
+_HOMES = {
+    "MajorityVote": "cross_device_ops",
+    "MultiWorkerMajorityVoteStrategy": "strategy",
+    "ReplicasDifferError": "verify",
+    "VerifyReplicas": "verify",
+    "VoteMonitor": "callbacks",
+}
 """What needs TensorFlow, and is therefore imported when first asked for."""
 
 

@@ -39,23 +39,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if keras.backend.backend() != "tensorflow":
         parser.error(f"needs Keras' TensorFlow backend, got {keras.backend.backend()!r}: set KERAS_BACKEND=tensorflow")
+    demo.settle(parser, options, default_workers(options.processes))
     demo.load(options.data, options.out)  # before the workers start: they find a folder decoded
     if not options.processes:
-        run(mirrored(options.workers), options)
+        run(mirrored(options), options)
     elif "TF_CONFIG" not in os.environ:
-        launch(options.workers or WORKERS, arguments)
+        launch(options.workers, arguments)
     else:
         if PARENT in os.environ:
             leave_with(int(os.environ[PARENT]))
         from . import MultiWorkerMajorityVoteStrategy
 
-        run(MultiWorkerMajorityVoteStrategy(), options)
+        run(MultiWorkerMajorityVoteStrategy(adversaries=demo.adversaries(options)), options)
 
 
 def run(strategy: Any, options: Any) -> None:
     """Train all three methods under one strategy and report."""
     from . import Signum
-    from .demo import is_first, train
+    from .demo import Adam, is_first, train
 
     data = demo.load(options.data, options.out)
     workers, zeros = strategy.num_replicas_in_sync, options.zeros
@@ -67,7 +68,7 @@ def run(strategy: Any, options: Any) -> None:
         return keras.optimizers.schedules.CosineDecay(lr, steps)
 
     def adam(steps: int) -> Any:
-        return keras.optimizers.Adam(cosine(adam_lr, steps))
+        return Adam(cosine(adam_lr, steps), demo.adversaries(options))
 
     def signum(steps: int) -> Any:
         return Signum(cosine(signum_lr, steps), beta_1, beta_2, zeros=zeros)
@@ -91,20 +92,30 @@ def run(strategy: Any, options: Any) -> None:
         demo.report(results, options, "" if options.processes else BY_FORMULA)
 
 
-def mirrored(workers: int | None) -> Any:
+def default_workers(processes: bool) -> int:
+    """Return how many workers there are where nobody says: in a cluster that is already there, its own."""
+    import tensorflow as tf
+
+    if processes:
+        cluster = json.loads(os.environ.get("TF_CONFIG", "{}")).get("cluster", {})
+        return sum(map(len, cluster.values())) or WORKERS
+    gpus = len(tf.config.list_physical_devices("GPU"))
+    return gpus if gpus > 1 else WORKERS
+
+
+def mirrored(options: Any) -> Any:
     """Return a strategy that votes among replicas of this process, on GPUs where there are enough."""
     import tensorflow as tf
 
     from . import MajorityVote
 
-    gpus = len(tf.config.list_physical_devices("GPU"))
-    workers = workers or (gpus if gpus > 1 else WORKERS)
-    kind = "GPU" if workers <= gpus else "CPU"
+    workers = options.workers
+    kind = "GPU" if workers <= len(tf.config.list_physical_devices("GPU")) else "CPU"
     if kind == "CPU":
         cpu, one = tf.config.list_physical_devices("CPU")[0], tf.config.LogicalDeviceConfiguration()
         tf.config.set_logical_device_configuration(cpu, [one] * workers)
     devices = [f"{kind}:{k}" for k in range(workers)]
-    return tf.distribute.MirroredStrategy(devices, cross_device_ops=MajorityVote())
+    return tf.distribute.MirroredStrategy(devices, cross_device_ops=MajorityVote(adversaries=demo.adversaries(options)))
 
 
 def launch(workers: int, arguments: Sequence[str]) -> None:
@@ -124,7 +135,6 @@ def launch(workers: int, arguments: Sequence[str]) -> None:
         for index in range(workers):
             task = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": index}}
             environment = {
-                "TF_CPP_MIN_LOG_LEVEL": "3",
                 **os.environ,
                 "TF_CONFIG": json.dumps(task),
                 "CUDA_VISIBLE_DEVICES": "-1",  # workers that share a GPU's memory would send nothing

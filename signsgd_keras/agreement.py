@@ -46,7 +46,7 @@ _COLUMNS = (
 
 
 def agree(ops: Any, settings: dict[str, Any], shapes: list[Any]) -> None:
-    """Make sure that all workers have the same settings and model, before any of them creates a variable.
+    """Make sure that all workers have the same wire version, settings and model, before any of them creates a variable.
 
     Args:
         ops: of all workers, a `CollectiveAllReduce`.
@@ -56,7 +56,7 @@ def agree(ops: Any, settings: dict[str, Any], shapes: list[Any]) -> None:
     Raises:
         ValueError: if not, on all workers, naming the first difference.
     """
-    lines = [f"{name}={value!r}" for name, value in settings.items()]
+    lines = [f"wire version {WIRE_VERSION}", *(f"{name}={value!r}" for name, value in settings.items())]
     lines += [f"{name}: shape {tuple(shape)}" for name, *shape in shapes]
     text = "\n".join(lines).encode()
     summaries = internals.gather_now(ops, np.array([len(text), *_digest(lines)], np.int32))

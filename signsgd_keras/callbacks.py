@@ -36,12 +36,7 @@ class VoteMonitor(keras.callbacks.Callback):  # type: ignore[misc]
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Start to count: Keras traces its step anew, with counting in it."""
-        optimizer = self.model.optimizer
-        optimizer = getattr(optimizer, "inner_optimizer", optimizer)  # of a LossScaleOptimizer
-        if not isinstance(optimizer, Signum) or optimizer.replicas == 1:
-            raise RuntimeError("VoteMonitor has no vote to watch: it needs Signum and several replicas")
-        if not optimizer.built:
-            optimizer.build(self.model.trainable_variables)
+        optimizer = voting_optimizer(self.model, "VoteMonitor has no vote to watch")
         sizes = [int(np.prod(variable.shape)) for variable in self.model.trainable_variables]
         self._optimizer, self._nonfinite = optimizer, 0.0
         optimizer.statistics = VoteStatistics(optimizer._distribution_strategy, sizes, planes(optimizer.zero_rule))
@@ -59,3 +54,21 @@ class VoteMonitor(keras.callbacks.Callback):  # type: ignore[misc]
         """Stop counting."""
         self._optimizer.statistics = None
         self.model.make_train_function(force=True)
+
+
+def voting_optimizer(model: Any, complaint: str) -> Signum:
+    """Return the optimizer of a model, built.
+
+    Args:
+        model: compiled.
+        complaint: what is wrong where no optimizer votes.
+
+    Raises:
+        RuntimeError: if none does.
+    """
+    optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)  # of a LossScaleOptimizer
+    if not isinstance(optimizer, Signum) or optimizer.replicas == 1:
+        raise RuntimeError(f"{complaint}: it needs Signum and several replicas")
+    if not optimizer.built:
+        optimizer.build(model.trainable_variables)
+    return optimizer

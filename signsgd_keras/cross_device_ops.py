@@ -1,12 +1,13 @@
 """MajorityVote: ballots up, verdict down, between the replicas of `tf.distribute` (steps 4-6)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import tensorflow as tf
 
 import signsgd_core as core
 from signsgd_core import Zeros
+from signsgd_core.adversaries import Adversary
 from signsgd_core.traffic import HEADER_BYTES, WORD_BITS
 
 from . import agreement, internals
@@ -25,20 +26,25 @@ class MajorityVote(tf.distribute.CrossDeviceOps):  # type: ignore[misc]
 
     Args:
         wrapped: the op for everything else; `tf.distribute.ReductionToOneDevice()` where left out.
+        adversaries: replica -> what it makes of its gradients before it votes (`signsgd_core.adversaries`), to try what
+            a vote withstands: of its clipped and, where they are accumulated, mean gradients. A replica that hands
+            nothing on, as `silent`, votes with a gradient of zeros: always silent, it casts neutral ballots by the zero
+            rule, and under "abstain" none.
 
     Raises:
         TypeError: if `wrapped` is not a `tf.distribute.CrossDeviceOps`.
+        ValueError: when `Signum` is built, if there is no such replica.
 
     Example:
         >>> strategy = tf.distribute.MirroredStrategy(["CPU:0"], cross_device_ops=MajorityVote())
     """
 
-    def __init__(self, wrapped: Any = None) -> None:
+    def __init__(self, wrapped: Any = None, adversaries: Mapping[int, Adversary] | None = None) -> None:
         super().__init__()
         wrapped = tf.distribute.ReductionToOneDevice() if wrapped is None else wrapped
         if not isinstance(wrapped, tf.distribute.CrossDeviceOps):
             raise TypeError(f"MajorityVote wraps a tf.distribute.CrossDeviceOps, got {wrapped!r}")
-        self.wrapped = wrapped
+        self.wrapped, self.adversaries = wrapped, dict(adversaries or {})
 
     def vote(
         self,

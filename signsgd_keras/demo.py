@@ -3,7 +3,7 @@
 import hashlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from statistics import median
 from typing import Any
 
@@ -14,6 +14,10 @@ import tensorflow as tf
 from keras import layers, ops
 
 from signsgd_core import demo, traffic
+from signsgd_core.adversaries import Adversary
+
+from .adversaries import lie
+from .own import own_number
 
 BATCH_SIZE = 32
 EVALUATIONS = 8
@@ -59,6 +63,24 @@ def batches(data: demo.Data, workers: int, seed: int) -> Any:
     options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.DATA
     pixels, labels = tf.constant(images), tf.constant(data.train_labels)
     return order.map(lambda rows: (tf.gather(pixels, rows), tf.gather(labels, rows))).with_options(options)
+
+
+class Adam(keras.optimizers.Adam):  # type: ignore[misc]
+    """Adam, where replicas may hand other gradients to the mean than they computed; a silent one's are zeros.
+
+    Args:
+        learning_rate: a number or a schedule.
+        adversaries: replica -> what it makes of its gradients.
+    """
+
+    def __init__(self, learning_rate: Any, adversaries: Mapping[int, Adversary]) -> None:
+        super().__init__(learning_rate)
+        self._adversary = adversaries.get
+
+    def apply(self, grads: Any, trainable_variables: Any = None) -> None:
+        """Take one step with the mean of what all replicas hand on."""
+        adversary = self._adversary(own_number(self._distribution_strategy)[0])
+        super().apply(grads if adversary is None else lie(adversary, grads), trainable_variables)
 
 
 class Recorder(keras.callbacks.Callback):  # type: ignore[misc]

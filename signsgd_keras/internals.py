@@ -1,6 +1,7 @@
 """The one place that touches private names of TensorFlow; `tests/keras/test_internals.py` fails if one moves."""
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import tensorflow as tf
@@ -68,14 +69,20 @@ def all_gather(ops: CollectiveAllReduce, device: int, rows: Tensor) -> Tensor:
 
 def gather_now(ops: CollectiveAllReduce, row: Any) -> Any:
     """Return the row, int32, of every worker, shape (workers, …), also while a function is being traced."""
+    with tf.init_scope():
+        rows = _gatherer(ops)(tf.constant(row))
+    return rows[0].numpy()[:: len(rows)]
+
+
+@cache
+def _gatherer(ops: CollectiveAllReduce) -> Any:
+    """Once for all, since a new function for every call would be traced anew and kept."""
 
     @tf.function  # type: ignore[untyped-decorator]
-    def gather() -> list[Tensor]:
-        return [all_gather(ops, device, tf.constant(row)[None]) for device in range(len(ops._devices))]
+    def gather(row: Tensor) -> list[Tensor]:
+        return [all_gather(ops, device, row[None]) for device in range(len(ops._devices))]
 
-    with tf.init_scope():
-        rows = gather()
-    return rows[0].numpy()[:: len(rows)]
+    return gather
 
 
 def _launch(collective: Any, ops: CollectiveAllReduce, device: int, value: Tensor) -> Tensor:

@@ -35,7 +35,9 @@ class Signum(keras.optimizers.Optimizer):  # type: ignore[misc]
     replicas: each clips and accumulates its own gradients and keeps its own momentum. A gradient entry that is NaN,
     ±Inf or beyond float32's range counts as 0; a variable without a gradient stays untouched.
 
-    The momenta are float32 whatever the variable's dtype, and exist only where a setting needs them.
+    The momenta are float32 whatever the variable's dtype, and exist only where a setting needs them. Under
+    ``mixed_float16`` take `LossScaleOptimizer(Signum(…))`, by which every replica has a loss scale of its own: Keras'
+    own, which `compile` would take, drops the step of all replicas where the first one overflows.
 
     Args:
         learning_rate: A float, a `keras.optimizers.schedules.LearningRateSchedule` instance, or a callable that takes

@@ -9,10 +9,13 @@ import numpy.typing as npt
 import tensorflow as tf
 
 import signsgd_core as core
+from signsgd_core.adversaries import check_adversaries
 
 from . import agreement, internals
+from .adversaries import lie
 from .ballots import pack, unpack
 from .cross_device_ops import MajorityVote, width
+from .own import accumulate, mean_gradients, own_number
 from .statistics import count_nonfinite
 
 if TYPE_CHECKING:
@@ -45,7 +48,7 @@ class Voter:
     def op(self) -> MajorityVote:
         """The op that votes: the strategy's, or one of ours around it."""
         op = internals.cross_device_ops(self.strategy)
-        return op if isinstance(op, MajorityVote) else MajorityVote(op)
+        return op if isinstance(op, MajorityVote) else MajorityVote(op, getattr(self.strategy, "adversaries", None))
 
     def check_scope(self) -> None:
         """Make sure that the optimizer belongs to the strategy in force, and that this one can vote.
@@ -67,11 +70,12 @@ class Voter:
             )
 
     def agree(self, variables: list[Variable]) -> None:
-        """Make sure that all workers have the same settings and the same variables to vote on.
+        """Make sure that all workers have the same settings and variables to vote on, and that those who lie are there.
 
         Raises:
             ValueError: if not, on all workers.
         """
+        check_adversaries(self.op.adversaries, self.optimizer.replicas, "replica")
         if isinstance(self.op.wrapped, internals.CollectiveAllReduce):
             agreement.agree(self.op.wrapped, _settings(self.optimizer), _shapes(variables))
 
@@ -115,8 +119,8 @@ class Voter:
             sums = [optimizer._accumulated_gradients[k] for k in keys[0]]
             tf.cond(
                 tf.equal((optimizer._iterations.value + 1) % steps, 0),
-                lambda: self._vote(_means(strategy, gradients, sums, steps), keys[0]),
-                lambda: _accumulate(strategy, gradients, sums),
+                lambda: self._vote(mean_gradients(strategy, gradients, sums, steps), keys[0]),
+                lambda: accumulate(strategy, gradients, sums),
             )
         else:
             self._vote(gradients, keys[0])
@@ -126,7 +130,7 @@ class Voter:
     def _vote(self, gradients: list[list[Tensor]], keys: list[int]) -> None:
         """Steps 1-8, in cross-replica context."""
         optimizer, strategy = self.optimizer, self.strategy
-        variables = [optimizer._trainable_variables[k] for k in keys]
+        variables, adversaries = [optimizer._trainable_variables[k] for k in keys], self.op.adversaries
         t, rule = optimizer.iterations, optimizer.zero_rule
         parity, lr = tf.cast(t % 2, tf.uint8), tf.convert_to_tensor(optimizer.learning_rate)
         # Of all variables, with a gradient or without: an exchange of messages that differ in size never ends, and
@@ -134,13 +138,15 @@ class Voter:
         size = width(sum(map(_bytes, optimizer._trainable_variables)), optimizer.replicas)
 
         def cast() -> tuple[Tensor, Tensor]:
-            replica, local = _replica(strategy)
+            replica, local = own_number(strategy)
             bit = core.zero_bit(rule, parity, replica % 2)
-            clipped = optimizer._clip_gradients(gradients[local])
-            nonfinite = 0 if optimizer.statistics is None else count_nonfinite(clipped)
+            sent = optimizer._clip_gradients(gradients[local])
+            if replica in adversaries:
+                sent = lie(adversaries[replica], sent)
+            nonfinite = 0 if optimizer.statistics is None else count_nonfinite(sent)
             ballots = [
                 pack(optimizer.direction(g, optimizer.state_of(v)[0]), bit)
-                for g, v in zip(clipped, variables, strict=True)
+                for g, v in zip(sent, variables, strict=True)
             ]
             padding = tf.zeros([ballots[0].shape[0], size - sum(map(_bytes, variables))], tf.uint8)
             return tf.concat([*ballots, padding], axis=1), nonfinite
@@ -184,7 +190,7 @@ class Voter:
         counts = strategy.experimental_local_results(nonfinite)
 
         def count() -> None:
-            replica, local = _replica(strategy)
+            replica, local = own_number(strategy)
             optimizer.statistics.count(
                 sizes, ballots[local], verdicts[local], tallies[local], replica, counts[local], sent, seconds
             )
@@ -222,35 +228,7 @@ class Voter:
 
     def scatter(self, variable: Variable, rows: npt.NDArray[Any]) -> None:
         """Set a variable of which each replica has its own from the rows of all replicas."""
-        self.strategy.run(lambda: variable.assign(rows[_replica(self.strategy)[0]]))
-
-
-def _replica(strategy: Any) -> tuple[int, int]:
-    """Return the number of the replica that runs this, among those of all workers and among this worker's."""
-    replica = int(tf.get_static_value(tf.distribute.get_replica_context().replica_id_in_sync_group))
-    return replica, replica % len(strategy.extended.worker_devices)
-
-
-def _means(strategy: Any, gradients: list[list[Tensor]], sums: list[Variable], steps: int) -> list[list[Tensor]]:
-    """Return each replica's mean gradients since its last vote, and start over."""
-
-    def mean() -> list[Tensor]:
-        means = [(g + s) / steps for g, s in zip(gradients[_replica(strategy)[1]], sums, strict=True)]
-        with tf.control_dependencies(means):
-            for s in sums:
-                s.assign(tf.zeros_like(s))
-        return means
-
-    means = strategy.extended.call_for_each_replica(mean)
-    return [list(row) for row in zip(*(strategy.experimental_local_results(m) for m in means), strict=True)]
-
-
-def _accumulate(strategy: Any, gradients: list[list[Tensor]], sums: list[Variable]) -> None:
-    def add() -> None:
-        for g, s in zip(gradients[_replica(strategy)[1]], sums, strict=True):
-            s.assign_add(g)
-
-    strategy.extended.call_for_each_replica(add)
+        self.strategy.run(lambda: variable.assign(rows[own_number(self.strategy)[0]]))
 
 
 def _settings(optimizer: "Signum") -> dict[str, Any]:

@@ -32,11 +32,17 @@ def create(optimizer: "Signum", reference: Variable, name: str, initializer: Any
         shape=reference.shape,
         dtype=reference.dtype if name == "gradient_accumulator" else "float32",
         trainable=False,
-        aggregation="only_first_replica" if private else "none",
-        synchronization="on_read" if private else "auto",
+        **placement(private),
         name=f"{getattr(reference, 'path', reference.name).replace('/', '_')}_{name}",
         layout=getattr(reference, "_layout", None),
     )
+
+
+def placement(private: bool) -> dict[str, str]:
+    """Return the arguments of a `keras.Variable` of which each replica has its own, or all the same."""
+    if private:
+        return {"aggregation": "only_first_replica", "synchronization": "on_read"}
+    return {"aggregation": "none", "synchronization": "auto"}
 
 
 def save(optimizer: "Signum", store: Any) -> None:
@@ -47,7 +53,7 @@ def save(optimizer: "Signum", store: Any) -> None:
         store: where Keras wants it, number of the variable -> array.
     """
     for i, variable in enumerate(optimizer.variables):
-        store[str(i)] = optimizer.voter.gather(variable) if _is_private(variable) else variable.numpy()
+        store[str(i)] = read(optimizer, variable)
 
 
 def load(optimizer: "Signum", store: Any) -> None:
@@ -64,10 +70,20 @@ def load(optimizer: "Signum", store: Any) -> None:
         _fit(optimizer, i, variable, np.asarray(store[str(i)])) for i, variable in enumerate(optimizer.variables)
     ]
     for variable, rows in zip(optimizer.variables, fitting, strict=True):
-        if _is_private(variable):
-            optimizer.voter.scatter(variable, rows)
-        else:
-            variable.assign(rows[0])
+        write(optimizer, variable, rows)
+
+
+def read(optimizer: "Signum", variable: Variable) -> npt.NDArray[Any]:
+    """Return a variable's value, or the rows of all replicas where each has its own; all workers must call it."""
+    return optimizer.voter.gather(variable) if _is_private(variable) else variable.numpy()  # type: ignore[no-any-return]
+
+
+def write(optimizer: "Signum", variable: Variable, rows: npt.NDArray[Any]) -> None:
+    """Set a variable to the first row, or where each replica has its own, each to the replica's row."""
+    if _is_private(variable):
+        optimizer.voter.scatter(variable, rows)
+    else:
+        variable.assign(rows[0])
 
 
 def _fit(optimizer: "Signum", i: int, variable: Variable, saved: npt.NDArray[Any]) -> npt.NDArray[Any]:

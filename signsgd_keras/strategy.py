@@ -1,9 +1,12 @@
 """The strategy for several machines: MultiWorkerMirroredStrategy as Keras 3 needs it, and the vote over it."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import keras
 import tensorflow as tf
+
+from signsgd_core.adversaries import Adversary, check_adversaries
 
 from .internals import CollectiveAllReduceExtended
 
@@ -24,6 +27,11 @@ class MultiWorkerMajorityVoteStrategy(tf.distribute.MultiWorkerMirroredStrategy)
             where left out.
         communication_options: a `tf.distribute.experimental.CommunicationOptions`. Its ``timeout_seconds`` bounds how
             long a worker waits in one exchange.
+        adversaries: replica, counted over all workers -> what it makes of its gradients before it votes, as
+            `MajorityVote` has it.
+
+    Raises:
+        ValueError: if there is no such replica.
 
     Example:
         >>> strategy = MultiWorkerMajorityVoteStrategy()  # doctest: +SKIP
@@ -33,10 +41,17 @@ class MultiWorkerMajorityVoteStrategy(tf.distribute.MultiWorkerMirroredStrategy)
         >>> model.fit(x, y)  # doctest: +SKIP
     """
 
-    def __init__(self, cluster_resolver: Any = None, communication_options: Any = None) -> None:
+    def __init__(
+        self,
+        cluster_resolver: Any = None,
+        communication_options: Any = None,
+        adversaries: Mapping[int, Adversary] | None = None,
+    ) -> None:
         options = communication_options or tf.distribute.experimental.CommunicationOptions()
         extended = _Extended(self, cluster_resolver=cluster_resolver, communication_options=options)
         tf.distribute.Strategy.__init__(self, extended)
+        check_adversaries(adversaries, self.num_replicas_in_sync, "replica")
+        self.adversaries = dict(adversaries or {})
 
     def reduce(self, reduce_op: Any, value: Any, axis: Any) -> Any:
         """Reduce a value across replicas; of a structure of values, such as a batch, return this worker's own first.

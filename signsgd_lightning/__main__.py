@@ -4,13 +4,15 @@ import hashlib
 import logging
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from statistics import median
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 from torch.nn import functional
@@ -19,8 +21,9 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader, DistributedSampler, Subset, TensorDataset
 
 from signsgd_core import demo, traffic
+from signsgd_core.adversaries import Adversary
 
-from . import Signum
+from . import MajorityVoteStrategy, Signum
 
 LEARNING_RATES = {"AdamW": 2e-3, "Signum": 4e-4, "verdict momentum": 2e-3}
 """The best of a small grid on the digits."""
@@ -159,24 +162,48 @@ class Recorder(pl.Callback):
         return demo.Result(method, self.curve[-1][1], sent or None, median(self.seconds), identical, self.curve)
 
 
+class Liar(pl.Callback):
+    """Lets ranks hand other gradients to DDP's mean than they computed; a silent one's are zeros there."""
+
+    def __init__(self, adversaries: Mapping[int, Adversary]) -> None:
+        self.adversaries = adversaries
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Come between the backward pass and DDP."""
+        adversary = self.adversaries.get(trainer.global_rank)
+        if adversary is None:
+            return
+
+        def lie(gradient: Tensor) -> Tensor:
+            sent = adversary(gradient.cpu().numpy())
+            return torch.zeros_like(gradient) if sent is None else torch.from_numpy(np.array(sent)).to(gradient)
+
+        for parameter in pl_module.parameters():
+            parameter.register_hook(lie)  # type: ignore[no-untyped-call]
+
+
 def train(
-    method: str, strategy: str, optimizer: Callable[..., Optimizer], data: demo.Data, options: Any
+    method: str,
+    strategy: str | Strategy,
+    optimizer: Callable[..., Optimizer],
+    data: demo.Data,
+    options: Any,
+    *callbacks: pl.Callback,
 ) -> demo.Result:
     """Train one method with a real Trainer and return what it came to."""
     pl.seed_everything(options.seed, verbose=False)
     images, recorder = Images(data, options.seed), Recorder()
     classes = int(data.train_labels.max()) + 1
     model = Classifier(network(data.train_images.shape[1:], classes), optimizer, len(data.test_labels))
-    workers = options.workers or (torch.cuda.device_count() or 4)
     trainer = pl.Trainer(
         accelerator="gpu" if torch.cuda.is_available() else "cpu",
-        devices=workers,
+        devices=options.workers,
         strategy=strategy,
         max_steps=options.steps,
         val_check_interval=max(options.steps // EVALUATIONS, 1),
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
-        callbacks=[recorder, TQDMProgressBar(refresh_rate=5)],
+        callbacks=[recorder, TQDMProgressBar(refresh_rate=5), *callbacks],
         use_distributed_sampler=False,
         logger=False,
         enable_checkpointing=False,
@@ -184,7 +211,7 @@ def train(
     )
     if trainer.global_rank == 0:
         count = sum(parameter.numel() for parameter in model.parameters())
-        print(f"\n{method}: {count:,} parameters, {workers} workers, {options.steps} steps", flush=True)
+        print(f"\n{method}: {count:,} parameters, {options.workers} workers, {options.steps} steps", flush=True)
     trainer.fit(model, images)
     trainer.validate(model, images, verbose=False)
     return recorder.result(method, trainer, model)
@@ -195,6 +222,7 @@ def main(arguments: list[str] | None = None) -> None:
     workers = "worker processes (default: 4 on the CPU, one per GPU where there are GPUs)"
     parser = demo.parser("python -m signsgd_lightning", __doc__.splitlines()[0], workers, LEARNING_RATES)
     options = parser.parse_args(arguments)
+    demo.settle(parser, options, torch.cuda.device_count() or 4)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*(does not have many workers|LeafSpec|epoch parameter).*")
     data = demo.load(options.data, options.out)  # before the workers start: they find a folder decoded
@@ -207,10 +235,14 @@ def main(arguments: list[str] | None = None) -> None:
     def verdict_momentum(parameters: Iterable[nn.Parameter]) -> Signum:
         return Signum(parameters, verdict_lr, (0, 0), zeros=zeros, verdict_momentum=gamma)
 
+    def vote() -> MajorityVoteStrategy:
+        return MajorityVoteStrategy(adversaries=demo.adversaries(options))
+
+    liar = Liar(demo.adversaries(options))
     results = [
-        train("AdamW, plain DDP", "ddp", lambda parameters: AdamW(parameters, adamw_lr), data, options),
-        train(f"Signum {options.betas}, vote", "majority_vote", signum, data, options),
-        train(f"verdict momentum {gamma}, vote", "majority_vote", verdict_momentum, data, options),
+        train("AdamW, plain DDP", "ddp", lambda parameters: AdamW(parameters, adamw_lr), data, options, liar),
+        train(f"Signum {options.betas}, vote", vote(), signum, data, options),
+        train(f"verdict momentum {gamma}, vote", vote(), verdict_momentum, data, options),
     ]
     rank_zero_only(demo.report)(results, options)
 

@@ -75,8 +75,8 @@ class VoteMonitor(Callback):
         self._exchanges = []
 
     def _traffic(self) -> tuple[int, float]:
-        peers = [exchange.peers for exchange in self._exchanges]
-        return sum(peer.sent_bytes for peer in peers), sum(peer.waited_seconds for peer in peers)
+        sent, waited = zip(*(exchange.traffic() for exchange in self._exchanges), strict=True)
+        return sum(sent), sum(waited)
 
     def _gather(self, steps: int, device: torch.device) -> dict[str, float]:
         """Return the figures of all ranks since the last call, and start over."""
@@ -87,9 +87,8 @@ class VoteMonitor(Callback):
             last = exchange.statistics
             exchange.statistics = VoteStatistics(last=last.last, parameters=last.parameters)
         sent, waited = self._traffic()
-        row = torch.tensor([*counts, sent - self._sent, waited - self._waited], dtype=torch.float64)
-        peers = self._exchanges[0].peers
-        rows = peers.gather(row.to(peers.wire(device)), "gathered the monitor's figures").cpu()
+        row = torch.tensor([*counts, sent - self._sent, waited - self._waited], dtype=torch.float64, device=device)
+        rows = self._exchanges[0].gather_counts(row)
         self._sent, self._waited = self._traffic()
         values = figures(rows.numpy(), steps, self._nonfinite)
         self._nonfinite = values["vote/nonfinite"]

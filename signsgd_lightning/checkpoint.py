@@ -1,4 +1,4 @@
-"""The momentum of every rank in one checkpoint: gathered before saving, handed out after loading."""
+"""The momentum of every worker in one checkpoint: gathered before saving, handed out after loading."""
 
 from typing import Any
 
@@ -7,14 +7,16 @@ from torch import Tensor
 
 import signsgd_core as core
 
-from .optimizer import OTHERS, Signum
+from .loading import OTHERS, SHARDS
+from .optimizer import Signum
 
 
 def gather_state(optimizer: Signum) -> dict[str, Any]:
     """Return `optimizer.state_dict()` of rank 0 with the momenta of all ranks; every rank must call it.
 
-    Momenta travel one parameter after the other and are kept in the host's memory. Where no rank has a momentum of its
-    own (``betas=(0, 0)``, or one rank) the state is the ordinary one and nothing is sent.
+    Where nodes vote, they are those of all nodes, each put together from its ranks' shards. Momenta travel one
+    parameter after the other and are kept in the host's memory. Where no rank has a momentum of its own
+    (``betas=(0, 0)``, or one rank) the state is the ordinary one and nothing is sent.
 
     Args:
         optimizer: that votes.
@@ -33,36 +35,37 @@ def gather_state(optimizer: Signum) -> dict[str, Any]:
     state = optimizer.state_dict()
     if optimizer.exchange is None or not any(group["betas"][0] > 0 for group in optimizer.param_groups):
         return state
-    peers = optimizer.exchange.peers
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    here = torch.tensor(["momentum" in optimizer.state.get(p, {}) for p in parameters])
-    wire = peers.wire(parameters[0].device)
-    anywhere = peers.gather(here.to(wire), "said which momenta they have").any(0).tolist()
+    peers, everyone = optimizer.exchange.peers, optimizer.exchange.everyone
+    segments = optimizer.segments()
+    here = torch.tensor(["momentum" in optimizer.state.get(s.parameter, {}) for s in segments])
+    wire = everyone.wire(segments[0].parameter.device)
+    wanted = everyone.gather(here.to(wire), "said which momenta they have").any(0).nonzero().flatten().tolist()
+    entries = {key: dict(values) for key, values in state["state"].items()}  # they are the optimizer's own
     others: dict[int, Tensor] = {}
-    for key, p in enumerate(parameters):
-        if not anywhere[key]:
-            continue
-        row = optimizer.state[p].get("momentum")
-        row = torch.zeros(p.shape, device=p.device) if row is None else row
-        rows = peers.collect(row.to(wire), "gathered their momenta")
+    for key, momentum in zip(wanted, optimizer.exchange.momenta(segments, wanted), strict=True):
+        rows = None if momentum is None else peers.collect(momentum.to(wire), "gathered their momenta")
         if rows is not None:
+            entries.setdefault(key, {})["momentum"] = momentum
             others[key] = rows[1:].cpu()
-            state["state"].setdefault(key, {})["momentum"] = row
-    return {**state, OTHERS: others} if others else state
+    if everyone.rank > 0:
+        return state
+    return {**state, "state": entries, **({OTHERS: others} if others and peers.world_size > 1 else {})}
 
 
 def scatter_state(optimizer: Signum, state: dict[str, Any]) -> None:
     """Load a state so that every rank goes on with its own momentum, also with another number of ranks than saved it.
 
     With more ranks, new rank `i` takes the momentum of old rank ``i mod M``; with fewer each takes the mean of those it
-    replaces (`signsgd_core.inherited`). An ordinary state counts as that of one rank.
+    replaces (`signsgd_core.inherited`). Nodes, where they vote or did, count as ranks do. An ordinary state counts as
+    that of one rank.
 
     Args:
         optimizer: that votes, or is alone.
         state: what `gather_state` or `Signum.state_dict` returned, loaded on every rank.
 
     Raises:
-        ValueError: if a momentum does not fit its parameter; then nothing was loaded.
+        ValueError: if a momentum does not fit its parameter, or the state is of a sharded checkpoint; then nothing was
+            loaded.
 
     Example:
         >>> scatter_state(optimizer, torch.load("checkpoint.pt", weights_only=True)["optimizer"])  # doctest: +SKIP
@@ -74,14 +77,19 @@ def scatter_state(optimizer: Signum, state: dict[str, Any]) -> None:
     own = {key: dict(entries) for key, entries in state["state"].items()}
     for key, rows in others.items():
         first = own[key]["momentum"].to(rows.device)
-        own[key]["momentum"] = core.inherited(torch.cat([first[None], rows]), rank, world_size)
+        mean = core.inherited(torch.cat([first[None], rows]).float(), rank, world_size)
+        own[key]["momentum"] = mean.to(first.dtype)  # one that is narrower rounds once
     optimizer.load_state_dict({**{name: value for name, value in state.items() if name != OTHERS}, "state": own})
+    if optimizer.exchange is not None:
+        optimizer.exchange.keep_own(optimizer.segments())
 
 
 def _check(optimizer: Signum, state: dict[str, Any], others: dict[int, Tensor]) -> None:
     for name in ("state", "param_groups"):
         if name not in state:
             raise ValueError(f"this is no state of Signum: it has no {name!r}, only {', '.join(map(repr, state))}")
+    if SHARDS in state:
+        raise ValueError("the momenta of this state lie beside its file: resume from the directory, not from the file")
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     saved = [key for group in state["param_groups"] for key in group["params"]]
     shapes = dict(zip(saved, (p.shape for p in parameters), strict=False))

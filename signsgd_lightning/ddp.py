@@ -9,10 +9,12 @@ from torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks import noop_hoo
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
-from signsgd_core.adversaries import Adversary
+from signsgd_core.adversaries import Adversary, check_adversaries
 
 from .agreement import agree, describe
 from .exchange import Exchange
+from .node_exchange import NodeExchange
+from .nodes import Nodes, VoteBetween, agree_on_voters, check_voters, find_nodes
 from .optimizer import Signum
 from .peers import Peers
 from .use import Use
@@ -23,6 +25,7 @@ def enable_majority_vote(
     *optimizers: Signum,
     verify_every_n_steps: int = 0,
     adversaries: Mapping[int, Adversary] | None = None,
+    vote_between: VoteBetween = "ranks",
 ) -> None:
     """Let every `Signum` step be a majority vote of all ranks; two lines in a plain DDP script.
 
@@ -33,32 +36,51 @@ def enable_majority_vote(
         *optimizers: of the model's parameters, in the same order on all ranks.
         verify_every_n_steps: how often all ranks make sure that they hold the same parameters and verdict momenta, bit
             for bit (`RanksDifferError` if not); 0 for never.
-        adversaries: rank -> what it makes of its gradients before it votes (`signsgd_core.adversaries`), to try what
-            a vote withstands.
+        adversaries: worker (a rank, or a node) -> what it makes of its gradients before it votes
+            (`signsgd_core.adversaries`), to try what a vote withstands; each rank of a node its own, before the mean.
+        vote_between: "ranks", each of which is a worker; or "nodes", each of which is one worker whose gradient is the
+            mean of its ranks' (`signsgd_lightning.node_exchange.NodeExchange`). torchrun says which ranks share a node.
 
     Raises:
         TypeError: if the model is not wrapped, or an optimizer is not a `Signum`.
         ValueError: without an optimizer, or if one holds a parameter that is not the model's, the model's
-            embeddings have sparse gradients, or parameters lie on several devices.
+            embeddings have sparse gradients, or parameters lie on several devices; if there is no telling which
+            ranks share a node, or nodes differ in how many.
         RuntimeError: if the ranks differ in parameters or settings; if the model already has a communication hook.
 
     Example:
-        >>> model = DistributedDataParallel(model)  # doctest: +SKIP
+        >>> model = DistributedDataParallel(model, gradient_as_bucket_view=True)  # doctest: +SKIP
         >>> optimizer = Signum(model.parameters(), lr=1e-3)  # doctest: +SKIP
         >>> enable_majority_vote(model, optimizer)  # doctest: +SKIP
     """
+    let_vote(ddp_model, optimizers, verify_every_n_steps, adversaries, vote_between)
+
+
+def let_vote(
+    ddp_model: DistributedDataParallel,
+    optimizers: Sequence[Signum],
+    verify_every_n_steps: int,
+    adversaries: Mapping[int, Adversary] | None,
+    vote_between: VoteBetween,
+    place: tuple[int, int] | None = None,
+) -> None:
+    """As `enable_majority_vote`; `place`: ranks per node and this rank's own in it, for whom torchrun does not tell."""
     ddp_model = getattr(ddp_model, "_orig_mod", ddp_model)  # of a model that torch.compile took
     _check(ddp_model, optimizers)
-    check_trials(dist.get_world_size(ddp_model.process_group), verify_every_n_steps, adversaries)
-    ddp_model.register_comm_hook(None, noop_hook)
+    check_voters(vote_between)
     group = ddp_model.process_group
-    if dist.get_world_size(group) == 1:
-        for optimizer in optimizers:
-            optimizer.exchange = None
-        return
+    alone = dist.get_world_size(group) == 1
+    nodes = None if alone else _find_voters(ddp_model, vote_between, place)
+    workers = dist.get_world_size(group if nodes is None else nodes.counterparts)
+    check_trials(workers, verify_every_n_steps, adversaries, "rank" if vote_between == "ranks" else "node")
+    ddp_model.register_comm_hook(None, noop_hook)
     names = {id(p): name for name, p in ddp_model.module.named_parameters()}
     for k, optimizer in enumerate(optimizers):
-        exchange = Exchange(group, names, f"optimizer {k}")
+        if alone:
+            optimizer.exchange = None
+            continue
+        name = f"optimizer {k}"
+        exchange = Exchange(group, names, name) if nodes is None else NodeExchange(nodes, names, name)
         exchange.verify_every_n_steps = verify_every_n_steps
         exchange.adversary = (adversaries or {}).get(exchange.peers.rank)
         optimizer.exchange = exchange
@@ -83,7 +105,9 @@ def agree_on_model(model: nn.Module) -> None:
     agree(peers, [describe(name, p) for name, p in parameters.items()], torch.ones(0, dtype=torch.bool), device)
 
 
-def check_trials(world_size: int, verify_every_n_steps: int, adversaries: Mapping[int, Adversary] | None) -> None:
+def check_trials(
+    workers: int, verify_every_n_steps: int, adversaries: Mapping[int, Adversary] | None, kind: str
+) -> None:
     """Make sure that what is to be verified and tried makes sense.
 
     Raises:
@@ -91,9 +115,19 @@ def check_trials(world_size: int, verify_every_n_steps: int, adversaries: Mappin
     """
     if not isinstance(verify_every_n_steps, int) or verify_every_n_steps < 0:
         raise ValueError(f"verify_every_n_steps must be a whole number of 0 or more, got {verify_every_n_steps!r}")
-    unknown = sorted(set(adversaries or {}) - set(range(world_size)))
-    if unknown:
-        raise ValueError(f"adversaries must be ranks 0 to {world_size - 1}, got {unknown}")
+    check_adversaries(adversaries, workers, kind)
+
+
+def _find_voters(
+    ddp_model: DistributedDataParallel, vote_between: VoteBetween, place: tuple[int, int] | None
+) -> Nodes | None:
+    """Return the nodes, None where every rank is a worker, once all ranks want the same."""
+    device = next(ddp_model.parameters()).device
+    agree_on_voters(ddp_model.process_group, device, vote_between)
+    if vote_between == "ranks":
+        return None
+    nodes = find_nodes(ddp_model.process_group, device, *(place or ()))
+    return nodes if dist.get_world_size(nodes.inside) > 1 else None
 
 
 def _check(ddp_model: DistributedDataParallel, optimizers: Sequence[Signum]) -> None:

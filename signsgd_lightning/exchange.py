@@ -15,7 +15,7 @@ from . import kernels
 from .agreement import agree, describe
 from .kernels.cpu import packbits
 from .peers import Peers
-from .segments import Segment, cover, lay_out
+from .segments import Segment, lay_out, momentum_dtype
 from .statistics import VoteStatistics
 from .use import Use
 from .verify import verify
@@ -46,7 +46,8 @@ class Exchange:
         block_size: coordinates in a block; the verdict does not depend on it.
 
     Attributes:
-        peers: the other ranks, and the bytes sent to them.
+        peers: the other workers, and the bytes sent to them.
+        everyone: all ranks, where they are more than the workers.
         statistics: filled at each vote where not None.
         use: which gradients are real, where DDP hides it; else None.
         verify_every_n_steps: how often all ranks make sure that they are still the same; 0 for never.
@@ -60,7 +61,7 @@ class Exchange:
         name: str = "optimizer 0",
         block_size: int = BLOCK_SIZE,
     ) -> None:
-        self.peers = Peers(process_group)
+        self.peers = self.everyone = Peers(process_group)
         self.name, self.block_size = name, block_size
         self.statistics: VoteStatistics | None = None
         self.use: Use | None = None
@@ -82,6 +83,7 @@ class Exchange:
             RuntimeError: if the ranks disagree; then nothing was changed on any.
             RanksDifferError: if they are no longer the same, where that is looked at.
         """
+        self.keep_own(segments)
         for segment in segments:
             segment.present = segment.present and (self.use is None or segment.parameter in self.use)
             if self.adversary is not None and segment.present:
@@ -89,21 +91,24 @@ class Exchange:
         if not segments:
             return
         present = self.agree(segments, statement)
-        voted = [k for k in range(len(segments)) if present[:, k].any()]
+        voted = present.any(0).nonzero().flatten().tolist()
+        if self.statistics is not None:
+            self.statistics.begin([id(segments[k].parameter) for k in voted])
         if voted:
-            present = present[:, voted]
-            self._run([segments[k] for k in voted], None if present.all() else present, zeros, step)
+            self._step(segments, voted, present, zeros, step)
+            for k in voted:
+                segments[k].finish()
         if self.use is not None:
             self.use.forget()
         if self.verify_every_n_steps and (step + 1) % self.verify_every_n_steps == 0:
             shared = [(self._names.get(id(s.parameter), "a parameter"), s.shared()) for s in segments]
-            verify(self.peers, shared, step)
+            verify(self.everyone, shared, step)
 
     def agree(self, segments: Sequence[Segment], statement: list[str]) -> Tensor:
         """Make sure that all ranks have the same parameters and settings.
 
         Returns:
-            Who has a gradient for what, bool of shape (ranks, segments).
+            Which worker has a gradient for what, bool of shape (workers, segments).
 
         Raises:
             PeerLostError: if a rank does not answer within the process group's timeout.
@@ -112,14 +117,40 @@ class Exchange:
         lines = [f"wire version {WIRE_VERSION}", f"{self.name}: block_size={self.block_size}", *statement]
         lines += [describe(self._names.get(id(s.parameter), "a parameter"), s.parameter) for s in segments]
         here = torch.tensor([segment.present for segment in segments], dtype=torch.bool)
-        return agree(self.peers, lines, here, self.peers.wire(segments[0].parameter.device))
+        return agree(self.everyone, lines, here, self.everyone.wire(segments[0].parameter.device))
 
-    def _run(self, segments: list[Segment], present: Tensor | None, zeros: Zeros, step: int) -> None:
+    def traffic(self) -> tuple[int, float]:
+        """Return how many bytes of payload this rank has sent to other workers, and how many seconds it has waited."""
+        return self.peers.sent_bytes, self.peers.waited_seconds
+
+    def gather_counts(self, row: Tensor) -> Tensor:
+        """Return what each worker counted, of what each rank did: shape (workers, counts), on the CPU."""
+        return self.peers.gather(row.to(self.peers.wire(row.device)), "gathered the monitor's figures").cpu()
+
+    def keep_own(self, segments: Sequence[Segment]) -> None:
+        """Of momenta that are whole, as those that were loaded are, keep what this rank votes with: here all."""
+
+    def momenta(self, segments: Sequence[Segment], wanted: Sequence[int]) -> Iterator[Tensor | None]:
+        """Yield this worker's momenta on its first rank, None on its others; all of its ranks must go through them.
+
+        Args:
+            segments: all parameters of the optimizer.
+            wanted: the numbers of those whose momentum is wanted, zeros where there is none.
+        """
+        for k in wanted:
+            p = segments[k].parameter
+            momentum = segments[k].state.get(p, {}).get("momentum")
+            dtype = momentum_dtype(segments[k].group)
+            yield torch.zeros(p.shape, dtype=dtype, device=p.device) if momentum is None else momentum
+
+    def _step(self, segments: Sequence[Segment], voted: list[int], present: Tensor, zeros: Zeros, step: int) -> None:
+        """Vote on those segments of which some worker has a gradient."""
+        self._run([segments[k] for k in voted], present[:, voted], zeros, step)
+
+    def _run(self, segments: list[Segment], who: Tensor, zeros: Zeros, step: int) -> None:
         """Cast, tally and apply, block by block; every block is under way before the first is waited for."""
-        peers, count = self.peers, planes(zeros)
+        peers, count, present = self.peers, planes(zeros), None if who.all() else who
         teller = kernels.for_device(peers.wire(segments[0].parameter.device))
-        if self.statistics is not None:
-            self.statistics.begin([id(segment.parameter) for segment in segments])
         up, down = [], []
         for block in self._blocks(lay_out(segments)):
             ballots = self._cast(segments, block, zeros, step)
@@ -145,8 +176,6 @@ class Exchange:
                 here = None if present is None else present[peers.rank : peers.rank + 1]
                 mask = self._masks(segments, here, block.lo, 8 * bits.shape[-1])
                 self.statistics.count_verdict(teller, block.lo, block.hi - block.lo, own, bits, mask)
-        for segment in segments:
-            segment.finish()
 
     def _blocks(self, length: int) -> Iterator[_Block]:
         unit = WORD_BITS * self.peers.world_size
@@ -160,22 +189,14 @@ class Exchange:
         ranks, device = self.peers.world_size, segments[0].parameter.device
         kernel = kernels.for_device(device)
         ballot = torch.zeros(planes(zeros), ranks * block.shard_bytes, dtype=torch.uint8, device=device)
-        chunk = min(kernel.CHUNK, block.hi - block.lo)
-        staging = torch.empty(chunk, device=device)
-        for lo in range(block.lo, block.hi, chunk):
-            hi = min(lo + chunk, block.hi)
-            for segment, a, b in cover(segments, lo, hi):
-                place = staging[segment.start + a - lo : segment.start + b - lo]
-                if not segment.present:
-                    place.zero_()  # masked by the teller
-                    continue
-                c, gradient = segment.directions(a, b)
-                place.copy_(c)
-                if self.statistics is not None:
-                    self.statistics.count_gradient(gradient)
-            out = ballot[:, (lo - block.lo) // 8 : -(-(hi - block.lo) // 8)]
-            kernel.pack(staging[: hi - lo], zeros, step, self.peers.rank, out)
+        note = None if self.statistics is None else self.statistics.count_gradient
+        kernel.cast(segments, block.lo, block.hi, zeros, step, self.peers.rank, ballot, note)
         return ballot.view(len(ballot), ranks, -1).transpose(0, 1).contiguous().to(self.peers.wire(device))
+
+    def _apply(self, segments: list[Segment], block: _Block, bits: Tensor) -> None:
+        """Move the parameters by a block's verdict, uint8 of shape (planes, bytes)."""
+        device = segments[0].parameter.device
+        kernels.for_device(device).apply(segments, block.lo, block.hi, bits.to(device))
 
     def _masks(self, segments: list[Segment], present: Tensor | None, first: int, length: int) -> Tensor | None:
         """Return who votes where in [first, first + length): uint8 of shape (rows, ⌈length/8⌉); None for all."""
@@ -187,13 +208,3 @@ class Exchange:
             if a < b:
                 votes[:, a:b] = present[:, k : k + 1]
         return packbits(votes).to(self.peers.wire(segments[0].parameter.device))
-
-    def _apply(self, segments: list[Segment], block: _Block, bits: Tensor) -> None:
-        device = segments[0].parameter.device
-        kernel, bits = kernels.for_device(device), bits.to(device)
-        chunk = min(kernel.CHUNK, block.hi - block.lo)
-        for lo in range(block.lo, block.hi, chunk):
-            hi = min(lo + chunk, block.hi)
-            verdict = kernel.unpack(bits[:, (lo - block.lo) // 8 :], hi - lo)
-            for segment, a, b in cover(segments, lo, hi):
-                segment.apply(a, b, verdict[segment.start + a - lo : segment.start + b - lo])

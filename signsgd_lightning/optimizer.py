@@ -1,6 +1,5 @@
 """Signum: a torch optimizer by itself, and the voter of its rank where a majority vote is enabled."""
 
-import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -14,15 +13,8 @@ from signsgd_core import WarmupSteps, Zeros
 
 from . import kernels
 from .exchange import Exchange
+from .loading import uncast, warn_of_others
 from .segments import Segment
-
-OTHERS = "momenta_of_other_ranks"
-"""Where a gathered state has them: parameter -> float32 of shape (world_size − 1, *parameter.shape), rank 1 first."""
-
-_ONLY_FIRST = (
-    "this state holds the momenta of several ranks, of which rank 0's was loaded: to give every rank its own, load it "
-    "with signsgd_lightning.scatter_state, or in Lightning under strategy='majority_vote'"
-)
 
 
 class Signum(Optimizer):
@@ -46,7 +38,8 @@ class Signum(Optimizer):
     float32's range counts as 0; a parameter whose ``grad`` is None abstains on this rank, and stays untouched if it is
     None on all.
 
-    The momenta are float32 whatever the parameter's dtype, and exist only where a setting needs them:
+    The momenta are float32 whatever the parameter's dtype (`momentum_dtype` halves the worker's own), and exist only
+    where a setting needs them:
     ``state[p]["momentum"]`` if β1 > 0, ``state[p]["verdict_momentum"]`` if γ > 0. The number of steps taken is
     ``group["step"]``.
 
@@ -61,6 +54,9 @@ class Signum(Optimizer):
         warmup_steps: for how many first steps the ballot is the sign of the gradient while the momentum accumulates;
             "auto" is C(β2) of `signsgd_core.warmup_steps`.
         maximize: go up instead of down.
+        momentum_dtype: torch.bfloat16 keeps ``state[p]["momentum"]`` in 2 bytes a parameter instead of 4. Steps 2 and 3
+            are computed in float32 all the same, the ballot from the direction as computed, and the momentum is
+            rounded once, to the nearest, ties to even. None is float32. The verdict momentum is always float32.
 
     Raises:
         ValueError: if a setting is outside its range, or a parameter is complex.
@@ -94,6 +90,7 @@ class Signum(Optimizer):
         zeros: Zeros | None = None,
         warmup_steps: WarmupSteps = 0,
         maximize: bool = False,
+        momentum_dtype: torch.dtype | None = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -103,6 +100,7 @@ class Signum(Optimizer):
             "zeros": zeros,
             "warmup_steps": warmup_steps,
             "maximize": maximize,
+            "momentum_dtype": momentum_dtype,
             "step": 0,
         }
         _check_settings(defaults)
@@ -170,32 +168,10 @@ class Signum(Optimizer):
             self.exchange.use.forget()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` returned; momenta come back bit for bit in float32, whatever the parameters' dtype."""
-        if OTHERS in state_dict:
-            warnings.warn(_ONLY_FIRST, stacklevel=2)
-        loaded = state_dict
-
-        def keep(_: Optimizer, final: dict[str, Any]) -> None:
-            nonlocal loaded
-            loaded = final
-
-        def undo_cast(_: Optimizer) -> None:
-            keys = [key for group in loaded["param_groups"] for key in group["params"]]
-            parameters = [p for group in self.param_groups for p in group["params"]]
-            for key, p in zip(keys, parameters, strict=True):
-                for name, value in loaded["state"].get(key, {}).items():
-                    if isinstance(value, Tensor):
-                        self.state[p][name] = value.detach().to(p.device, torch.float32, copy=True).contiguous()
-
-        handles = [  # after the user's own hooks have changed what is loaded, before they see what was
-            self.register_load_state_dict_pre_hook(keep),
-            self.register_load_state_dict_post_hook(undo_cast, prepend=True),
-        ]
-        try:
-            super().load_state_dict(state_dict)  # casts state to the parameters' dtype
-        finally:
-            for handle in handles:
-                handle.remove()
+        """Load what `state_dict` returned; momenta come back bit for bit, in the dtype that they were saved in."""
+        warn_of_others(state_dict)
+        with uncast(self):
+            super().load_state_dict(state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy takes along: not the process group, but that there was one."""
@@ -238,18 +214,13 @@ class Signum(Optimizer):
         return segments
 
     def _step_alone(self, segments: Iterable[Segment]) -> None:
-        bit = core.zero_bit(self.zeros, self.t)
+        by_kernel: dict[kernels.Kernel, list[Segment]] = {}
         for segment in segments:
-            chunk = kernels.for_device(segment.parameter.device).CHUNK
-            length = segment.parameter.numel()
-            for lo in range(0, length, chunk):
-                hi = min(lo + chunk, length)
-                c, _ = segment.directions(lo, hi)
-                verdict = c.sign()
-                if bit is not None:
-                    verdict = verdict.masked_fill(c == 0, 1 - 2 * bit)
-                segment.apply(lo, hi, verdict)
-            segment.finish()
+            by_kernel.setdefault(kernels.for_device(segment.parameter.device), []).append(segment)
+        for kernel, own in by_kernel.items():
+            kernel.alone(own, self.zeros, self.t)
+            for segment in own:
+                segment.finish()
 
 
 def _check_settings(settings: dict[str, Any]) -> None:
@@ -258,3 +229,7 @@ def _check_settings(settings: dict[str, Any]) -> None:
         raise ValueError(f"lr must be a number or a tensor of one element, got a tensor of shape {tuple(lr.shape)}")
     names = ("betas", "weight_decay", "verdict_momentum", "zeros", "warmup_steps")
     core.check_settings(lr, *(settings[name] for name in names))
+    if settings["momentum_dtype"] not in (None, torch.bfloat16):
+        raise ValueError(
+            f"momentum_dtype must be None, which is float32, or torch.bfloat16, got {settings['momentum_dtype']!r}"
+        )

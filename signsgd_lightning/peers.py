@@ -45,6 +45,8 @@ class Peers:
 
     Args:
         group: the process group.
+        whole: the group of which it is a part, if it is: where a lost rank is asked for, and by whose number it is
+            named.
 
     Attributes:
         rank: this rank in the group.
@@ -53,8 +55,8 @@ class Peers:
         waited_seconds: time spent waiting so far.
     """
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self.group = group
+    def __init__(self, group: dist.ProcessGroup, whole: dist.ProcessGroup | None = None) -> None:
+        self.group, self.whole = group, whole or group
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
         self.sent_bytes, self.waited_seconds = 0, 0.0
 
@@ -122,7 +124,9 @@ class Peers:
         return rows
 
     def _lost(self, suspect: int | None, doing: str, error: Exception) -> PeerLostError:
-        return PeerLostError(first_lost(self.group, suspect), doing, str(error).splitlines()[0])
+        if suspect is not None:
+            suspect = dist.get_group_rank(self.whole, dist.get_global_rank(self.group, suspect))
+        return PeerLostError(first_lost(self.whole, suspect), doing, str(error).splitlines()[0])
 
 
 def explain(error: BaseException, group: dist.ProcessGroup) -> str | None:
@@ -142,51 +146,48 @@ def explain(error: BaseException, group: dist.ProcessGroup) -> str | None:
 def first_lost(group: dist.ProcessGroup, suspect: int | None) -> int | None:
     """Return the rank that failed first, None where nobody can tell.
 
-    A rank that fails closes its connections, and its peers see that before they see the one it blames. So each leaves
-    word in the store, and who left word was alive: a suspect that did is replaced by the one it blames.
+    A rank that fails closes its connections, or no longer sends to the others, and they notice that before they notice
+    the one it blames. So each leaves word in the store, and who left word was alive: a suspect that did is replaced by
+    the one it blames. A store that is silent went with its host.
 
     Args:
         group: the process group.
         suspect: the rank with which a connection failed, None if that is not known.
     """
-    suspects = [suspect]
-    inquiry = threading.Thread(target=_inquire, args=(group, suspects), daemon=True)
+    found: list[int | None] = []
+
+    def inquire() -> None:
+        with suppress(RuntimeError, ValueError):  # the store is lost
+            found.append(_inquire(group, suspect))
+
+    inquiry = threading.Thread(target=inquire, daemon=True)
     inquiry.start()
-    inquiry.join(1.5 * _GRACE.total_seconds())  # a store whose own host hangs would never answer
-    if suspects[-1] is None and inquiry.is_alive():
-        return _STORE_HOST
-    return suspects[-1]
+    inquiry.join(1.5 * _GRACE.total_seconds())  # a store whose host is stopped never answers
+    if found:
+        return found[0]
+    ranks = dist.get_process_group_ranks(group)
+    return ranks.index(_STORE_HOST) if _STORE_HOST in ranks else suspect
 
 
-def _inquire(group: dist.ProcessGroup, suspects: list[int | None]) -> None:
-    """Leave word, follow the blame from rank to rank, and append each new suspect."""
-    rank, suspect = dist.get_rank(group), suspects[-1]
-    try:
-        store = PrefixStore(f"signsgd/{group.group_name}", _get_default_store())
-        store.set(f"blamed by {rank}", str(suspect))
-        if suspect is None:
-            suspects.append(_silent(group, store))
-            store.set(f"blamed by {rank}", str(suspects[-1]))
-            return
-        while True:
-            store.wait([f"blamed by {suspects[-1]}"], _GRACE)
-            word = store.get(f"blamed by {suspects[-1]}").decode()
-            if word in ("None", str(rank)) or int(word) in suspects:
-                return
-            suspects.append(int(word))
-    except (RuntimeError, ValueError):  # no word from the suspect, or the store is lost, too: the suspicion stands
-        if suspects[-1] is None:
-            suspects.append(_STORE_HOST)
-
-
-def _silent(group: dist.ProcessGroup, store: PrefixStore) -> int | None:
-    """Return the first of the unreachable ranks that leaves no word, either."""
-    others = [rank for rank in range(dist.get_world_size(group)) if rank != dist.get_rank(group)]
-    unreachable = [rank for rank in others if not _reachable(group, rank)] or others
-    words = [f"blamed by {rank}" for rank in unreachable]
-    with suppress(RuntimeError):
-        store.wait(words, _GRACE)
-    return next((rank for rank, word in zip(unreachable, words, strict=True) if not store.check([word])), None)
+def _inquire(group: dist.ProcessGroup, suspect: int | None) -> int | None:
+    """Leave word, read that of the others, and follow the blame from rank to rank to one that left none."""
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    store = PrefixStore(f"signsgd/{group.group_name}", _get_default_store())
+    store.set(f"blamed by {rank}", str(suspect))
+    others = [other for other in range(size) if other != rank]
+    with suppress(dist.DistStoreError):  # the lost one leaves no word
+        store.wait([f"blamed by {other}" for other in others], _GRACE)
+    left = [other for other in others if store.check([f"blamed by {other}"])]
+    words = {other: store.get(f"blamed by {other}").decode() for other in left}
+    silent = [other for other in others if other not in words]
+    followed: list[int | None] = []
+    while suspect in words and suspect not in followed:
+        followed.append(suspect)
+        suspect = None if words[suspect] == "None" else int(words[suspect])
+    if suspect in silent or not silent:
+        return suspect if suspect != rank else next(iter(followed), None)
+    blamed = [other for other in silent if str(other) in words.values()]
+    return (blamed or [other for other in silent if not _reachable(group, other)] or silent)[0]
 
 
 def _reachable(group: dist.ProcessGroup, rank: int) -> bool:

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping
 from pickle import UnpicklingError
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch.distributed as dist
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
@@ -11,14 +11,17 @@ from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.core.optimizer import _MockOptimizer  # stands for no optimizer
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.nn.parallel import DistributedDataParallel
 
 from signsgd_core.adversaries import Adversary
 
 from .checkpoint import gather_state, scatter_state
-from .ddp import agree_on_model, enable_majority_vote
+from .ddp import agree_on_model, let_vote
+from .nodes import VoteBetween, check_voters
 from .optimizer import Signum
 from .peers import explain
+from .shards import PART, check_target, load_shards, remove_directory, replace, save_shards
 
 if TYPE_CHECKING:
     from lightning.fabric.strategies.registry import _StrategyRegistry
@@ -31,13 +34,22 @@ class MajorityVoteStrategy(DDPStrategy):
     Args:
         verify_every_n_steps: how often all ranks make sure that they hold the same parameters and verdict momenta, bit
             for bit (`RanksDifferError` if not); 0 for never.
-        adversaries: rank -> what it makes of its gradients before it votes (`signsgd_core.adversaries`), to try what
-            a vote withstands.
+        adversaries: worker (a rank, or a node) -> what it makes of its gradients before it votes
+            (`signsgd_core.adversaries`), to try what a vote withstands.
+        state_dict_type: "full" for checkpoints that are one file with the momenta of all ranks, gathered on rank 0;
+            "sharded" for directories, which all ranks must see, where each rank writes its own momenta and holds no
+            other's. Either resumes from both.
+        vote_between: "ranks", each of which is a worker; or "nodes", each of which is one worker whose gradient is the
+            mean of its ranks', so that each rank keeps and votes on its share of the parameters
+            (`signsgd_lightning.node_exchange.NodeExchange`). Checkpoints then hold the momenta of nodes, and either
+            resumes from both.
         **kwargs: those of `lightning.pytorch.strategies.DDPStrategy`, but for communication hooks. ``timeout`` bounds
-            how long a rank waits for a lost one.
+            how long a rank waits for a lost one. ``gradient_as_bucket_view`` is True unless given: DDP then neither
+            copies gradients into its buckets and back, nor keeps 4 bytes a parameter for them.
 
     Raises:
-        ValueError: for a communication hook.
+        ValueError: for a communication hook, another `state_dict_type` or `vote_between`, or a sharded checkpoint of
+            a vote between nodes.
         TypeError: before the first step, if an optimizer is not a `Signum`.
         RuntimeError: before the first step, if the ranks differ in model or settings.
 
@@ -50,13 +62,42 @@ class MajorityVoteStrategy(DDPStrategy):
     strategy_name = "majority_vote"
 
     def __init__(
-        self, verify_every_n_steps: int = 0, adversaries: Mapping[int, Adversary] | None = None, **kwargs: Any
+        self,
+        verify_every_n_steps: int = 0,
+        adversaries: Mapping[int, Adversary] | None = None,
+        state_dict_type: Literal["full", "sharded"] = "full",
+        vote_between: VoteBetween = "ranks",
+        **kwargs: Any,
     ) -> None:
         hooks = [name for name in kwargs if name.startswith("ddp_comm_") and kwargs[name] is not None]
         if hooks:
             raise ValueError(f"a majority vote takes the place of a communication hook; leave out {', '.join(hooks)}")
+        if state_dict_type not in ("full", "sharded"):
+            raise ValueError(
+                f"state_dict_type must be 'full' (one file) or 'sharded' (one directory), got {state_dict_type!r}"
+            )
+        check_voters(vote_between)
+        if vote_between == "nodes" and state_dict_type == "sharded":
+            raise ValueError(
+                "a vote between nodes saves one file: leave out state_dict_type='sharded' (it resumes from a sharded "
+                "checkpoint of a vote between ranks)"
+            )
+        kwargs.setdefault("gradient_as_bucket_view", True)
         super().__init__(**kwargs)
+        self.vote_between = vote_between
         self.verify_every_n_steps, self.adversaries = verify_every_n_steps, adversaries
+        self.state_dict_type = state_dict_type
+
+    def setup_environment(self) -> None:
+        """Connect the ranks; warn where torchrun could not connect them again."""
+        restarts, shared = (os.environ.get(f"TORCHELASTIC_{name}") for name in ("MAX_RESTARTS", "USE_AGENT_STORE"))
+        if restarts not in (None, "0") and shared == "True":
+            rank_zero_warn(
+                "torchrun is to restart workers but shares its store with them, in which those of the next attempt find"
+                " the addresses of this one's and fail to connect: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 and start"
+                " it with --standalone, or on several machines with --rdzv-backend c10d"
+            )
+        super().setup_environment()
 
     def configure_ddp(self) -> None:
         """Wrap the model, once all ranks are sure to have the same: DDP would leave some with a lost connection."""
@@ -70,17 +111,20 @@ class MajorityVoteStrategy(DDPStrategy):
         if trainer.state.fn == TrainerFn.FITTING:
             assert isinstance(self.model, DistributedDataParallel)
             optimizers = [optimizer for optimizer in self.optimizers if not isinstance(optimizer, _MockOptimizer)]
-            enable_majority_vote(
+            let_vote(
                 self.model,
-                *optimizers,  # type: ignore[arg-type]
-                verify_every_n_steps=self.verify_every_n_steps,
-                adversaries=self.adversaries,
+                optimizers,  # type: ignore[arg-type]
+                self.verify_every_n_steps,
+                self.adversaries,
+                self.vote_between,
+                (self.num_processes, self.local_rank),
             )
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
-        """Return an optimizer's state with the momenta of all ranks; Lightning calls it on all and saves rank 0's."""
+        """Return an optimizer's state with the momenta of all ranks, or this rank's where each saves its own."""
         optimizer = getattr(optimizer, "_optimizer", optimizer)  # of a LightningOptimizer
-        return gather_state(optimizer) if isinstance(optimizer, Signum) else super().optimizer_state(optimizer)
+        gather = isinstance(optimizer, Signum) and self.state_dict_type == "full"
+        return gather_state(optimizer) if gather else super().optimizer_state(optimizer)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Give every rank its own momentum back, also where there are more ranks now or fewer."""
@@ -88,28 +132,60 @@ class MajorityVoteStrategy(DDPStrategy):
             scatter_state(optimizer, state)  # type: ignore[arg-type]
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any = None) -> None:
-        """Write a checkpoint so that the file of that name is always a whole one, whenever the run is killed."""
-        if not self.is_global_zero or not _is_local_file_protocol(filepath):
-            super().save_checkpoint(checkpoint, filepath, storage_options)
-            return
-        part = f"{os.fspath(filepath)}.part"
-        super().save_checkpoint(checkpoint, part, storage_options)
-        os.replace(part, filepath)
-
-    def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read a checkpoint.
+        """Write a checkpoint so that what has that name is always a whole one, whenever the run is killed.
 
         Raises:
-            RuntimeError: if the file is truncated, holds code instead of tensors, or is something else altogether.
+            IsADirectoryError: if something else than a checkpoint has that name.
+            ValueError: for a sharded checkpoint that is not to be on a local or mounted file system.
         """
+        local = _is_local_file_protocol(filepath)
+        if self.state_dict_type == "sharded":
+            if not local or storage_options is not None:
+                raise ValueError(
+                    "a sharded checkpoint must be a directory on a file system, without storage_options, got "
+                    f"{filepath}: take such a path, or state_dict_type='full'"
+                )
+            save_shards(checkpoint, self.broadcast(os.fspath(filepath)))
+        elif not self.is_global_zero or not local:
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+        else:
+            check_target(os.fspath(filepath))
+            part = f"{os.fspath(filepath)}{PART}"
+            super().save_checkpoint(checkpoint, part, storage_options)
+            replace(part, os.fspath(filepath))
+
+    def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read a checkpoint, a file or a directory.
+
+        Raises:
+            RuntimeError: if a file is truncated or missing in a directory, holds code instead of tensors, or is
+                something else altogether; of a directory on all ranks, also if only one saw it.
+        """
+
+        def read(path: _PATH) -> dict[str, Any]:
+            return super(MajorityVoteStrategy, self).load_checkpoint(path, weights_only)
+
         try:
-            return super().load_checkpoint(checkpoint_path, weights_only)
+            if not os.path.isdir(checkpoint_path):
+                return read(checkpoint_path)
+            assert self.lightning_module is not None
+            fitting = self.lightning_module.trainer.state.fn == TrainerFn.FITTING
+            ranks = self.num_processes if self.vote_between == "nodes" else 1  # of a worker
+            worker, workers = self.global_rank // ranks, self.world_size // ranks
+            return load_shards(os.fspath(checkpoint_path), read, worker, workers, momenta=fitting)
         except (EOFError, RuntimeError, UnpicklingError) as error:
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise RuntimeError(
                 f"{checkpoint_path} is not a whole checkpoint as trainer.save_checkpoint writes it; take an older one, "
                 f"nothing was loaded ({reason})"
             ) from error
+
+    def remove_checkpoint(self, filepath: _PATH) -> None:
+        """Remove a checkpoint so that a half removed directory never has its name."""
+        if self.is_global_zero and os.path.isdir(filepath):
+            remove_directory(os.fspath(filepath))
+        else:
+            super().remove_checkpoint(filepath)
 
     def on_exception(self, exception: BaseException) -> None:
         """Name the rank that was lost; let Lightning add its advice, and put this strategy's names into it."""

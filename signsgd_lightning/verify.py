@@ -1,14 +1,14 @@
 """Are the ranks still the same, bit for bit? A few bytes each way, and a name for the one that is not."""
 
-import hashlib
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from .peers import Peers
+from signsgd_core.digests import DIGEST_BYTES, digest, first_difference
 
-_DIGEST_BYTES = 16
+from .peers import Peers
 
 
 class RanksDifferError(RuntimeError):
@@ -43,27 +43,20 @@ def verify(peers: Peers, tensors: Sequence[tuple[str, Sequence[Tensor]]], step: 
     """
     digests = [_digest(values) for _, values in tensors]
     device = peers.wire(tensors[0][1][0].device)
-    whole = hashlib.blake2b(b"".join(digests), digest_size=_DIGEST_BYTES).digest()
-    if _equal(peers.gather(_row(whole, device), "compared their parameters")):
+    whole = digest([np.frombuffer(b"".join(digests), np.uint8)])
+    rows = peers.gather(_row(whole, device), "compared their parameters")
+    if (rows == rows[0]).all():
         return
     rows = peers.gather(_row(b"".join(digests), device), "looked for the first difference")
-    rows = rows.view(peers.world_size, len(tensors), _DIGEST_BYTES).cpu()
-    k = next(k for k in range(len(tensors)) if not _equal(rows[:, k]))
-    votes = (rows[:, None, k] == rows[None, :, k]).all(-1).sum(1)  # how many ranks each agrees with, itself included
-    ranks = [rank for rank in range(len(votes)) if votes[rank] < votes.max()]
-    raise RanksDifferError(ranks or list(range(len(votes))), step, tensors[k][0])
+    found = first_difference(rows.view(peers.world_size, len(tensors), DIGEST_BYTES).cpu().numpy())
+    assert found is not None
+    k, ranks = found
+    raise RanksDifferError(ranks, step, tensors[k][0])
 
 
 def _digest(values: Sequence[Tensor]) -> bytes:
-    digest = hashlib.blake2b(digest_size=_DIGEST_BYTES)
-    for value in values:
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.digest()
+    return digest(v.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy() for v in values)
 
 
 def _row(data: bytes, device: torch.device) -> Tensor:
     return torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device)
-
-
-def _equal(rows: Tensor) -> bool:
-    return bool((rows == rows[0]).all())

@@ -1,13 +1,26 @@
+import contextlib
 import os
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
 from .clusters import Cluster, Nursery
+from .conformance import summary as conformance
+from .faults import summary as faults
 from .workers import Workers
+
+with contextlib.suppress(ImportError):
+    import triton  # noqa: F401  # before TensorFlow: of the LLVM that either has, the second to come ends the process
 
 os.environ["KERAS_BACKEND"] = "tensorflow"  # of this process; the others are in processes of their own
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Print what the conformance tests compared, and what the fault tests injected, of all processes that ran them."""
+    conformance.write_summary(terminalreporter)
+    faults.write_summary(terminalreporter)
 
 
 @pytest.fixture(scope="session")

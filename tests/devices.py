@@ -1,5 +1,6 @@
 """Eight logical CPUs for TensorFlow in this process; to be imported before TensorFlow first runs anything."""
 
+import gc
 import os
 from functools import cache
 from typing import Any
@@ -7,6 +8,10 @@ from typing import Any
 import tensorflow as tf
 
 DEVICES = 8
+
+# Destroying a dataset's iterator waits for its threads with Python's lock held. Where the collector did so in the midst
+# of tracing a step, tests stood still for up to minutes.
+gc.disable()
 
 if "TF_CONFIG" not in os.environ:  # a worker of a cluster has one device, and may have run something by now
     tf.config.set_logical_device_configuration(

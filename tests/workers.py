@@ -1,12 +1,13 @@
 """Real worker processes, started once and used by many tests; every task gets a fresh process group over Gloo."""
 
+import contextlib
 import multiprocessing
 import os
+import secrets
 import socket
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -36,11 +37,15 @@ class Workers:
         lost: tuple[int, ...] = (),
         group_timeout: float = 30.0,
         timeout: float = 180.0,
+        ranks_per_node: int | None = None,
     ) -> list[Any]:
-        """Return what `function(*args)` returned on each rank; None for the ranks that are expected to get `lost`."""
+        """Return what `function(*args)` returned on each rank; None for the ranks that are expected to get `lost`.
+
+        All are on one node, or so many of them in turn on each.
+        """
         port = free_port()
         for rank, end in enumerate(self._ends[:world_size]):
-            end.send((rank, world_size, port, group_timeout, function, args))
+            end.send((rank, world_size, ranks_per_node, port, group_timeout, function, args))
         results: list[Any] = [None] * world_size
         waiting: dict[Any, int] = {end: rank for rank, end in enumerate(self._ends[:world_size]) if rank not in lost}
         deadline = time.monotonic() + timeout
@@ -63,7 +68,7 @@ class Workers:
             process.join()
 
 
-@contextmanager
+@contextlib.contextmanager
 def fresh_workers(size: int) -> Iterator[Workers]:
     """Workers of one's own, for tests that kill some of them."""
     workers = Workers(size)
@@ -74,9 +79,12 @@ def fresh_workers(size: int) -> Iterator[Workers]:
 
 
 def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+    """Return a port below those that outgoing connections get, so that none takes it before it is listened on."""
+    while True:
+        port = 10_000 + secrets.randbelow(22_000)
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            return port
 
 
 def _serve(end: Connection) -> None:
@@ -85,10 +93,10 @@ def _serve(end: Connection) -> None:
     torch.set_num_threads(1)
     while True:
         try:
-            rank, world_size, port, group_timeout, function, args = end.recv()
+            rank, world_size, ranks_per_node, port, group_timeout, function, args = end.recv()
         except EOFError:
             return
-        os.environ.update(environment(rank, world_size, port))
+        os.environ.update(environment(rank, world_size, port, ranks_per_node))
         try:
             torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=group_timeout))
             answer = (True, function(*args))
@@ -101,14 +109,15 @@ def _serve(end: Connection) -> None:
             traceback.print_exc()
 
 
-def environment(rank: int, world_size: int, port: int) -> dict[str, str]:
+def environment(rank: int, world_size: int, port: int, ranks_per_node: int | None = None) -> dict[str, str]:
     """Return the variables as torchrun sets them, so that a Lightning Trainer takes its place among the workers."""
+    size = ranks_per_node or world_size
     return {
         "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "GROUP_RANK": "0",
+        "LOCAL_RANK": str(rank % size),
+        "GROUP_RANK": str(rank // size),
         "WORLD_SIZE": str(world_size),
-        "LOCAL_WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(size),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "TORCHELASTIC_RUN_ID": "tests",

@@ -16,7 +16,10 @@ x, y = (torch.from_numpy(array) for array in load_digits(return_X_y=True))
 x, order = x.float() / 16, torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
 test, mine = order[:450], order[450 + rank :: workers]
 torch.manual_seed(rank)  # each rank draws batches of its own; DDP hands out rank 0's weights
-model = DistributedDataParallel(nn.Sequential(nn.Linear(64, 1024), nn.ReLU(), nn.Linear(1024, 10)))
+model = DistributedDataParallel(
+    nn.Sequential(nn.Linear(64, 1024), nn.ReLU(), nn.Linear(1024, 10)),
+    gradient_as_bucket_view=True,  # spares two copies of the gradient, which stays this rank's own
+)
 optimizer = Signum(model.parameters(), lr=2e-3, betas=(0, 0), verdict_momentum=0.8)
 enable_majority_vote(model, optimizer)
 schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, STEPS)

@@ -1,40 +1,49 @@
-"""What a device does best its own way: packing signs, tallying ballots, unpacking a verdict.
+"""What a device does best its own way: casting ballots, tallying them, applying a verdict.
 
-One module a device, all with the same functions; `signsgd_core` judges each of them bit for bit.
+One class a kind of device; `signsgd_core` judges each of them bit for bit.
 """
 
-from typing import Protocol
+import functools
+import warnings
 
 import torch
-from torch import Tensor
 
-from signsgd_core import Zeros
+from .build import load
+from .cpu import NumpyKernel
+from .device import DeviceKernel
+from .native import NativeKernel
+from .staged import Kernel
 
-from . import cpu, cuda
+__all__ = ["DeviceKernel", "Kernel", "NativeKernel", "NumpyKernel", "for_device"]
 
-
-class Kernel(Protocol):
-    """The functions that every kernel module has; ballots are uint8 of shape (…, planes, bytes)."""
-
-    CHUNK: int
-    """Coordinates worked on at a time."""
-
-    def pack(self, directions: Tensor, zeros: Zeros, step: int, worker: int, out: Tensor) -> None:
-        """Write the signs of float32 `directions` to `out`, uint8 of shape (planes, ⌈length/8⌉)."""
-
-    def unpack(self, ballot: Tensor, length: int) -> Tensor:
-        """Return `length` coordinates of a verdict as float32 −1, +1, and 0 where nobody voted."""
-
-    def verdict(self, ballots: Tensor, zeros: Zeros, step: int, masks: Tensor | None) -> Tensor:
-        """Return the majority's ballot of `ballots`, shape (workers, planes, a multiple of 8 bytes)."""
-
-    def count_ties(self, ballots: Tensor, masks: Tensor | None) -> int:
-        """Return in how many coordinates exactly half of the votes are negative, those without a vote included."""
-
-    def count_bits(self, words: Tensor) -> int:
-        """Return how many bits are set in uint8 `words`, any shape of a multiple of 8 bytes."""
+DEVICE = DeviceKernel()
 
 
 def for_device(device: torch.device) -> Kernel:
-    """Return the kernel module for a device."""
-    return cpu if device.type == "cpu" else cuda
+    """Return the kernel for a device: compiled loops on the CPU, Triton's on CUDA; without what they need, others."""
+    if device.type == "cuda":
+        return _cuda()
+    return _cpu() if device.type == "cpu" else DEVICE
+
+
+@functools.cache
+def _cpu() -> Kernel:
+    library = load()
+    return NumpyKernel() if library is None else NativeKernel(library)
+
+
+@functools.cache
+def _cuda() -> Kernel:
+    try:
+        from triton.runtime import driver
+
+        driver.active.get_current_target()
+        from .cuda import TritonKernel
+    except Exception as error:  # not installed, no C compiler for its driver, or a device that it does not know
+        warnings.warn(
+            f"signsgd goes on with tensor operations, which are slower than its Triton kernels: install triton and a C "
+            f"compiler as gcc, or name one in CC ({error!r})",
+            stacklevel=2,
+        )
+        return DEVICE
+    return TritonKernel()

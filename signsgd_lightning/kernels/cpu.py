@@ -10,41 +10,45 @@ from torch import Tensor
 import signsgd_core as core
 from signsgd_core import Zeros
 
-CHUNK = 65_536
+from .staged import Kernel
+
 _WORDS = 8_192
 """Words of 64 coordinates tallied at a time: some ten temporaries of 64 KiB."""
 
 Words = npt.NDArray[np.uint64]
 
 
-def pack(directions: Tensor, zeros: Zeros, step: int, worker: int, out: Tensor) -> None:
-    """Write the signs of float32 `directions` to `out`, uint8 of shape (planes, ⌈length/8⌉)."""
-    core.pack(directions.numpy(), zeros, step, worker, out=out.numpy())
+class NumpyKernel(Kernel):
+    """NumPy, where no compiler is."""
 
+    CHUNK = 65_536
 
-def unpack(ballot: Tensor, length: int) -> Tensor:
-    """Return `length` coordinates of a verdict as float32 −1, +1, and 0 where nobody voted."""
-    return torch.from_numpy(core.unpack(ballot.numpy(), length))
+    def pack(self, directions: Tensor, zeros: Zeros, step: int, worker: int, out: Tensor) -> None:
+        """As `Kernel.pack`, in NumPy on the tensors' own memory."""
+        core.pack(directions.numpy(), zeros, step, worker, out=out.numpy())
 
+    def unpack(self, ballot: Tensor, length: int) -> Tensor:
+        """As `Kernel.unpack`."""
+        return torch.from_numpy(core.unpack(ballot.numpy(), length))
 
-def verdict(ballots: Tensor, zeros: Zeros, step: int, masks: Tensor | None) -> Tensor:
-    """Return the majority's ballot of `ballots`, shape (workers, planes, a multiple of 8 bytes)."""
-    out = torch.empty_like(ballots[0])
-    words = out.numpy().view(np.uint64)
-    for cut, block, mask in _blocks(ballots, masks):
-        for plane, bits in zip(words, core.verdict(block, zeros, step, mask), strict=True):
-            plane[cut] = bits
-    return out
+    def verdict(self, ballots: Tensor, zeros: Zeros, step: int, masks: Tensor | None) -> Tensor:
+        """As `Kernel.verdict`, in blocks of words."""
+        out = torch.empty_like(ballots[0])
+        words = out.numpy().view(np.uint64)
+        for cut, block, mask in _blocks(ballots, masks):
+            for plane, bits in zip(words, core.verdict(block, zeros, step, mask), strict=True):
+                plane[cut] = bits
+        return out
 
+    def count_ties(self, ballots: Tensor, masks: Tensor | None) -> int:
+        """As `Kernel.count_ties`."""
+        return sum(
+            int(np.bitwise_count(core.majority(block, mask)[1]).sum()) for _, block, mask in _blocks(ballots, masks)
+        )
 
-def count_ties(ballots: Tensor, masks: Tensor | None) -> int:
-    """Return in how many coordinates exactly half of the votes are negative, those without a vote included."""
-    return sum(int(np.bitwise_count(core.majority(block, mask)[1]).sum()) for _, block, mask in _blocks(ballots, masks))
-
-
-def count_bits(words: Tensor) -> int:
-    """Return how many bits are set in uint8 `words`, any shape of a multiple of 8 bytes."""
-    return int(np.bitwise_count(words.numpy().reshape(-1).view(np.uint64)).sum(dtype=np.int64))
+    def count_bits(self, words: Tensor) -> int:
+        """As `Kernel.count_bits`."""
+        return int(np.bitwise_count(words.numpy().reshape(-1).view(np.uint64)).sum(dtype=np.int64))
 
 
 def packbits(bits: Tensor) -> Tensor:

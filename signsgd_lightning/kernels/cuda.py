@@ -1,58 +1,215 @@
-"""Any other device: whole blocks at a time in tensor operations, so nothing is copied to the host."""
+"""CUDA: the loops of triton_loops.py, one launch for all tensors of one dtype in one parameter group."""
 
+import contextlib
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
 import torch
+import triton.language as tl
 from torch import Tensor
 
 import signsgd_core as core
 from signsgd_core import Zeros
 
-CHUNK = 1 << 62
-"""No chunks: a device works best on whole tensors."""
+from ..segments import Segment, cover
+from . import triton_loops as loops
+from . import triton_tally as tally
+from .device import DeviceKernel
+from .staged import Note
+
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
+"""Without fusion: a fused multiply-add rounds once where NumPy and torch round twice."""
+
+_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+_BLOCK: int = loops.BLOCK.value
+_KEPT = 1024
+"""How many tables of each kind stay on the device for the next step: a vote's has one a block, group and dtype."""
+
+_Piece = tuple[int, ...]
+"""As triton_loops.py has them."""
 
 
-def pack(directions: Tensor, zeros: Zeros, step: int, worker: int, out: Tensor) -> None:
-    """Write the signs of float32 `directions` to `out`, uint8 of shape (planes, ⌈length/8⌉)."""
+class TritonKernel(DeviceKernel):
+    """Loops over float32, bfloat16 and float16; gradients of other types are converted, parameters go torch's way.
+
+    Nothing waits for the device: a gradient scaler's factor is read there.
+    """
+
+    def cast(
+        self,
+        segments: Sequence[Segment],
+        lo: int,
+        hi: int,
+        zeros: Zeros,
+        step: int,
+        worker: int,
+        out: Tensor,
+        note: Note | None = None,
+    ) -> None:
+        """As `Kernel.cast`, in one pass over memory."""
+        words = _words(out)
+        batches = dict[Any, _Batch]()
+        for segment, a, b in cover(segments, lo, hi):
+            if segment.present:
+                g = _gradient(segment)
+                batch = batches.setdefault((id(segment.group), g.dtype), _Batch(segment))
+                batch.add((g, segment.momentum, None, None), segment.start - lo, a, b)
+                if note is not None:
+                    note(segment.gradient(a, b))
+        for batch in batches.values():
+            settings = {**_casting(batch.segment), "G": _TYPES[batch.dtype(0)], "ZERO": _zero(zeros, step, worker)}
+            batch.launch(loops.cast, signs=words[0], votes=_votes(words), **settings)
+        if words.data_ptr() != out.data_ptr():
+            out.copy_(words.view(torch.uint8)[:, : out.shape[1]])
+
+    def apply(self, segments: Sequence[Segment], lo: int, hi: int, verdict: Tensor) -> None:
+        """As `Kernel.apply`, in one pass over memory."""
+        words = _words(verdict)
+        batches = dict[Any, _Batch]()
+        for segment, a, b in cover(segments, lo, hi):
+            at = segment.start - lo
+            if _is_fast(segment.x):
+                batch = batches.setdefault((id(segment.group), segment.x.dtype), _Batch(segment))
+                batch.add((None, None, segment.x, segment.average), at, a, b)
+            else:
+                byte, skipped = divmod(at + a, 8)
+                segment.apply(a, b, self.unpack(verdict[:, byte:], skipped + b - a)[skipped:])
+        for batch in batches.values():
+            settings = {**_moving(batch.segment), "X": _TYPES[batch.dtype(2)], "words": words.shape[1]}
+            batch.launch(loops.apply, signs=words[0], votes=_votes(words), **settings)
+
+    def alone(self, segments: Sequence[Segment], zeros: Zeros, step: int) -> None:
+        """As `Kernel.alone`, in one pass over memory."""
+        batches, others = dict[Any, _Batch](), list[Segment]()
+        for segment in segments:
+            if not _is_fast(segment.x):
+                others.append(segment)
+                continue
+            x, g = segment.x, _gradient(segment)
+            batch = batches.setdefault((id(segment.group), x.device, x.dtype, g.dtype), _Batch(segment))
+            batch.add((g, segment.momentum, x, segment.average), 0, 0, x.numel())
+        for batch in batches.values():
+            settings = {**_casting(batch.segment), **_moving(batch.segment), "ZERO": _zero(zeros, step, 0)}
+            batch.launch(loops.alone, **settings, G=_TYPES[batch.dtype(0)], X=_TYPES[batch.dtype(2)])
+        super().alone(others, zeros, step)
+
+    def verdict(self, ballots: Tensor, zeros: Zeros, step: int, masks: Tensor | None) -> Tensor:
+        """As `Kernel.verdict`, counted in bit-sliced words."""
+        out = torch.empty_like(ballots[0], memory_format=torch.contiguous_format)
+        workers, words = len(ballots), out.shape[-1] // 4
+        given = ballots.contiguous().view(torch.uint32)
+        votes = None if masks is None else masks.contiguous().view(torch.uint32)
+        if words:
+            settings = {"PLANES": workers.bit_length(), "ZERO": _zero(zeros, step, 0)}
+            to = out.view(torch.uint32)
+            _launch(
+                tally.verdict, -(-words // tally.BLOCK.value), out.device, given, votes, to, workers, words, **settings
+            )
+        return out
+
+
+@dataclass
+class _Batch:
+    """What one launch takes; its first segment has the settings of all."""
+
+    segment: Segment
+    tensors: list[tuple[Tensor | None, ...]] = field(default_factory=list)
+    pieces: list[_Piece] = field(default_factory=list)
+
+    def add(self, tensors: tuple[Tensor | None, ...], first: int, a: int, b: int) -> None:
+        """Add coordinates [a, b) of one tensor, its g, m, x and u; bit `first` is that of coordinate 0."""
+        if a < b:
+            self.tensors.append(tensors)  # copies among them must live until the launch
+            self.pieces.append((*(0 if t is None else t.data_ptr() for t in tensors), first, a, b))
+
+    def dtype(self, column: int) -> torch.dtype:
+        """Return that of g, m, x or u."""
+        tensor = self.tensors[0][column] if self.tensors else None
+        return torch.float32 if tensor is None else tensor.dtype
+
+    def launch(self, loop: Any, **settings: Any) -> None:
+        if not self.pieces:
+            return
+        device = self.segment.parameter.device
+        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+        pieces = _table(tuple(self.pieces), device, stream)
+        programs = _programs(tuple(piece[-2:] for piece in self.pieces), device, stream)
+        aligned = not any(address % 16 for piece in self.pieces for address in piece[:4])
+        _launch(loop, len(programs), device, pieces, programs, ALIGNED=aligned, **settings)
+
+
+@functools.lru_cache(_KEPT)
+def _table(pieces: tuple[_Piece, ...], device: torch.device, stream: int) -> Tensor:
+    return _to(np.array(pieces, np.int64), device)
+
+
+@functools.lru_cache(_KEPT)
+def _programs(spans: tuple[tuple[int, int], ...], device: torch.device, stream: int) -> Tensor:
+    """Return which blocks of which pieces there are, a row each: they stay when a gradient gets other memory."""
+    lo, hi = np.array(spans, np.int64).T
+    first, count = lo // _BLOCK, -(-hi // _BLOCK) - lo // _BLOCK
+    piece = np.repeat(np.arange(len(spans)), count)
+    block = np.arange(len(piece)) - (np.cumsum(count) - count - first)[piece]
+    return _to(np.stack([piece, block], 1).astype(np.int32), device)
+
+
+def _to(table: Any, device: torch.device) -> Tensor:
+    """Copy a table to the device without waiting; only its stream may read it, which is why caches ask for one."""
+    there = torch.from_numpy(table)
+    return there.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else there
+
+
+def _launch(loop: Any, programs: int, device: torch.device, *args: Any, **settings: Any) -> None:
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        loop[(programs,)](*args, **settings, **OPTIONS)
+
+
+def _casting(segment: Segment) -> dict[str, Any]:
+    """Return the settings of steps 1 to 4."""
+    (beta1, beta2), m, scale = segment.group["betas"], segment.kept_momentum, segment.inverse_scale
+    return {
+        "scale": None if scale is None else scale.to(segment.parameter.device, torch.float32),
+        "beta1": float(beta1),
+        "rest1": 1.0 - beta1,
+        "beta2": float(beta2),
+        "rest2": 1.0 - beta2,
+        "M": None if m is None else _TYPES[m.dtype],
+        "SAME": beta1 == beta2,
+        "BY_GRADIENT": segment.by_gradient,
+        "DOWN": not segment.group["maximize"],
+    }
+
+
+def _moving(segment: Segment) -> dict[str, Any]:
+    """Return the settings of steps 7 and 8."""
+    lr, decay, gamma = (float(segment.group[name]) for name in ("lr", "weight_decay", "verdict_momentum"))
+    numbers = {"lr": lr, "decay": decay, "gamma": gamma, "rest": 1.0 - gamma}
+    return {**numbers, "AVERAGED": segment.kept_average is not None, "DECAYED": decay != 0.0}
+
+
+def _gradient(segment: Segment) -> Tensor:
+    gradient = segment.flat_gradient
+    return (gradient if gradient.dtype in _TYPES else gradient.float()).contiguous()
+
+
+def _is_fast(x: Tensor) -> bool:
+    return x.dtype in _TYPES and x.is_contiguous()
+
+
+def _words(ballot: Tensor) -> Tensor:
+    """Return a ballot in words of 32 bits: its own memory where that has whole ones."""
+    if ballot.shape[1] % 4 or ballot.data_ptr() % 4 or not ballot.is_contiguous():
+        ballot = torch.nn.functional.pad(ballot, (0, -ballot.shape[1] % 4)).clone(memory_format=torch.contiguous_format)
+    return ballot.view(torch.uint32)
+
+
+def _votes(words: Tensor) -> Tensor | None:
+    return words[1] if len(words) == 2 else None
+
+
+def _zero(zeros: Zeros, step: int, worker: int) -> int:
     bit = core.zero_bit(zeros, step, worker)
-    out[0] = _packbits(~(directions > 0) if bit == 1 else directions < 0)
-    if zeros == "abstain":
-        out[1] = _packbits((directions > 0) | (directions < 0))
-
-
-def unpack(ballot: Tensor, length: int) -> Tensor:
-    """Return `length` coordinates of a verdict as float32 −1, +1, and 0 where nobody voted."""
-    bits = (ballot.unsqueeze(-1) >> _places(ballot.device)) & 1
-    planes = bits.flatten(1)[:, :length].float()
-    signs = 1 - 2 * planes[0]
-    return signs * planes[1] if len(planes) == 2 else signs
-
-
-def verdict(ballots: Tensor, zeros: Zeros, step: int, masks: Tensor | None) -> Tensor:
-    """Return the majority's ballot of `ballots`, shape (workers, planes, a multiple of 8 bytes)."""
-    return torch.stack(core.verdict(_words(ballots), zeros, step, _mask_words(masks))).view(torch.uint8)
-
-
-def count_ties(ballots: Tensor, masks: Tensor | None) -> int:
-    """Return in how many coordinates exactly half of the votes are negative, those without a vote included."""
-    return count_bits(core.majority(_words(ballots), _mask_words(masks))[1].view(torch.uint8))
-
-
-def count_bits(words: Tensor) -> int:
-    """Return how many bits are set in uint8 `words`, any shape of a multiple of 8 bytes."""
-    return int(((words.unsqueeze(-1) >> _places(words.device)) & 1).sum())
-
-
-def _packbits(bits: Tensor) -> Tensor:
-    padded = torch.nn.functional.pad(bits.to(torch.uint8), (0, -len(bits) % 8))
-    return (padded.view(-1, 8) << _places(bits.device)).sum(-1, dtype=torch.uint8)
-
-
-def _places(device: torch.device) -> Tensor:
-    return torch.arange(8, dtype=torch.uint8, device=device)
-
-
-def _words(ballots: Tensor) -> list[list[Tensor]]:
-    return [list(ballot) for ballot in ballots.view(torch.int64)]
-
-
-def _mask_words(masks: Tensor | None) -> list[Tensor] | None:
-    return None if masks is None else list(masks.view(torch.int64))
+    return int(loops.ABSTAIN.value) if bit is None else int(bit)

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
+
 from signsgd_lightning import exchange
 from tests.clusters import Cluster
 from tests.devices import mirrored
@@ -76,9 +78,16 @@ def cluster_of_workers(case: Case) -> str | None:
     return refused
 
 
-def _gloo(block_size: int = 256, device_kernel: bool = False) -> Run:
+def exact_in_bfloat16(case: Case) -> str | None:
+    if case.betas[1] == 0.25:
+        return "five steps of a quarter need more bits than the 8 of a bfloat16 momentum"
+    return None
+
+
+def _gloo(block_size: int = 256, kernel: str | None = None, momentum_dtype: torch.dtype | None = None) -> Run:
     """Blocks are small, so that a vector takes several."""
-    return lambda cases, on: on.workers.run(cases[0].workers, torch_runs.vote, cases, block_size, device_kernel)
+    settings = block_size, kernel, momentum_dtype
+    return lambda cases, on: on.workers.run(cases[0].workers, torch_runs.vote, cases, *settings)
 
 
 def _keras(backend: str, compiled: bool = False) -> Run:
@@ -104,7 +113,9 @@ FRONT_ENDS: tuple[FrontEnd, ...] = (
     FrontEnd("torch-alone", lambda cases, on: [torch_runs.alone(cases)], (_SIGNUM,), one_worker_only),
     FrontEnd("torch-gloo", _gloo(), (_SIGNUM, _VOTE)),
     FrontEnd("torch-gloo-one-block", _gloo(exchange.BLOCK_SIZE), (_SIGNUM, _VOTE), two_or_more),
-    FrontEnd("torch-gloo-device-kernel", _gloo(device_kernel=True), (_SIGNUM, _VOTE), two_or_more),
+    FrontEnd("torch-gloo-device-kernel", _gloo(kernel="DeviceKernel"), (_SIGNUM, _VOTE), two_or_more),
+    FrontEnd("torch-gloo-numpy-kernel", _gloo(kernel="NumpyKernel"), (_SIGNUM, _VOTE), two_or_more),
+    FrontEnd("torch-gloo-bf16-momentum", _gloo(momentum_dtype=torch.bfloat16), (_SIGNUM, _VOTE), exact_in_bfloat16),
     FrontEnd(
         "lightning-gloo",
         lambda cases, on: on.workers.run(cases[0].workers, lightning_runs.fit, cases),

@@ -24,10 +24,11 @@ NOT_FOR_TRAINING = {
 """Packages beside Keras' backends that no front end is for."""
 
 NO_FRONT_END = {
+    "signsgd_keras.LossScaleOptimizer": "scales the loss of a Signum; tests/faults/test_overflows_* judge it",
     "signsgd_lightning.gather_state": "collects the momenta of all ranks and takes no step",
     "signsgd_lightning.scatter_state": "hands each rank its momentum and takes no step",
 }
-"""Public functions that neither step nor vote."""
+"""Public names that neither step nor vote themselves."""
 
 KINDS = (
     torch.optim.Optimizer,

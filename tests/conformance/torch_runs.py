@@ -12,7 +12,7 @@ from signsgd_lightning import Signum, enable_majority_vote, kernels
 from .cases import LR, Case, Trajectory
 
 
-def signum(parameters: Sequence[Tensor], case: Case) -> Signum:
+def signum(parameters: Sequence[Tensor], case: Case, momentum_dtype: torch.dtype | None = None) -> Signum:
     return Signum(
         parameters,
         lr=LR,
@@ -21,6 +21,7 @@ def signum(parameters: Sequence[Tensor], case: Case) -> Signum:
         verdict_momentum=case.verdict_momentum,
         zeros=case.zeros,
         warmup_steps=case.warmup_steps,
+        momentum_dtype=momentum_dtype,
     )
 
 
@@ -49,18 +50,21 @@ class _Model(nn.Module):
         self.x = nn.ParameterList([torch.from_numpy(x) for x in case.parameters()])
 
 
-def vote(cases: Sequence[Case], block_size: int, device_kernel: bool) -> list[Trajectory]:
-    """`Signum` over DDP and Gloo, on one rank; with the kernel of accelerators, which runs on CPU tensors, too."""
+def vote(
+    cases: Sequence[Case], block_size: int, kernel: str | None, momentum_dtype: torch.dtype | None
+) -> list[Trajectory]:
+    """`Signum` over DDP and Gloo, on one rank; with a kernel by name: that of accelerators takes CPU tensors, too."""
     rank = torch.distributed.get_rank()
     usual = kernels.for_device
-    if device_kernel:
-        kernels.for_device = lambda device: kernels.cuda
+    if kernel is not None:
+        chosen = getattr(kernels, kernel)()
+        kernels.for_device = lambda device: chosen
     try:
         trajectories = []
         for case in cases:
             model = DistributedDataParallel(_Model(case))
             parameters = list(model.parameters())
-            optimizer = signum(parameters, case)
+            optimizer = signum(parameters, case, momentum_dtype)
             enable_majority_vote(model, optimizer)
             if optimizer.exchange is not None:
                 optimizer.exchange.block_size = block_size

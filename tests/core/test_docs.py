@@ -16,6 +16,7 @@ import signsgd_lightning
 from tests import devices  # noqa: F401  before TensorFlow first runs anything
 
 ROOT = Path(signsgd_core.__file__).parents[1]
+MATHEMATICS = ["adversaries", "ballots", "costs", "momentum", "reference", "settings", "traffic", "vote"]
 FRAMEWORKS = ["torch", "tensorflow", "keras", "jax", "lightning", "sklearn", "matplotlib"]
 
 
@@ -30,7 +31,7 @@ def test_examples(name: str) -> None:
     assert result.failed == 0
 
 
-@pytest.mark.parametrize("name", ["adversaries", "ballots", "momentum", "reference", "settings", "traffic", "vote"])
+@pytest.mark.parametrize("name", MATHEMATICS)
 def test_the_mathematics_has_examples(name: str) -> None:
     examples = doctest.DocTestFinder().find(importlib.import_module(f"signsgd_core.{name}"))
     assert any(test.examples for test in examples)

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from lightning.pytorch import Callback
 from torch import Tensor, nn
 
+from signsgd_lightning import MajorityVoteStrategy
 from tests.lightning.models import Net, trainer
 
 FIRST_STEPS = 5
@@ -38,10 +39,21 @@ class Started(Callback):
             self.path.touch()
 
 
-def train(victim: int, started: Path) -> tuple[str, float]:
-    """Train until something fails; return its words and the time, of a clock that all processes share."""
+def train(victim: int, started: Path, ranks_per_node: int | None = None) -> tuple[str, float]:
+    """Train until something fails; return its words and the time, of a clock that all processes share.
+
+    Args:
+        victim: the rank that makes the file `started`.
+        started: once the run is under way.
+        ranks_per_node: where nodes vote; None where ranks do.
+    """
+    nodes: dict[str, Any] = {}
+    if ranks_per_node:
+        strategy = MajorityVoteStrategy(vote_between="nodes")
+        size = dist.get_world_size() // ranks_per_node
+        nodes = {"devices": ranks_per_node, "num_nodes": size, "strategy": strategy}
     try:
-        trainer(max_epochs=-1, callbacks=[Started(victim, started)]).fit(Talkative(net, batch_size=2))
+        trainer(max_epochs=-1, callbacks=[Started(victim, started)], **nodes).fit(Talkative(net, batch_size=2))
     except RuntimeError as error:
         return str(error), time.monotonic()
     return "nothing failed", time.monotonic()

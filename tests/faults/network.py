@@ -3,6 +3,8 @@
 import os
 import shutil
 import subprocess
+import sys
+from pathlib import Path
 
 
 def available() -> bool:
@@ -19,36 +21,65 @@ class Network:
 
     Args:
         size: how many machines.
+        rate: bits a second that a cable carries each way; None for as much as the machine can.
+        delay: seconds that the switch holds each frame; 0 for one of the kernel's, which holds none.
     """
 
     interface = "net0"
     """Its name on every machine."""
 
-    def __init__(self, size: int) -> None:
-        self.size, self.prefix = size, f"signsgd-{os.getpid()}"
+    def __init__(self, size: int, rate: float | None = None, delay: float = 0.0) -> None:
+        self.size, self.rate, self.delay, self.prefix = size, rate, delay, f"signsgd-{os.getpid()}"
+        self._switch: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> "Network":
+        try:
+            self._build()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def _build(self) -> None:
         self._ip(f"netns add {self.prefix}-switch")
-        self._inside("switch", "link add switch type bridge")
-        self._inside("switch", "link set switch up")
         for k in range(self.size):
             self._ip(f"netns add {self.prefix}-{k}")
-            switch = f"netns {self.prefix}-switch"
-            self._inside(k, f"link add {self.interface} type veth peer name port{k} {switch}")
-            self._inside("switch", f"link set port{k} master switch up")
+            self._inside(k, f"link add {self.interface} type veth peer name port{k} netns {self.prefix}-switch")
             self._inside(k, f"address add {self.address(k)}/24 dev {self.interface}")
             self._inside(k, f"link set {self.interface} up")
             self._inside(k, "link set lo up")
-        return self
+            self._inside("switch", f"link set port{k} up")
+            if self.rate:
+                self._limit(k, self.interface)
+                self._limit("switch", f"port{k}")
+        if self.delay:
+            self._start_switch()
+            return
+        self._inside("switch", "link add switch type bridge")
+        self._inside("switch", "link set switch up")
+        for k in range(self.size):
+            self._inside("switch", f"link set port{k} master switch")
 
     def __exit__(self, *exception: object) -> None:
+        if self._switch is not None:
+            self._switch.kill()
+            self._switch.communicate()
         for name in [*range(self.size), "switch"]:
             subprocess.run(["ip", "netns", "delete", f"{self.prefix}-{name}"], capture_output=True)
+
+    def _start_switch(self) -> None:
+        script = Path(__file__).with_name("slow_switch.py")
+        ports = [f"port{k}" for k in range(self.size)]
+        command = self.command("switch", sys.executable, str(script), str(self.delay), *ports)
+        self._switch = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert self._switch.stdout is not None
+        if self._switch.stdout.readline() != "ready\n":
+            raise RuntimeError("the slow switch did not start; see above")
 
     def address(self, machine: int) -> str:
         return f"10.87.0.{machine + 1}"
 
-    def command(self, machine: int, *command: str) -> list[str]:
+    def command(self, machine: int | str, *command: str) -> list[str]:
         """Return how to run a command on a machine."""
         return ["ip", "netns", "exec", f"{self.prefix}-{machine}", *command]
 
@@ -56,10 +87,22 @@ class Network:
         """Pull a machine's cable out of the switch: its own side sees nothing."""
         self._inside("switch", f"link set port{machine} down")
 
+    def _limit(self, machine: int | str, interface: str) -> None:
+        """Let an interface send no more than the rate, and at once no more than 100 µs of it, or 16 KiB."""
+        assert self.rate is not None
+        burst = max(1 << 14, int(self.rate * 1e-4 / 8))
+        packet = min(burst * 7 // 8, 1 << 16)  # the kernel counts headers that it adds later
+        self._inside(machine, f"link set {interface} gso_max_size {packet}")
+        bucket = f"root tbf rate {self.rate:.0f}bit burst {burst} latency 400ms"
+        self._run(f"tc -n {self.prefix}-{machine} qdisc add dev {interface} {bucket}")
+
     def _inside(self, machine: int | str, words: str) -> None:
         self._ip(f"-n {self.prefix}-{machine} {words}")
 
     def _ip(self, words: str) -> None:
-        done = subprocess.run(["ip", *words.split()], capture_output=True, text=True)
+        self._run(f"ip {words}")
+
+    def _run(self, words: str) -> None:
+        done = subprocess.run(words.split(), capture_output=True, text=True)
         if done.returncode:
-            raise RuntimeError(f"ip {words}: {done.stderr.strip()}")
+            raise RuntimeError(f"{words}: {done.stderr.strip()}")

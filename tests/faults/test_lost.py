@@ -35,11 +35,21 @@ class Assassin(threading.Thread):
         os.kill(self.pid, self.number)
 
 
-def _lose(number: signal.Signals, victim: int, delay: float, started: Path) -> None:
+def _lose(number: signal.Signals, victim: int, delay: float, started: Path, ranks_per_node: int | None = None) -> None:
     with fresh_workers(RANKS) as workers:
         assassin = Assassin(workers.processes[victim].pid, number, started, delay)
         assassin.start()
-        ends = workers.run(RANKS, train, victim, started, lost=(victim,), group_timeout=GROUP_TIMEOUT, timeout=60)
+        ends = workers.run(
+            RANKS,
+            train,
+            victim,
+            started,
+            ranks_per_node,
+            lost=(victim,),
+            group_timeout=GROUP_TIMEOUT,
+            timeout=60,
+            ranks_per_node=ranks_per_node,
+        )
     judge(ends, victim, assassin.when)
     assert not any(process.is_alive() for process in workers.processes)
 
@@ -61,6 +71,16 @@ def test_lost_rank_is_named(number: signal.Signals, moments: int, tmp_path: Path
     for k in range(moments):
         with fault(f"a rank gets {number.name} at a random point of training, {RANKS} ranks"):
             _lose(number, draw.randrange(RANKS), draw.uniform(0, SPAN), tmp_path / f"started {k}")
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_lost_rank_of_a_node_is_named(number: signal.Signals, tmp_path: Path, fault: Fault) -> None:
+    draw = random.Random(int(number) + 1)
+    for k in range(20):
+        with fault(f"a rank gets {number.name} at a random point of a vote between nodes, 2 x {RANKS // 2} ranks"):
+            _lose(number, draw.randrange(RANKS), draw.uniform(0, SPAN), tmp_path / f"started {k}", RANKS // 2)
 
 
 def test_ranks_that_lose_nobody_train_on(tmp_path: Path) -> None:

@@ -37,7 +37,8 @@ def start(tmp_path: Path) -> Iterator[Start]:
     def start(*arguments: str, **variables: str) -> "subprocess.Popen[str]":
         paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
         environment = {**os.environ, "PYTHONPATH": paths, "MPLBACKEND": "Agg", **variables}
-        environment.pop("TF_CONFIG", None)
+        for name in ("TF_CONFIG", "TF_CPP_MIN_LOG_LEVEL"):
+            environment.pop(name, None)
         command = [sys.executable, "-m", "signsgd_keras", *arguments]
         pipe = subprocess.PIPE
         process = subprocess.Popen(
@@ -57,6 +58,7 @@ def _rows(process: "subprocess.Popen[str]", note: str) -> list[tuple[str, float,
     """Method, accuracy in percent, bytes per step, how many times fewer: of a demo that ended well."""
     output, errors = process.communicate(timeout=240)
     assert process.returncode == 0, output + errors
+    assert not re.search(r"^[IWEF]\d{4} \d\d:\d\d:", errors, re.MULTILINE), errors  # lines of TensorFlow's log
     rows = [(m.strip(), float(a), int(b.replace(",", "")), float(f)) for m, a, b, f, _ in ROW.findall(output)]
     methods = ["Adam, averaged gradients", "Signum (0.9, 0.9), vote", "verdict momentum 0.8, vote"]
     assert [method for method, *_ in rows] == methods, output
@@ -106,6 +108,17 @@ def test_worker_processes_count_what_they_send(start: Start, tmp_path: Path) -> 
     assert _workers(process.pid) == []
 
 
+def test_a_vote_outlives_a_worker_that_sends_nan_and_a_mean_does_not(start: Start) -> None:
+    process = start("--workers=3", "--steps=8", "--adversaries=nan", "--no-plot")
+    output, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, output + errors
+    mean, *votes = (float(accuracy) for _, accuracy, *_ in ROW.findall(output))
+    assert mean < 20
+    assert len(votes) == 2
+    assert min(votes) > 60
+    assert "adversaries: the last 1 of 3 workers (nan), in every run\n" in output
+
+
 def test_no_worker_is_left_behind(start: Start) -> None:
     """One worker dies, the demo is told to end, the demo is killed: the others end too."""
     dying, told, killed = (start("--workers=2", "--processes", "--no-plot") for _ in range(3))
@@ -129,6 +142,12 @@ def test_no_worker_is_left_behind(start: Start) -> None:
         (["--lr", "1,2"], "--lr: must be one or three positive numbers such as 1e-3 or"),
         (["--workers", "0"], "--workers: must be a whole number of 1 or more, got '0'"),
         (["--betas", "0.9"], "--betas: betas must be a pair of numbers"),
+        (
+            ["--adversaries", "invert,thief"],
+            "--adversaries: must be names of invert, random, constant, ",
+        ),
+        (["--workers=2", "--adversaries=nan,nan"], "--adversaries: must be fewer than the 2 workers, got 2"),
+        (["--processes", "--adversaries=" + "nan," * 3 + "nan"], "must be fewer than the 4 workers, got 4"),
         (["--process=4"], "ignored explicit argument '4'"),
     ],
 )

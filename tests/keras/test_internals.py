@@ -35,7 +35,11 @@ FUNCTIONS: dict[str, tuple[Any, str, str]] = {
     "Optimizer._clip_gradients": (BASE, "self, grads", "replicas.Voter clips each replica's own"),
     "Optimizer._get_variable_index": (BASE, "self, variable", "Signum.state_of and replicas.Voter"),
     "Optimizer._use_weight_decay": (BASE, "self, variable", "Signum.decay"),
-    "Optimizer._track_variable": (BASE, "self, variable", "Signum.add_variable_from_reference"),
+    "Optimizer._track_variable": (
+        BASE,
+        "self, variable",
+        "Signum and LossScaleOptimizer, whose variables are their own",
+    ),
     "Optimizer._update_model_variables_moving_average": (BASE, "self, trainable_variables", "replicas.Voter's EMA"),
     "Optimizer._overwrite_model_variables_with_average_value": (
         BASE,
@@ -100,7 +104,7 @@ def attributes() -> Iterator[tuple[str, Any, str, str]]:
         "_iterations": "replicas.Voter, which counts accumulated steps",
         "_trainable_variables": "replicas.Voter",
         "_accumulated_gradients": "replicas.Voter, each replica's own sums",
-        "_variables": "Signum.variables",
+        "_variables": "Signum.variables and LossScaleOptimizer",
     }.items():
         yield "an optimizer", optimizer, name, needed_by
     yield "MirroredStrategy.extended", mirrored(2).extended, "_cross_device_ops", "internals.cross_device_ops"

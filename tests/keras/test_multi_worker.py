@@ -1,8 +1,5 @@
-"""The vote between real worker processes is `Reference`'s, and a worker that is lost ends the others."""
+"""The vote between real worker processes is `Reference`'s."""
 
-import os
-import signal
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -133,49 +130,3 @@ def test_where_one_worker_overflows_all_skip_the_step(cluster: Callable[[int], C
         assert steps == 2
         assert same(after[0], after[1])
         assert same([x - np.float32(LR) for x in after[1]], after[2])  # all gradients are positive
-
-
-def _endless(victim: int, number: int) -> tuple[str, float]:
-    """Fit until it fails; after its fifth step the victim gets a signal. Return the error and how long it took."""
-    import keras
-    import tensorflow as tf
-
-    from signsgd_keras import Signum
-
-    scope, clock = strategy(), [0.0]
-    with scope.scope():
-        model = compiled(Signum(LR))
-
-    def note(batch: int, logs: Any) -> None:
-        if batch == 5:
-            clock[0] = time.monotonic()
-            if scope.cluster_resolver.task_id == victim:
-                os.kill(os.getpid(), number)
-
-    repeated = dataset(*data(24), 6).repeat()
-    try:
-        model.fit(
-            repeated,
-            steps_per_epoch=10**6,
-            shuffle=False,
-            verbose=0,
-            callbacks=[keras.callbacks.LambdaCallback(on_train_batch_end=note)],
-        )
-    except tf.errors.OpError as error:
-        return type(error).__name__, time.monotonic() - clock[0]
-    return "no error", 0.0
-
-
-@pytest.mark.parametrize(("number", "victim"), [(signal.SIGKILL, 1), (signal.SIGKILL, 0), (signal.SIGSTOP, 1)])
-def test_a_lost_worker_ends_the_others(
-    number: signal.Signals, victim: int, fresh_cluster: Callable[[int], Cluster]
-) -> None:
-    """TensorFlow asks every 30 seconds and thrice more, 10 seconds for an answer; mostly it took 0.1 to 8 seconds."""
-    ends = fresh_cluster(3).run(_endless, victim, int(number), lost=(victim,))
-    for worker, end in enumerate(ends):
-        if worker == victim:
-            assert end is None
-        else:
-            name, seconds = end
-            assert name in ("UnavailableError", "AbortedError", "InternalError", "FailedPreconditionError")
-            assert seconds < 90

@@ -74,6 +74,26 @@ def _models(order: list[str]) -> str:
     return "no error"
 
 
+def _versions() -> str:
+    from signsgd_keras import Signum, agreement
+
+    scope, before = strategy(), agreement.WIRE_VERSION
+    agreement.WIRE_VERSION = before + scope.cluster_resolver.task_id
+    try:
+        with scope.scope():
+            compiled(Signum()).fit(*data(12), batch_size=6, verbose=0)
+    except ValueError as error:
+        return str(error)
+    finally:
+        agreement.WIRE_VERSION = before
+    return "no error"
+
+
+def test_wire_versions(cluster: Callable[[int], Cluster]) -> None:
+    for message in cluster(2).run(_versions):
+        assert "worker 0 has «wire version 1» where worker 1 has «wire version 2»" in message
+
+
 def test_models(cluster: Callable[[int], Cluster]) -> None:
     for message in cluster(2).run(_models, ["a", "b"]):
         assert "worker 0 has «net/a/kernel: shape (3, 3)» where worker 1 has «net/b/kernel: shape (3, 3)»" in message

@@ -1,7 +1,7 @@
 """Small models that keep a record of every vote, and the judge that replays the records in `signsgd_core.Reference`."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -81,6 +81,32 @@ def judge(ranks: Sequence[Record], **settings: Any) -> Reference:
             reference.parameters[k] = array(torch.from_numpy(np.array(x)).to(dtype))
             np.testing.assert_array_equal(expected[k], reference.parameters[k], f"tensor {k} at step {t}", strict=True)
     return reference
+
+
+def by_node(ranks: Sequence[Record], ranks_per_node: int) -> list[Record]:
+    """Return one `Record` a node, of the mean of its ranks' gradients; the parameters must be the same on all ranks."""
+    nodes = []
+    for first in range(0, len(ranks), ranks_per_node):
+        members = ranks[first : first + ranks_per_node]
+        for one in members:
+            assert [x.tobytes() for step in one.parameters for x in step] == [
+                x.tobytes() for step in members[0].parameters for x in step
+            ], "ranks of a node differ"
+        steps = zip(*(one.gradients for one in members), strict=True)
+        means = [[_mean(tensor) for tensor in zip(*step, strict=True)] for step in steps]
+        nodes.append(replace(members[0], gradients=means))
+    return nodes
+
+
+def _mean(gradients: Sequence[Array | None]) -> Array | None:
+    if all(g is None for g in gradients):
+        return None
+    shape = next(g.shape for g in gradients if g is not None)
+    total = np.zeros(shape, np.float32)
+    for g in gradients:
+        if g is not None:
+            total = total + np.where(np.isfinite(g), g, 0).astype(np.float32)
+    return np.asarray(total / np.float32(len(gradients)))
 
 
 def small_net() -> nn.Module:

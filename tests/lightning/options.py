@@ -27,6 +27,8 @@ OPTIONS: tuple[Options, ...] = (
     {"zeros": "abstain", "verdict_momentum": 0.8},
     {"zeros": "alternate"},
     {"zeros": "positive"},
+    {"momentum_dtype": torch.bfloat16},
+    {"betas": (0.9, 0.99), "momentum_dtype": torch.bfloat16, "verdict_momentum": 0.5},
 )
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import StepLR
 
 import signsgd_core as core
 from signsgd_lightning import Signum, gather_state, scatter_state
-from signsgd_lightning.optimizer import OTHERS
+from signsgd_lightning.loading import OTHERS
 from tests.workers import Workers
 
 from .models import Net, trainer
@@ -24,6 +24,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "lion-warmup": ({"betas": (0.9, 0.99), "warmup_steps": 11}, {}),
     "both-momenta-accumulated": ({"verdict_momentum": 0.5}, {"accumulate_grad_batches": 2}),
     "bf16": ({}, {"precision": "bf16-mixed"}),
+    "bf16-momentum": ({"momentum_dtype": torch.bfloat16}, {}),
     "verdict-momentum": ({"betas": (0.0, 0.0), "verdict_momentum": 0.8}, {}),
 }
 """Name -> settings of `Signum`, settings of the Trainer."""
@@ -39,7 +40,7 @@ class Scheduled(Net):
 
 def _momenta(optimizer: Any) -> list[Any]:
     state = [optimizer.state[p].get("momentum") for group in optimizer.param_groups for p in group["params"]]
-    return [None if m is None else m.numpy().copy() for m in state]
+    return [None if m is None else m.float().numpy().copy() for m in state]  # NumPy has no bfloat16
 
 
 def _train(folder: str, signum: Any, settings: Any, epochs: int, resume: str | None = None) -> tuple[list[Any], Any]:
@@ -92,6 +93,26 @@ def test_the_file_opens_without_us(tmp_path: Path, workers: Workers) -> None:
     with pytest.warns(UserWarning, match="rank 0's was loaded"):
         optimizer.load_state_dict(state)
     assert _same([_momenta(optimizer)], [ranks[0][1]])
+
+
+def test_narrow_momenta_stay_narrow(tmp_path: Path, workers: Workers) -> None:
+    workers.run(2, _train, str(tmp_path), *SETTINGS["bf16-momentum"], 1)
+    (state,) = torch.load(tmp_path / "epoch=0.ckpt", weights_only=True)["optimizer_states"]
+    kept = [*(rows for rows in state[OTHERS].values()), *(entry["momentum"] for entry in state["state"].values())]
+    assert len(kept) == 2 * len(list(Net().parameters()))
+    assert {momentum.dtype for momentum in kept} == {torch.bfloat16}
+
+
+def test_the_mean_of_narrow_momenta_is_rounded_once(workers: Workers) -> None:
+    p = torch.nn.Parameter(torch.zeros(1))
+    optimizer = Signum([p], momentum_dtype=torch.bfloat16)
+    state = optimizer.state_dict()
+    rows = torch.tensor([[1.0], [2.0**-8], [2.0**-8]], dtype=torch.bfloat16)  # 1 + 2^-8 is no bfloat16, and goes to 1
+    state = {**state, "state": {0: {"momentum": rows[0]}}, OTHERS: {0: rows[1:]}}
+    scatter_state(optimizer, state)
+    expected = ((1 + 2.0**-7) / 3 * torch.ones(1)).bfloat16()
+    assert torch.equal(optimizer.state[p]["momentum"], expected)
+    assert not torch.equal((rows[0] + rows[1] + rows[2]) / 3, expected), "rounded twice it is the same"
 
 
 def _plain_ddp(folder: str) -> tuple[list[str], list[Any]]:

@@ -17,7 +17,7 @@ trainer:
     class_path: signsgd_lightning.MajorityVoteStrategy
     init_args:
       find_unused_parameters: true
-      gradient_as_bucket_view: true
+      gradient_as_bucket_view: false
       timeout: "0:00:25"
   callbacks:
     - class_path: signsgd_lightning.VoteMonitor
@@ -75,4 +75,4 @@ def test_in_a_yaml_file(tmp_path: Path, workers: Workers) -> None:
         assert one.lrs == [0.125] * 3
         assert arguments["timeout"] == timedelta(seconds=25)
         assert arguments["find_unused_parameters"] is True
-        assert arguments["gradient_as_bucket_view"] is True
+        assert arguments["gradient_as_bucket_view"] is False

@@ -46,9 +46,9 @@ def test_kernel(zeros: core.Zeros, length: int) -> None:
     values = np.random.default_rng(0).integers(-2, 3, length).astype(np.float32)
     expected = core.pack(values, zeros, step=3, worker=2)
     ballot = torch.empty(expected.shape, dtype=torch.uint8, device="cuda")
-    kernels.cuda.pack(torch.from_numpy(values).cuda(), zeros, 3, 2, ballot)
+    kernels.DEVICE.pack(torch.from_numpy(values).cuda(), zeros, 3, 2, ballot)
     np.testing.assert_array_equal(ballot.cpu().numpy(), expected)
-    np.testing.assert_array_equal(kernels.cuda.unpack(ballot, length).cpu().numpy(), core.unpack(expected, length))
+    np.testing.assert_array_equal(kernels.DEVICE.unpack(ballot, length).cpu().numpy(), core.unpack(expected, length))
 
 
 @pytest.mark.parametrize("case", [case for case in cases() if case.workers == 1], ids=str)

@@ -48,9 +48,10 @@ def test_signature_is_the_documented_one() -> None:
         ("zeros", None),
         ("warmup_steps", 0),
         ("maximize", False),
+        ("momentum_dtype", None),
     ]
     keyword_only = [key for key, p in signature.parameters.items() if p.kind is p.KEYWORD_ONLY]
-    assert keyword_only == ["verdict_momentum", "zeros", "warmup_steps", "maximize"]
+    assert keyword_only == ["verdict_momentum", "zeros", "warmup_steps", "maximize", "momentum_dtype"]
 
 
 @pytest.mark.parametrize(("options", "sentence"), BAD, ids=str)
@@ -199,3 +200,12 @@ def test_repr_names_the_settings() -> None:
     assert words.startswith("Signum (")
     for word in ("Parameter Group 1", "lr: 0.0001", "lr: 0.5", "betas: (0.9, 0.99)", "zeros: None", "maximize: False"):
         assert word in words
+
+
+def test_a_step_between_forward_and_backward_is_told_to_autograd() -> None:
+    p = nn.Parameter(torch.ones(3))
+    loss = p.square().sum()
+    p.grad = torch.ones(3)
+    Signum([p]).step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()  # type: ignore[no-untyped-call]

@@ -55,6 +55,16 @@ def test_what_is_no_number_is_refused_with_a_sentence(options: dict[str, Any]) -
         Signum(parameters(), **options)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.float32, "bfloat16", 2], ids=str)
+def test_other_momentum_dtypes_are_refused(dtype: Any) -> None:
+    with pytest.raises(ValueError, match=r"momentum_dtype must be None, .* or torch.bfloat16, got "):
+        Signum(parameters(), momentum_dtype=dtype)
+    optimizer = Signum(parameters())
+    with pytest.raises(ValueError, match="momentum_dtype"):
+        optimizer.add_param_group({"params": parameters(), "momentum_dtype": dtype})
+    assert len(optimizer.param_groups) == 1
+
+
 def test_integer_parameters_are_not_called_complex() -> None:
     with pytest.raises(ValueError, match="got torch.int32$"):
         Signum([torch.zeros(2, dtype=torch.int32)])

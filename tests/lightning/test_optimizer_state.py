@@ -1,4 +1,4 @@
-"""`Signum`'s state: which setting keeps what, and that it survives every way of saving it, bit for bit in float32."""
+"""`Signum`'s state: which setting keeps what, and that it survives every way of saving it, bit for bit."""
 
 import copy
 import gc
@@ -68,7 +68,8 @@ def test_resumes_bit_for_bit(options: Options, resume: Callable[[Signum], Signum
     for t in range(3, 6):
         take_step(optimizer, t)
     assert_same(resumed, optimizer)
-    assert all(value.dtype is torch.float32 for _, state in snapshot(resumed) for value in state.values())
+    kept = {"momentum": options.get("momentum_dtype") or torch.float32, "verdict_momentum": torch.float32}
+    assert all(value.dtype is kept[key] for _, state in snapshot(resumed) for key, value in state.items())
     assert resumed.param_groups[0]["step"] == 6
 
 
@@ -89,19 +90,19 @@ def test_loaded_momentum_is_more_than_the_parameters_dtype_can_hold(dtype: torch
 @pytest.mark.parametrize(
     ("options", "keys"),
     [
-        ({"betas": (0.0, 0.0)}, set()),
-        ({"betas": (0.0, 0.9)}, set()),
-        ({"betas": (0.0, 0.0), "weight_decay": 0.5, "warmup_steps": 9, "zeros": "alternate"}, set()),
-        ({"betas": (0.0, 0.0), "verdict_momentum": 0.8}, {"verdict_momentum"}),
-        ({}, {"momentum"}),
-        ({"betas": (0.9, 0.0)}, {"momentum"}),
-        ({"betas": (0.9, 0.99), "warmup_steps": 9}, {"momentum"}),
-        ({"verdict_momentum": 0.8}, {"momentum", "verdict_momentum"}),
+        ({"betas": (0.0, 0.0)}, []),
+        ({"betas": (0.0, 0.9)}, []),
+        ({"betas": (0.0, 0.0), "weight_decay": 0.5, "warmup_steps": 9, "zeros": "alternate"}, []),
+        ({"betas": (0.0, 0.0), "verdict_momentum": 0.8}, ["verdict_momentum"]),
+        ({}, ["momentum"]),
+        ({"betas": (0.9, 0.0)}, ["momentum"]),
+        ({"betas": (0.9, 0.99), "warmup_steps": 9}, ["momentum"]),
+        ({"verdict_momentum": 0.8}, ["momentum", "verdict_momentum"]),
     ],
     ids=str,
 )
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_only_the_state_that_a_setting_needs(options: Options, keys: set[str], dtype: torch.dtype) -> None:
+def test_only_the_state_that_a_setting_needs(options: Options, keys: list[str], dtype: torch.dtype) -> None:
     mine = parameters(dtype)
     optimizer = Signum(mine, **options)
     assert not optimizer.state
@@ -112,9 +113,35 @@ def test_only_the_state_that_a_setting_needs(options: Options, keys: set[str], d
         assert optimizer.state_dict()["state"] == {}
     else:
         for p in mine[:3]:  # the fourth is empty
-            assert optimizer.state[p].keys() == keys
+            assert sorted(optimizer.state[p]) == keys
             assert all(value.shape == p.shape for value in optimizer.state[p].values())
             assert all(value.dtype is torch.float32 for value in optimizer.state[p].values())
+
+
+def test_a_momentum_that_is_in_another_dtype_is_taken_into_the_settings_own() -> None:
+    p = nn.Parameter(torch.zeros(2))
+    optimizer = Signum([p], betas=(0.5, 0.5))
+    p.grad = torch.tensor([2.0 + 2**-7, -4.0])
+    optimizer.step()
+    optimizer.param_groups[0]["momentum_dtype"] = torch.bfloat16
+    p.grad = torch.zeros(2)
+    optimizer.step()
+    momentum = optimizer.state[p]["momentum"]
+    assert momentum.dtype is torch.bfloat16
+    assert momentum.tolist() == [0.5, -1.0]  # 1 + 2^-8 lies in the middle of two that bfloat16 has
+
+
+def test_a_group_saved_before_there_was_a_momentum_dtype_keeps_float32() -> None:
+    optimizer = Signum(parameters())
+    take_step(optimizer, 0)
+    state_dict = optimizer.state_dict()
+    del state_dict["param_groups"][0]["momentum_dtype"]
+    resumed = Signum(copies(optimizer.param_groups[0]["params"]))
+    resumed.load_state_dict(state_dict)
+    assert_same(resumed, optimizer)
+    take_step(resumed, 1)
+    take_step(optimizer, 1)
+    assert_same(resumed, optimizer)
 
 
 def test_loading_leaves_the_state_dict_alone() -> None:

@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from signsgd_core import Zeros, planes, traffic
 from signsgd_lightning import PeerLostError, Signum, enable_majority_vote
+from signsgd_lightning.peers import first_lost
 from tests.workers import Workers, fresh_workers
 
 GROUP_TIMEOUT = 4.0
@@ -69,6 +70,35 @@ def test_lost_rank_is_named(name: str, signal_number: int, victim: int) -> None:
                 assert message.startswith(f"rank {victim} stopped answering while the ranks ")
                 assert seconds < GROUP_TIMEOUT + 4
     assert not any(process.is_alive() for process in workers.processes)
+
+
+def _blame(suspects: tuple[int | None, ...], victim: int, signal_number: int) -> int | None:
+    """Lose the victim, and return who the others take for the first one lost, whomever they suspected at first."""
+    rank = torch.distributed.get_rank()
+    torch.distributed.barrier()
+    if rank == victim:
+        os.kill(os.getpid(), signal_number)
+    time.sleep(0.2)
+    return first_lost(torch.distributed.distributed_c10d._get_default_group(), suspects[rank])
+
+
+@pytest.mark.parametrize(
+    ("victim", "signal_number", "suspects"),
+    [
+        (0, signal.SIGSTOP, (None, 2, 3, 0)),  # the store is lost with it
+        (0, signal.SIGKILL, (None, None, 1, 1)),
+        (2, signal.SIGSTOP, (1, 3, None, 2)),  # the blame is followed
+        (2, signal.SIGKILL, (1, 0, None, 0)),  # it leads in a circle
+        (2, signal.SIGSTOP, (None, None, None, 2)),
+        (2, signal.SIGKILL, (None, None, None, None)),
+    ],
+)
+def test_survivors_blame_the_lost_one_in_the_end(
+    victim: int, signal_number: int, suspects: tuple[int | None, ...]
+) -> None:
+    with fresh_workers(4) as workers:
+        results = workers.run(4, _blame, suspects, victim, signal_number, lost=(victim,), timeout=40)
+    assert [result for rank, result in enumerate(results) if rank != victim] == [victim] * 3
 
 
 def _settle() -> None:

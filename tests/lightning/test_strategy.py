@@ -81,7 +81,7 @@ def test_one_process_trains_without_an_exchange(workers: Workers) -> None:
 
 
 ARGUMENTS: dict[str, dict[str, Any]] = {
-    "bucket view": {"gradient_as_bucket_view": True},
+    "no bucket view": {"gradient_as_bucket_view": False},
     "static graph": {"static_graph": True},
     "tiny buckets": {"bucket_cap_mb": 2**-16},
     "find unused": {"find_unused_parameters": True},

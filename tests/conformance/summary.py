@@ -7,7 +7,7 @@ PROPERTY = "conformance"
 """Under which a test notes the front end that it compares."""
 
 
-def pytest_terminal_summary(terminalreporter: Any) -> None:
+def write_summary(terminalreporter: Any) -> None:
     """Print a line for each front end of which a case was compared in this session."""
     outcomes: Counter[tuple[str, str]] = Counter()
     for outcome in ("passed", "failed"):

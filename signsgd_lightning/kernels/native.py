@@ -1,0 +1,198 @@
+"""CPU with a C compiler: the loops of native.c, each once over memory, all tensors in one call, on all threads."""
+
+import ctypes
+import functools
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import signsgd_core as core
+from signsgd_core import Zeros
+
+from ..segments import Segment, cover
+from .cpu import NumpyKernel
+from .staged import Note
+
+_ABSTAIN = 2
+_ALONE = 1 << 17
+"""Coordinates that one thread takes before another is worth waking."""
+
+_Piece = tuple[int, int, int, int, int, int, int, int]
+"""Piece of native.c: how many coordinates, the bit of the first; addresses of g, m, x, u and settings, 0 for none."""
+
+
+class _Cast(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_float) for name in ("factor", "beta1", "rest1", "beta2", "rest2")] + [
+        (name, ctypes.c_int32) for name in ("same_betas", "by_gradient", "zero", "half")
+    ]
+
+
+class _Move(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_float) for name in ("lr", "decay", "gamma", "rest")]
+
+
+class NativeKernel(NumpyKernel):
+    """Loops over float32; gradients of other types pass through them in chunks, parameters of others go torch's way.
+
+    Args:
+        library: what `build.load` returned.
+    """
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._library = library
+
+    def cast(
+        self,
+        segments: Sequence[Segment],
+        lo: int,
+        hi: int,
+        zeros: Zeros,
+        step: int,
+        worker: int,
+        out: Tensor,
+        note: Note | None = None,
+    ) -> None:
+        """As `Kernel.cast`, in one pass over memory."""
+        settings, pieces = _Settings(_zero(zeros, step, worker)), list[_Piece]()
+        planes = _addresses(out)
+        for segment, a, b in cover(segments, lo, hi):
+            if not segment.present:
+                continue
+            at, m, chosen = segment.start - lo, segment.kept_momentum, settings.cast(segment)
+            if _is_fast(segment.raw_gradient):
+                g = _address(segment.raw_gradient, a)
+                pieces.append((b - a, at + a, g, _address(m, a), 0, 0, chosen, 0))
+            else:
+                _share_out(self._library.cast, pieces, *planes)  # bits are written in order
+                pieces = []
+                for i in range(a, b, self.CHUNK):
+                    chunk = segment.flat_gradient[i : min(i + self.CHUNK, b)].float().contiguous()
+                    piece = (len(chunk), at + i, chunk.data_ptr(), _address(m, i), 0, 0, chosen, 0)
+                    _share_out(self._library.cast, [piece], *planes)
+            if note is not None:
+                for i in range(a, b, self.CHUNK):
+                    note(segment.gradient(i, min(i + self.CHUNK, b)))
+        _share_out(self._library.cast, pieces, *planes)
+
+    def apply(self, segments: Sequence[Segment], lo: int, hi: int, verdict: Tensor) -> None:
+        """As `Kernel.apply`, in one pass over memory."""
+        settings, pieces = _Settings(), list[_Piece]()
+        planes = _addresses(verdict)
+        add = _Move(lr=-1.0)  # 0 + V
+        for segment, a, b in cover(segments, lo, hi):
+            at = segment.start - lo
+            if _is_fast(segment.parameter):
+                x, u = _address(segment.parameter, a), _address(segment.kept_average, a)
+                pieces.append((b - a, at + a, 0, 0, x, u, 0, settings.move(segment)))
+                continue
+            for i in range(a, b, self.CHUNK):
+                v = torch.zeros(min(self.CHUNK, b - i))
+                piece = (len(v), at + i, 0, 0, v.data_ptr(), 0, 0, ctypes.addressof(add))
+                _share_out(self._library.apply, [piece], *planes)
+                segment.apply(i, i + len(v), v)
+        _share_out(self._library.apply, pieces, *planes)
+
+    def alone(self, segments: Sequence[Segment], zeros: Zeros, step: int) -> None:
+        """As `Kernel.alone`, in one pass over memory."""
+        settings, pieces = _Settings(_zero(zeros, step, 0)), list[_Piece]()
+        others, first = list[Segment](), 0
+        for segment in segments:
+            p, gradient = segment.parameter, segment.raw_gradient
+            n = p.numel()
+            if not (_is_fast(p) and _is_fast(gradient)):
+                others.append(segment)
+            elif n:
+                g, m, x, u = map(_address, (gradient, segment.kept_momentum, p, segment.kept_average))
+                pieces.append((n, first, g, m, x, u, settings.cast(segment), settings.move(segment)))
+                first += n
+        _share_out(self._library.alone, pieces)
+        super().alone(others, zeros, step)
+
+    def verdict(self, ballots: Tensor, zeros: Zeros, step: int, masks: Tensor | None) -> Tensor:
+        """As `Kernel.verdict`, counted in bit-sliced words."""
+        out, words = torch.empty_like(ballots[0]), ballots.shape[-1] // 8
+        masked = None if masks is None else masks.data_ptr()
+        zero = _zero(zeros, step, 0)
+        self._library.verdict(ballots.data_ptr(), masked, len(ballots), words, zero, out.data_ptr())
+        return out
+
+
+class _Settings:
+    """What native.c reads of each parameter group, written once; to be kept until a call is done."""
+
+    def __init__(self, zero: int = 0) -> None:
+        self._zero = zero
+        self._casts, self._moves = dict[int, _Cast](), dict[int, _Move]()
+
+    def cast(self, segment: Segment) -> int:
+        """Return the address of the settings of steps 1 to 4."""
+        group = segment.group
+        if id(group) not in self._casts:
+            beta1, beta2 = group["betas"]
+            m = segment.kept_momentum
+            kinds = beta1 == beta2, segment.by_gradient, self._zero, m is not None and m.dtype is torch.bfloat16
+            self._casts[id(group)] = _Cast(segment.factor, beta1, 1 - beta1, beta2, 1 - beta2, *kinds)
+        return ctypes.addressof(self._casts[id(group)])
+
+    def move(self, segment: Segment) -> int:
+        """Return the address of the settings of steps 7 and 8."""
+        group = segment.group
+        if id(group) not in self._moves:
+            gamma = group["verdict_momentum"]
+            self._moves[id(group)] = _Move(float(group["lr"]), group["weight_decay"], gamma, 1 - gamma)
+        return ctypes.addressof(self._moves[id(group)])
+
+
+def _share_out(loop: Callable[..., None], pieces: list[_Piece], *planes: int | None) -> None:
+    """Run one of native.c's loops on torch's number of threads, which share no byte of a ballot.
+
+    Args:
+        loop: runs without Python's lock.
+        pieces: one behind the other.
+        planes: addresses of the sign plane and the vote plane.
+    """
+    if not pieces:
+        return
+    table = np.array(pieces, np.int64)
+    lo, hi = pieces[0][1], pieces[-1][1] + pieces[-1][0]
+    threads = min(torch.get_num_threads(), (hi - lo) // _ALONE)
+    if threads < 2:
+        loop(table.ctypes.data, len(pieces), lo, hi, *planes)
+        return
+    cuts = [lo, *((lo + (hi - lo) * k // threads) // 64 * 64 for k in range(1, threads)), hi]
+    jobs = [_pool(threads).submit(loop, table.ctypes.data, len(pieces), a, b, *planes) for a, b in pairwise(cuts)]
+    for done in jobs:
+        done.result()
+
+
+@functools.cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, "signsgd")
+
+
+os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not come along
+
+
+def _is_fast(values: Tensor) -> bool:
+    return values.dtype is torch.float32 and values.is_contiguous()
+
+
+def _zero(zeros: Zeros, step: int, worker: int) -> int:
+    bit = core.zero_bit(zeros, step, worker)
+    return _ABSTAIN if bit is None else int(bit)
+
+
+def _addresses(ballot: Tensor) -> tuple[int, int | None]:
+    """Those of a ballot's sign plane and vote plane."""
+    return ballot[0].data_ptr(), ballot[1].data_ptr() if len(ballot) == 2 else None
+
+
+def _address(values: Tensor | None, index: int = 0) -> int:
+    if values is None:
+        return 0
+    return values.data_ptr() + index * values.element_size() if index else values.data_ptr()

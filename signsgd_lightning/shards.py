@@ -1,0 +1,248 @@
+"""Sharded checkpoints: a directory in which every rank writes its own momenta, and no rank holds another's."""
+
+import ctypes
+import os
+import pickle
+import shutil
+import warnings
+from collections.abc import Callable
+from dataclasses import is_dataclass
+from enum import Enum
+from pathlib import Path, PurePath
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException  # no Exception, only a BaseException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+
+import signsgd_core as core
+
+from .loading import SHARDS
+
+META = "meta.pt"
+"""What rank 0 writes: everything but the momenta, as in a checkpoint that is one file."""
+
+PART = ".part"
+"""Ends the name of what is not whole yet, or no longer."""
+
+_INDEX = ".metadata"  # torch's name for its table of contents
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # <fcntl.h>, <linux/fs.h>
+
+T = TypeVar("T")
+
+
+def save_shards(checkpoint: dict[str, Any], path: str) -> None:
+    """Write a checkpoint as a directory that has its name only when it is whole; every rank must call it.
+
+    Args:
+        checkpoint: as Lightning makes it, each rank with its own optimizer states.
+        path: of a directory that all ranks see, the same on all.
+
+    Raises:
+        RuntimeError: on all ranks, if one could not write, or if something else than a checkpoint has that name.
+
+    Example:
+        >>> save_shards({"optimizer_states": [optimizer.state_dict()]}, "epoch=3.ckpt")  # doctest: +SKIP
+    """
+    rank, part, failed = dist.get_rank(), f"{path}{PART}", f"could not save {path}: "
+    rest, momenta = _part(checkpoint, rank, dist.get_world_size())
+
+    def begin() -> None:
+        if rank == 0:
+            check_target(path)
+            _remove(part)
+            os.makedirs(part)
+
+    def finish() -> None:
+        if rank == 0:
+            torch.save(rest, os.path.join(part, META))
+            replace(part, path)
+
+    _together(begin, failed)
+    if any(SHARDS in state for state in rest.get("optimizer_states", ())):
+        try:
+            save(momenta, storage_writer=FileSystemWriter(part))
+        except CheckpointException as error:
+            raise RuntimeError(f"{failed}{_reason(error)}") from error
+    _together(finish, failed)
+
+
+def load_shards(
+    path: str, read: Callable[[str], dict[str, Any]], worker: int, workers: int, momenta: bool
+) -> dict[str, Any]:
+    """Read a directory; every rank must call it and gets the momenta that its worker inherits in its optimizer states.
+
+    With more workers than saved it, new worker `i` takes the momentum of old one ``i mod M``; with fewer each takes the
+    mean of those it replaces (`signsgd_core.predecessors`), and reads no others.
+
+    Args:
+        path: of the directory.
+        read: reads a checkpoint that is one file.
+        worker: `i`, a rank, or its node where nodes vote.
+        workers: how many there are now.
+        momenta: whether they are wanted.
+
+    Returns:
+        The checkpoint, as if it had been one file that this worker wrote.
+
+    Raises:
+        RuntimeError: on all ranks, if one could not read what it needs.
+
+    Example:
+        >>> load_shards("epoch=3.ckpt", torch.load, 0, 4, momenta=True)  # doctest: +SKIP
+    """
+
+    def work() -> dict[str, Any]:
+        checkpoint = read(os.path.join(path, META))
+        saved = {k: state.pop(SHARDS, 0) for k, state in enumerate(checkpoint.get("optimizer_states", ()))}
+        if momenta and any(saved.values()):
+            for (k, key), momentum in _inherited(path, saved, worker, workers).items():
+                checkpoint["optimizer_states"][k]["state"].setdefault(key, {})["momentum"] = momentum
+        return checkpoint
+
+    return _together(work)
+
+
+def check_target(path: str) -> None:
+    """Make sure that no directory is in the way that is not a checkpoint.
+
+    Raises:
+        IsADirectoryError: if one is.
+    """
+    if os.path.isdir(path) and os.listdir(path) and not os.path.isfile(os.path.join(path, META)):
+        raise IsADirectoryError(f"{path} is a directory with something else than a checkpoint in it; take another name")
+
+
+def replace(part: str, path: str) -> None:
+    """Give what was written as `part` its name, in one step whatever has that name now."""
+    if os.path.lexists(path) and (os.path.isdir(part) or os.path.isdir(path)):
+        _exchange(part, path)
+        _remove(part)
+    else:
+        os.replace(part, path)
+
+
+def remove_directory(path: str) -> None:
+    """Remove a checkpoint that is a directory; it loses its name first."""
+    _remove(f"{path}{PART}")
+    os.replace(path, f"{path}{PART}")
+    _remove(f"{path}{PART}")
+
+
+def _part(checkpoint: dict[str, Any], rank: int, world_size: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Part a checkpoint into what is the same on all ranks and this rank's own momenta, by a name of their own."""
+    rest, momenta = dict(checkpoint), {}
+    for k, state in enumerate(checkpoint.get("optimizer_states", ())):
+        if not any(group["betas"][0] > 0 for group in state["param_groups"]):
+            continue  # no rank has a momentum of its own
+        entries = {key: dict(values) for key, values in state["state"].items()}  # they are the optimizer's own
+        for key, values in entries.items():
+            if "momentum" in values:
+                momenta[f"{k}.{key}.{rank}"] = values.pop("momentum")
+        states = list(rest["optimizer_states"])
+        states[k] = {**state, "state": entries, SHARDS: world_size}
+        rest["optimizer_states"] = states
+    return rest, momenta
+
+
+def _inherited(path: str, saved: dict[int, int], worker: int, workers: int) -> dict[tuple[int, int], Tensor]:
+    """Return a worker's momenta by optimizer and parameter; `saved`: optimizer -> how many ranks wrote theirs."""
+    index = _read_index(path)
+    entries: dict[str, Any] = index.state_dict_metadata
+    rows, wanted = dict[tuple[int, int], Tensor](), dict[str, Any]()
+    for name, entry in entries.items():
+        k, key, old_rank = map(int, name.split("."))
+        old = core.predecessors(worker, workers, saved[k])
+        if (k, key) not in rows:
+            # zeros, since a rank that never used the parameter has none
+            rows[k, key] = torch.zeros(len(old), *entry.size, dtype=entry.properties.dtype)
+        if old_rank in old:
+            wanted[name] = rows[k, key][old.index(old_rank)]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # each rank reads on its own
+        load(wanted, storage_reader=_Reader(path, index), no_dist=True)
+    return {
+        place: core.inherited(momenta.float(), worker=0, workers=1).to(momenta.dtype) for place, momenta in rows.items()
+    }
+
+
+class _Reader(FileSystemReader):
+    """Goes by an index that was read before."""
+
+    def __init__(self, path: str, index: Metadata) -> None:
+        super().__init__(path)
+        self.index = index
+
+    def read_metadata(self) -> Metadata:
+        return self.index
+
+
+class _Unpickler(pickle.Unpickler):
+    """Makes what torch's index consists of, and nothing else: a checkpoint is data, not code."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        found = super().find_class(module, name)
+        torchs = module in ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
+        record = torchs and isinstance(found, type) and (is_dataclass(found) or issubclass(found, Enum))
+        plain = module == "torch" and (name == "Size" or isinstance(found, torch.dtype))
+        path = isinstance(found, type) and issubclass(found, PurePath)
+        if record or plain or path or (module, name) == ("torch.serialization", "_get_layout"):
+            return found
+        raise pickle.UnpicklingError(f"its {_INDEX} holds {module}.{name}")
+
+
+def _read_index(path: str) -> Metadata:
+    with Path(path, _INDEX).open("rb") as file:
+        index = _Unpickler(file).load()
+    if not isinstance(index, Metadata):
+        raise pickle.UnpicklingError(f"its {_INDEX} holds {type(index).__name__}")
+    return index
+
+
+def _together(work: Callable[[], T], failed: str = "") -> T:
+    """Do something on every rank, and fail on all if one fails."""
+    result, reason = None, None
+    try:
+        result = work()
+    except (Exception, CheckpointException) as error:
+        reason = _reason(error)
+    reasons: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(reasons, reason)
+    for rank, said in enumerate(reasons):
+        if said is not None:
+            raise RuntimeError(f"{failed}rank {rank}: {said}")
+    return result  # type: ignore[return-value]
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def _exchange(a: str, b: str) -> None:
+    """Exchange two names; where the file system cannot do it in one step, `b` is missing for a moment."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    names = os.fsencode(a), os.fsencode(b)
+    if renameat2 is None or renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) != 0:
+        old = f"{a}.old"
+        _remove(old)
+        os.replace(b, old)
+        try:
+            os.replace(a, b)
+        except OSError:
+            os.replace(old, b)
+            raise
+        os.replace(old, a)
+
+
+def _remove(path: str) -> None:
+    if os.path.isdir(path) and not os.path.islink(path):
+        shutil.rmtree(path)
+    else:
+        Path(path).unlink(missing_ok=True)

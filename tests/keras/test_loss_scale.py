@@ -1,0 +1,50 @@
+"""`LossScaleOptimizer` with one replica, on every backend."""
+
+import keras
+import numpy as np
+import pytest
+
+from signsgd_keras import LossScaleOptimizer, Signum
+
+from .backends import Array, assert_equal, everywhere, numbers
+from .models import compiled, data
+
+LR, FIRST, GROWTH = 2.0**-4, 8.0, 3
+
+
+def _state(scaled: LossScaleOptimizer) -> list[float]:
+    """Scale, counter and steps."""
+    return [float(numbers(v)) for v in (scaled.dynamic_scale, scaled.step_counter, scaled.iterations)]
+
+
+@everywhere
+def test_one_replica_is_signum_with_a_scale() -> None:
+    """Bit for bit, overflows included; in float32, where scales of two's powers change no gradient."""
+    batches = [data(4, seed) for seed in range(6)]
+    batches[2][0][1] = np.inf
+    plain, inner = Signum(LR, 0.5, 0.5), Signum(LR, 0.5, 0.5)
+    scaled, ends, states = LossScaleOptimizer(inner, FIRST, GROWTH), list[list[Array]](), []
+    for optimizer, signum in ((plain, plain), (scaled, inner)):
+        model = compiled(optimizer)
+        for x, y in batches:
+            model.train_on_batch(x, y)
+            states += [_state(scaled)] if optimizer is scaled else []
+        ends.append([numbers(v) for v in (*model.trainable_variables, *(signum._momentums or []))])
+    assert_equal(*ends)
+    assert states == [[8, 1, 1], [8, 2, 2], [4, 0, 3], [4, 1, 4], [4, 2, 5], [8, 0, 6]]
+
+
+@everywhere
+@pytest.mark.parametrize(
+    ("first", "value", "last"), [(4.0, np.inf, 1.0), (0.5, np.inf, 0.5), (2.0**126, 0.0, 2.0**127)]
+)
+def test_a_scale_stays_where_it_can_come_back_from(first: float, value: float, last: float) -> None:
+    x, scaled = keras.Variable(np.ones(3, np.float32)), LossScaleOptimizer(Signum(LR), first, 1)
+    for _ in range(5):
+        scaled.apply([keras.ops.convert_to_tensor(np.full(3, value, np.float32))], [x])
+    assert float(numbers(scaled.dynamic_scale)) == last
+
+
+def test_another_optimizer_is_refused() -> None:
+    with pytest.raises(TypeError, match="scales the loss of a Signum, got Adam: take keras.optimizers.LossScaleOpt"):
+        LossScaleOptimizer(keras.optimizers.Adam())

@@ -1,0 +1,101 @@
+"""`python -m signsgd_lightning.breakeven` as a user runs it; its answer from known costs; wrong options."""
+
+import os
+import re
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+
+from signsgd_core import Cost, flat
+from signsgd_core.costs import OURS, SCHEMES, VOTE_BLOCK
+from signsgd_lightning.breakeven import costs_of, main, report
+from signsgd_lightning.exchange import BLOCK_SIZE
+
+ROOT = Path(__file__).parents[2]
+OPTIONS = Namespace(bandwidth=1e6, latency=500.0, workers=4, parameters=1_000_000)
+
+
+def test_it_answers_and_saves_a_plot(tmp_path: Path) -> None:
+    """A step is at least what was given, and the bytes' own time: 6 MB at 10 Mbit/s for DDP."""
+    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    options = ["--bandwidth=10M", "--latency=2", "--workers=4", "--parameters=1e6", "--step-ms=30", "--out=plots"]
+    ran = subprocess.run(
+        [sys.executable, "-m", "signsgd_lightning.breakeven", *options],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert "4 workers, 1,000,000 parameters, 2 ms a message\nstep without exchange: 30.0 ms (given)" in ran.stdout
+    rows = dict(re.findall(r"^(\S.{23}) *([\d,.]+) +[\d.]+×", ran.stdout, re.MULTILINE))
+    steps = {name.strip(): float(step.replace(",", "")) for name, step in rows.items()}
+    assert list(steps) == list(SCHEMES), ran.stdout
+    assert steps["DDP fp32"] > 30 + 6 * 2 + 4800
+    assert 30 + 3 * 2 + 150 < steps[OURS] < steps["DDP fp32"] / 4
+    assert (tmp_path / "plots" / "breakeven.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_step_is_measured_where_none_is_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--parameters=10000", "--workers=2", f"--out={tmp_path}"])
+    printed = capsys.readouterr().out
+    assert (
+        float(re.findall(r"step without exchange: ([\d.]+) ms \(a perceptron's, batch 64, measured\)", printed)[0]) > 0
+    )
+    assert "fastest at 1 Gbit/s: " in printed
+
+
+def test_the_model_knows_the_exchange() -> None:
+    assert VOTE_BLOCK == BLOCK_SIZE
+
+
+def test_costs_are_the_models() -> None:
+    """A gather counts the ballots of four workers, and a vote those of one."""
+    work = dict.fromkeys(SCHEMES, 1e-06) | {"message": 0.125, "cast": 1e-6, "tally": 2e-6, "apply": 3e-6}
+    costs = costs_of(OPTIONS, work, compute=2.0)
+    assert costs[OURS] == flat(OURS, 1_000_000, 4, 0.5, 2.0, 6e-6, per_message=0.125)
+    assert costs["1-bit all-gather"] == flat("1-bit all-gather", 1_000_000, 4, 0.5, 2.0, 12e-6, per_message=0.125)
+    assert costs["PowerSGD rank 4"] == flat("PowerSGD rank 4", 1_000_000, 4, 0.5, 2.0, 1e-6, per_message=0.125)
+
+
+def test_it_says_where_the_answer_changes() -> None:
+    costs = {OURS: Cost(1.5, 10**6), "mean": Cost(1.0, 32 * 10**6), "slow": Cost(2.0, 10**7), "few": Cost(9.5, 10**5)}
+    lines = report(OPTIONS, costs).splitlines()
+    assert [line.split("  ")[-1] for line in lines[2:5]] == [
+        "faster above 62 Mbit/s",
+        "never faster",
+        "faster below 112 kbit/s",
+    ]
+    assert lines[-4:] == [
+        f"fastest at 1 Mbit/s: {OURS}, 3.84 times as fast as few",
+        "  on the slowest links: few",
+        f"  from 112 kbit/s on: {OURS}",
+        "  from 62 Mbit/s on: mean",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("option", "sentence"),
+    [
+        ("--bandwidth=0", "--bandwidth: must be bits per second, more than 0, such as 1e9, 100M or 1G, got '0'"),
+        ("--bandwidth=fast", "--bandwidth: must be bits per second, more than 0, such as 1e9, 100M or 1G, got 'fast'"),
+        ("--bandwidth=inf", "--bandwidth: must be bits per second, more than 0, such as 1e9, 100M or 1G, got 'inf'"),
+        ("--latency=-1", "--latency: must be milliseconds, 0 or more, such as 0.1, got '-1'"),
+        ("--step-ms=nan", "--step-ms: must be milliseconds, 0 or more, such as 0.1, got 'nan'"),
+        ("--workers=1", "--workers: must be a whole number of 2 or more, since one worker sends nothing, got '1'"),
+        ("--parameters=1.5", "--parameters: must be a whole number of 1 or more, such as 25000000 or 25e6, got '1.5'"),
+        (
+            "--parameters=1e999",
+            "--parameters: must be a whole number of 1 or more, such as 25000000 or 25e6, got '1e999'",
+        ),
+    ],
+)
+def test_wrong_options_end_in_a_sentence(option: str, sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="^2$"):
+        main([option])
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last == f"python -m signsgd_lightning.breakeven: error: argument {sentence}"

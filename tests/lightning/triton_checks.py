@@ -1,0 +1,165 @@
+"""The Triton kernels against NumPy, bit for bit; test_triton.py runs this file, in the interpreter and on a GPU.
+
+TRITON_INTERPRET=1 pytest -n 0 tests/lightning/triton_checks.py
+"""
+
+import os
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import signsgd_core as core
+from signsgd_lightning import kernels
+from signsgd_lightning.kernels import NumpyKernel, triton_loops, triton_tally
+from signsgd_lightning.kernels.cuda import TritonKernel
+from signsgd_lightning.segments import Segment, lay_out
+from tests.conformance.cases import Case
+from tests.conformance.torch_runs import alone, vote
+from tests.workers import fresh_workers
+
+from .test_kernels import DTYPES, SETTINGS, ZEROS, bits, finite, group, numbers, one_step, outcome, segments_of
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+LOOPS: list[Any] = [triton_loops.cast, triton_loops.apply, triton_loops.alone, triton_tally.verdict]
+PAIRS = [(chosen, DTYPES[(k + j) % 4], ZEROS[(k + j) % 3]) for k, chosen in enumerate(SETTINGS) for j in (0, 1)]
+
+
+@pytest.fixture
+def launches() -> Iterator[list[str]]:
+    """The loops that were launched, one after the other."""
+    names: list[str] = []
+    for loop in LOOPS:
+        loop.add_pre_run_hook(lambda *args, name=loop.__name__, **kwargs: names.append(name))
+    yield names
+    for loop in LOOPS:
+        loop.pre_run_hooks.clear()
+
+
+@pytest.mark.parametrize(("chosen", "dtype", "zeros"), PAIRS, ids=str)
+def test_a_voted_step(chosen: dict[str, Any], dtype: torch.dtype, zeros: Any) -> None:
+    step, first = (1, 0) if dtype.itemsize == 4 else (4, 16)
+    outcomes = []
+    for kernel, device in ((TritonKernel(), DEVICE), (NumpyKernel(), "cpu")):
+        segments, state = segments_of(step, dtype, chosen, None if zeros == "alternate" else 0.37, step, device)
+        outcomes.append([one_step(kernel, segments, zeros, step, first), *outcome(segments, state)])
+    assert outcomes[0] == outcomes[1]
+
+
+@pytest.mark.parametrize(("chosen", "dtype", "zeros"), PAIRS, ids=str)
+@torch.no_grad()
+def test_a_step_alone(chosen: dict[str, Any], dtype: torch.dtype, zeros: Any) -> None:
+    step = 1 if dtype.itemsize == 4 else 4
+    outcomes = []
+    for kernel, device in ((TritonKernel(), DEVICE), (NumpyKernel(), "cpu")):
+        segments, state = segments_of(step, dtype, chosen, 0.37, step, device)
+        kernel.alone(segments, zeros, step)
+        for s in segments:
+            s.finish()
+        outcomes.append(outcome(segments, state))
+    assert outcomes[0] == outcomes[1]
+
+
+def some(device: str, first: int, chosen: dict[str, Any]) -> tuple[list[Segment], Any]:
+    """A tensor of several blocks, of which the first has bit `first`, and a small one behind it."""
+    random, state, segments = np.random.default_rng(first), defaultdict[Tensor, dict[str, Tensor]](dict), []
+    for size in (first, 2_100, 3):
+        p = nn.Parameter(finite(random, size, torch.float32).to(device))
+        p.grad = numbers(random, size, torch.float32).to(device)
+        segments.append(Segment(p, chosen, state, True))
+    lay_out(segments)
+    return segments, state
+
+
+@pytest.mark.parametrize("first", [0, 1, 31, 32, 37])
+@torch.no_grad()
+def test_words_that_lie_across_programs(first: int) -> None:
+    """In blocks of the vote that end in the midst of words of the tensors."""
+    outcomes = []
+    for kernel, device in ((TritonKernel(), DEVICE), (NumpyKernel(), "cpu")):
+        segments, state = some(device, first, group(0, betas=(0.9, 0.99), verdict_momentum=0.5))
+        ballots = []
+        for lo, hi in ((0, 1_152), (1_152, segments[-1].stop)):
+            ballots.append(torch.zeros(2, 8 * -(-(hi - lo) // 64), dtype=torch.uint8, device=device))
+            kernel.cast(segments, lo, hi, "abstain", 0, 0, ballots[-1])
+            kernel.apply(segments, lo, hi, ballots[-1])
+        outcomes.append([*map(bits, ballots), *outcome(segments, state)])
+    assert outcomes[0] == outcomes[1]
+
+
+@pytest.mark.parametrize("zeros", ZEROS)
+@torch.no_grad()
+def test_the_ballot_is_cores(zeros: core.Zeros) -> None:
+    segments, _ = some(DEVICE, 5, group(3, betas=(0.0, 0.0)))
+    ballot = torch.zeros(core.planes(zeros), 264, dtype=torch.uint8, device=DEVICE)
+    seen: list[Tensor] = []
+    TritonKernel().cast(segments, 0, 2_108, zeros, 3, 2, ballot, seen.append)
+    gradients = [s.raw_gradient.cpu().numpy() for s in segments]
+    assert bits(ballot) == core.pack(core.finite(np.concatenate(gradients)), zeros, step=3, worker=2).tobytes()
+    assert [bits(gradient) for gradient in seen] == [gradient.tobytes() for gradient in gradients]
+
+
+@pytest.mark.parametrize("zeros", ZEROS)
+@pytest.mark.parametrize("workers", [1, 2, 3, 8, 33])
+def test_verdicts(workers: int, zeros: core.Zeros) -> None:
+    random = np.random.default_rng(workers)
+    length = 8 * random.integers(1, 700)
+    ballots = torch.from_numpy(random.integers(0, 256, (workers, core.planes(zeros), length), dtype=np.uint8))
+    for masks in (None, torch.from_numpy(random.integers(0, 256, (workers, length), dtype=np.uint8))):
+        there = None if masks is None else masks.to(DEVICE)
+        verdict = TritonKernel().verdict(ballots.to(DEVICE), zeros, 3, there).cpu()
+        assert torch.equal(verdict, NumpyKernel().verdict(ballots, zeros, 3, masks))
+
+
+@torch.no_grad()
+def test_one_launch_a_dtype_and_group(launches: list[str]) -> None:
+    state, segments = defaultdict[Tensor, dict[str, Tensor]](dict), []
+    for chosen in (group(0, betas=(0.9, 0.9)), group(0, betas=(0.0, 0.0), verdict_momentum=0.5)):
+        for size, dtype in ((3, torch.float32), (40, torch.bfloat16), (5, torch.float32), (1, torch.bfloat16)):
+            p = nn.Parameter(torch.zeros(size, dtype=dtype, device=DEVICE))
+            p.grad = torch.ones_like(p)
+            segments.append(Segment(p, chosen, state, True))
+    ballot = torch.zeros(1, 16, dtype=torch.uint8, device=DEVICE)
+    length = lay_out(segments)
+    TritonKernel().cast(segments, 0, length, "alternate", 0, 0, ballot)
+    TritonKernel().apply(segments, 0, length, ballot)
+    TritonKernel().alone(segments, "abstain", 0)
+    assert launches == 4 * ["cast"] + 4 * ["apply"] + 4 * ["alone"]
+
+
+CASES = [
+    Case(2, (0.5, 0.25), "alternate", 0.5, 0.5, 1, "somewhere"),
+    Case(2, (0.75, 0.25), "abstain", absent="everywhere"),
+    Case(2, (0.0, 0.0), "positive", weight_decay=0.5),
+]
+
+
+def voted(table: list[Case]) -> Any:
+    kernels.TritonKernel = TritonKernel  # type: ignore[attr-defined]
+    return vote(table, 384, "TritonKernel", None)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="test_cuda.py runs every case on the GPU")
+def test_votes_of_real_processes() -> None:
+    with fresh_workers(2) as workers:
+        for trajectories in workers.run(2, voted, CASES):
+            for case, trajectory in zip(CASES, trajectories, strict=True):
+                assert_equal(trajectory, case)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="test_cuda.py runs every case on the GPU")
+def test_one_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "for_device", lambda device: TritonKernel())
+    case = Case(1, (0.5, 0.25), "abstain", 0.5, 0.5, 1, "everywhere")
+    assert_equal(alone([case])[0], case)
+
+
+def assert_equal(trajectory: Any, case: Case) -> None:
+    for step, expected in zip(trajectory, case.reference(), strict=True):
+        for x, y in zip(step, expected, strict=True):
+            np.testing.assert_array_equal(x, y, strict=True)
