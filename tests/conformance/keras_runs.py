@@ -128,3 +128,33 @@ def _under(strategy: Any, case: Case, graph: bool, without: Collection[int]) -> 
         for trajectory, parameters in zip(trajectories, zip(*local, strict=True), strict=True):
             trajectory.append(list(parameters))
     return trajectories
+
+
+def apart(strategy: Any, without: Collection[int] = ()) -> None:
+    """Take a step in which each replica lacks other gradients."""
+    import tensorflow as tf
+
+    case = Case(2, absent="somewhere")
+    with strategy.scope():
+        xs, optimizer = make(case, without)
+    first = case.gradients()[0]
+
+    def replica() -> None:
+        mine = first[int(tf.get_static_value(tf.distribute.get_replica_context().replica_id_in_sync_group))]
+        kept = [g for k, g in enumerate(mine) if k not in without]
+        optimizer.apply([None if g is None else tf.constant(g) for g in kept], xs)
+
+    tf.function(lambda: strategy.run(replica), autograph=False)()
+
+
+def refusal(without: Collection[int]) -> str:
+    """Return what such a step says on one worker of a cluster."""
+    import tensorflow as tf
+
+    from tests.keras.cluster_strategy import strategy
+
+    try:
+        apart(strategy(), without)
+    except tf.errors.InvalidArgumentError as error:
+        return str(error)
+    return "not refused"
