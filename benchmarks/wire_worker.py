@@ -23,7 +23,7 @@ from signsgd_lightning.nodes import VoteBetween
 from signsgd_lightning.segments import Segment, lay_out
 from tests.faults.network import Network
 
-NONE, OURS = "no exchange", "majority vote (ours)"
+NONE, OURS, OVERLAPPED = "no exchange", "majority vote (ours)", "ours, overlap=True"
 WIDTH, LR = 1000, 1e-4
 ROUNDS, SLOW_ROUNDS, SLOW = 9, 3, 2.0
 """Rounds, and of a step that takes longer than so many seconds."""
@@ -93,11 +93,13 @@ class Gathering(Exchange):
             segment.finish()
 
 
-def voting(model: nn.Module, sharded: bool = True, vote_between: VoteBetween = "ranks") -> TakeStep:
+def voting(
+    model: nn.Module, sharded: bool = True, vote_between: VoteBetween = "ranks", overlap: bool = False
+) -> TakeStep:
     """Return Signum's step by majority vote."""
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
     optimizer = Signum(model.parameters(), lr=LR, zeros="alternate")
-    enable_majority_vote(ddp, optimizer, vote_between=vote_between)
+    enable_majority_vote(ddp, optimizer, vote_between=vote_between, overlap=overlap)
     if not sharded:
         optimizer.exchange = Gathering(ddp.process_group, {})
 
@@ -121,6 +123,7 @@ def schemes(parameters: int) -> dict[str, tuple[TakeStep, int]]:
         "PowerSGD rank 4": (power_sgd(model(parameters), 4), 4),
         "1-bit all-gather": (voting(model(parameters), sharded=False), 2),
         OURS: (voting(model(parameters)), 2),
+        OVERLAPPED: (voting(model(parameters), overlap=True), 2),
     }
 
 

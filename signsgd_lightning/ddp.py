@@ -16,6 +16,7 @@ from .exchange import Exchange
 from .node_exchange import NodeExchange
 from .nodes import Nodes, VoteBetween, agree_on_voters, check_voters, find_nodes
 from .optimizer import Signum
+from .overlap import OverlapExchange, check_overlap
 from .peers import Peers
 from .use import Use
 
@@ -26,6 +27,7 @@ def enable_majority_vote(
     verify_every_n_steps: int = 0,
     adversaries: Mapping[int, Adversary] | None = None,
     vote_between: VoteBetween = "ranks",
+    overlap: bool = False,
 ) -> None:
     """Let every `Signum` step be a majority vote of all ranks; two lines in a plain DDP script.
 
@@ -40,12 +42,14 @@ def enable_majority_vote(
             (`signsgd_core.adversaries`), to try what a vote withstands; each rank of a node its own, before the mean.
         vote_between: "ranks", each of which is a worker; or "nodes", each of which is one worker whose gradient is the
             mean of its ranks' (`signsgd_lightning.node_exchange.NodeExchange`). torchrun says which ranks share a node.
+        overlap: let ballots travel while the backward pass goes on (`signsgd_lightning.overlap.OverlapExchange`). What
+            changes gradients between ``backward()`` and ``step()``, as clipping does, is then refused at `step`.
 
     Raises:
         TypeError: if the model is not wrapped, or an optimizer is not a `Signum`.
         ValueError: without an optimizer, or if one holds a parameter that is not the model's, the model's
             embeddings have sparse gradients, or parameters lie on several devices; if there is no telling which
-            ranks share a node, or nodes differ in how many.
+            ranks share a node, or nodes differ in how many; for what `overlap` excludes.
         RuntimeError: if the ranks differ in parameters or settings; if the model already has a communication hook.
 
     Example:
@@ -53,7 +57,7 @@ def enable_majority_vote(
         >>> optimizer = Signum(model.parameters(), lr=1e-3)  # doctest: +SKIP
         >>> enable_majority_vote(model, optimizer)  # doctest: +SKIP
     """
-    let_vote(ddp_model, optimizers, verify_every_n_steps, adversaries, vote_between)
+    let_vote(ddp_model, optimizers, verify_every_n_steps, adversaries, vote_between, overlap)
 
 
 def let_vote(
@@ -62,12 +66,15 @@ def let_vote(
     verify_every_n_steps: int,
     adversaries: Mapping[int, Adversary] | None,
     vote_between: VoteBetween,
+    overlap: bool,
     place: tuple[int, int] | None = None,
 ) -> None:
     """As `enable_majority_vote`; `place`: ranks per node and this rank's own in it, for whom torchrun does not tell."""
     ddp_model = getattr(ddp_model, "_orig_mod", ddp_model)  # of a model that torch.compile took
     _check(ddp_model, optimizers)
     check_voters(vote_between)
+    if overlap:
+        check_overlap(vote_between, adversaries, len(optimizers), ddp_model)
     group = ddp_model.process_group
     alone = dist.get_world_size(group) == 1
     nodes = None if alone else _find_voters(ddp_model, vote_between, place)
@@ -80,7 +87,11 @@ def let_vote(
             optimizer.exchange = None
             continue
         name = f"optimizer {k}"
-        exchange = Exchange(group, names, name) if nodes is None else NodeExchange(nodes, names, name)
+        exchange: Exchange
+        if overlap:
+            exchange = OverlapExchange(ddp_model, optimizer, names, name)
+        else:
+            exchange = Exchange(group, names, name) if nodes is None else NodeExchange(nodes, names, name)
         exchange.verify_every_n_steps = verify_every_n_steps
         exchange.adversary = (adversaries or {}).get(exchange.peers.rank)
         optimizer.exchange = exchange

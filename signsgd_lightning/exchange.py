@@ -1,6 +1,6 @@
 """Ballots up, verdict down: one vote of all ranks over torch.distributed (steps 4-6)."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -31,6 +31,13 @@ class _Block(NamedTuple):
     shard_bytes: int  # of one plane
 
 
+class _Ballots(NamedTuple):
+    block: _Block
+    sent: Tensor  # one row a teller: uint8 of shape (ranks, planes, shard bytes)
+    received: Tensor  # of the same shape, one row a voter
+    wait: Callable[[], None]  # until they are there
+
+
 class Exchange:
     """One optimizer's vote among the ranks of a process group.
 
@@ -51,8 +58,11 @@ class Exchange:
         statistics: filled at each vote where not None.
         use: which gradients are real, where DDP hides it; else None.
         verify_every_n_steps: how often all ranks make sure that they are still the same; 0 for never.
+        overlap: whether ballots leave in the backward pass.
         adversary: what this rank makes of its gradients before it votes; None for an honest one.
     """
+
+    overlap = False
 
     def __init__(
         self,
@@ -90,19 +100,10 @@ class Exchange:
                 segment.lie(self.adversary)
         if not segments:
             return
-        present = self.agree(segments, statement)
-        voted = present.any(0).nonzero().flatten().tolist()
-        if self.statistics is not None:
-            self.statistics.begin([id(segments[k].parameter) for k in voted])
+        voted, present = self._open(segments, statement)
         if voted:
             self._step(segments, voted, present, zeros, step)
-            for k in voted:
-                segments[k].finish()
-        if self.use is not None:
-            self.use.forget()
-        if self.verify_every_n_steps and (step + 1) % self.verify_every_n_steps == 0:
-            shared = [(self._names.get(id(s.parameter), "a parameter"), s.shared()) for s in segments]
-            verify(self.everyone, shared, step)
+        self._close(segments, voted, step)
 
     def agree(self, segments: Sequence[Segment], statement: list[str]) -> Tensor:
         """Make sure that all ranks have the same parameters and settings.
@@ -114,7 +115,8 @@ class Exchange:
             PeerLostError: if a rank does not answer within the process group's timeout.
             RuntimeError: if they differ, on all ranks, naming the first difference.
         """
-        lines = [f"wire version {WIRE_VERSION}", f"{self.name}: block_size={self.block_size}", *statement]
+        lines = [f"wire version {WIRE_VERSION}", f"{self.name}: block_size={self.block_size}, overlap={self.overlap}"]
+        lines += statement
         lines += [describe(self._names.get(id(s.parameter), "a parameter"), s.parameter) for s in segments]
         here = torch.tensor([segment.present for segment in segments], dtype=torch.bool)
         return agree(self.everyone, lines, here, self.everyone.wire(segments[0].parameter.device))
@@ -143,19 +145,46 @@ class Exchange:
             dtype = momentum_dtype(segments[k].group)
             yield torch.zeros(p.shape, dtype=dtype, device=p.device) if momentum is None else momentum
 
+    def _open(self, segments: Sequence[Segment], statement: list[str]) -> tuple[list[int], Tensor]:
+        """Return the numbers of the segments that some worker has a gradient for, and who has, as `agree` does."""
+        present = self.agree(segments, statement)
+        voted = present.any(0).nonzero().flatten().tolist()
+        if self.statistics is not None:
+            self.statistics.begin([id(segments[k].parameter) for k in voted])
+        return voted, present
+
+    def _close(self, segments: Sequence[Segment], voted: list[int], step: int) -> None:
+        """Finish what was voted on, and look at times whether the ranks are still the same."""
+        for k in voted:
+            segments[k].finish()
+        if self.use is not None:
+            self.use.forget()
+        if self.verify_every_n_steps and (step + 1) % self.verify_every_n_steps == 0:
+            shared = [(self._names.get(id(s.parameter), "a parameter"), s.shared()) for s in segments]
+            verify(self.everyone, shared, step)
+
     def _step(self, segments: Sequence[Segment], voted: list[int], present: Tensor, zeros: Zeros, step: int) -> None:
         """Vote on those segments of which some worker has a gradient."""
         self._run([segments[k] for k in voted], present[:, voted], zeros, step)
 
     def _run(self, segments: list[Segment], who: Tensor, zeros: Zeros, step: int) -> None:
         """Cast, tally and apply, block by block; every block is under way before the first is waited for."""
+        up = [self._send_ballots(segments, block, zeros, step) for block in self._blocks(lay_out(segments))]
+        self._tally_and_apply(segments, up, who, zeros, step)
+
+    def _send_ballots(self, segments: list[Segment], block: _Block, zeros: Zeros, step: int) -> _Ballots:
+        """Cast a block's ballots and send them on their way."""
+        ballots = self._cast(segments, block, zeros, step)
+        received = torch.zeros_like(ballots)  # what a rank leaves out counts as its own zeros, never as old memory
+        return _Ballots(block, ballots, received, self.peers.swap(ballots, received, "sent ballots"))
+
+    def _tally_and_apply(
+        self, segments: list[Segment], up: list[_Ballots], who: Tensor, zeros: Zeros, step: int
+    ) -> None:
+        """Count what arrives, send the verdicts of this rank's shards, and apply everybody's."""
         peers, count, present = self.peers, planes(zeros), None if who.all() else who
         teller = kernels.for_device(peers.wire(segments[0].parameter.device))
-        up, down = [], []
-        for block in self._blocks(lay_out(segments)):
-            ballots = self._cast(segments, block, zeros, step)
-            received = torch.zeros_like(ballots)  # what a rank leaves out counts as its own zeros, never as old memory
-            up.append((block, ballots, received, peers.swap(ballots, received, "sent ballots")))
+        down = []
         for block, _, received, wait in up:
             wait()
             shard = 8 * block.shard_bytes

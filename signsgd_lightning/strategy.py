@@ -20,6 +20,7 @@ from .checkpoint import gather_state, scatter_state
 from .ddp import agree_on_model, let_vote
 from .nodes import VoteBetween, check_voters
 from .optimizer import Signum
+from .overlap import check_overlap
 from .peers import explain
 from .shards import PART, check_target, load_shards, remove_directory, replace, save_shards
 
@@ -43,13 +44,15 @@ class MajorityVoteStrategy(DDPStrategy):
             mean of its ranks', so that each rank keeps and votes on its share of the parameters
             (`signsgd_lightning.node_exchange.NodeExchange`). Checkpoints then hold the momenta of nodes, and either
             resumes from both.
+        overlap: let ballots travel while the backward pass goes on (`signsgd_lightning.overlap.OverlapExchange`);
+            excludes gradient clipping, gradient scalers, several optimizers and a vote between nodes.
         **kwargs: those of `lightning.pytorch.strategies.DDPStrategy`, but for communication hooks. ``timeout`` bounds
             how long a rank waits for a lost one. ``gradient_as_bucket_view`` is True unless given: DDP then neither
             copies gradients into its buckets and back, nor keeps 4 bytes a parameter for them.
 
     Raises:
         ValueError: for a communication hook, another `state_dict_type` or `vote_between`, or a sharded checkpoint of
-            a vote between nodes.
+            a vote between nodes; for what `overlap` excludes.
         TypeError: before the first step, if an optimizer is not a `Signum`.
         RuntimeError: before the first step, if the ranks differ in model or settings.
 
@@ -67,6 +70,7 @@ class MajorityVoteStrategy(DDPStrategy):
         adversaries: Mapping[int, Adversary] | None = None,
         state_dict_type: Literal["full", "sharded"] = "full",
         vote_between: VoteBetween = "ranks",
+        overlap: bool = False,
         **kwargs: Any,
     ) -> None:
         hooks = [name for name in kwargs if name.startswith("ddp_comm_") and kwargs[name] is not None]
@@ -82,9 +86,11 @@ class MajorityVoteStrategy(DDPStrategy):
                 "a vote between nodes saves one file: leave out state_dict_type='sharded' (it resumes from a sharded "
                 "checkpoint of a vote between ranks)"
             )
+        if overlap:
+            check_overlap(vote_between, adversaries)
         kwargs.setdefault("gradient_as_bucket_view", True)
         super().__init__(**kwargs)
-        self.vote_between = vote_between
+        self.vote_between, self.overlap = vote_between, overlap
         self.verify_every_n_steps, self.adversaries = verify_every_n_steps, adversaries
         self.state_dict_type = state_dict_type
 
@@ -107,6 +113,8 @@ class MajorityVoteStrategy(DDPStrategy):
 
     def setup(self, trainer: "Trainer") -> None:
         """Set up DDP and the optimizers, then let them vote."""
+        if self.overlap and trainer.gradient_clip_val:
+            raise ValueError("overlap=True excludes gradient_clip_val: leave out either")
         super().setup(trainer)
         if trainer.state.fn == TrainerFn.FITTING:
             assert isinstance(self.model, DistributedDataParallel)
@@ -117,6 +125,7 @@ class MajorityVoteStrategy(DDPStrategy):
                 self.verify_every_n_steps,
                 self.adversaries,
                 self.vote_between,
+                self.overlap,
                 (self.num_processes, self.local_rank),
             )
 

@@ -84,9 +84,14 @@ def exact_in_bfloat16(case: Case) -> str | None:
     return None
 
 
-def _gloo(block_size: int = 256, kernel: str | None = None, momentum_dtype: torch.dtype | None = None) -> Run:
+def _gloo(
+    block_size: int = 256,
+    kernel: str | None = None,
+    momentum_dtype: torch.dtype | None = None,
+    overlap: bool = False,
+) -> Run:
     """Blocks are small, so that a vector takes several."""
-    settings = block_size, kernel, momentum_dtype
+    settings = block_size, kernel, momentum_dtype, overlap
     return lambda cases, on: on.workers.run(cases[0].workers, torch_runs.vote, cases, *settings)
 
 
@@ -115,6 +120,7 @@ FRONT_ENDS: tuple[FrontEnd, ...] = (
     FrontEnd("torch-gloo-one-block", _gloo(exchange.BLOCK_SIZE), (_SIGNUM, _VOTE), two_or_more),
     FrontEnd("torch-gloo-device-kernel", _gloo(kernel="DeviceKernel"), (_SIGNUM, _VOTE), two_or_more),
     FrontEnd("torch-gloo-numpy-kernel", _gloo(kernel="NumpyKernel"), (_SIGNUM, _VOTE), two_or_more),
+    FrontEnd("torch-gloo-overlap", _gloo(overlap=True), (_SIGNUM, _VOTE), two_or_more),
     FrontEnd("torch-gloo-bf16-momentum", _gloo(momentum_dtype=torch.bfloat16), (_SIGNUM, _VOTE), exact_in_bfloat16),
     FrontEnd(
         "lightning-gloo",

@@ -25,11 +25,16 @@ def signum(parameters: Sequence[Tensor], case: Case, momentum_dtype: torch.dtype
     )
 
 
-def train(parameters: Sequence[Tensor], optimizer: Signum, case: Case, rank: int) -> Trajectory:
+def train(parameters: Sequence[Tensor], optimizer: Signum, case: Case, rank: int, backward: bool = False) -> Trajectory:
+    """Step by step; the gradients are put there, or come of a backward pass."""
     trajectory = []
     for gradients in case.gradients():
-        for p, g in zip(parameters, gradients[rank], strict=True):
-            p.grad = None if g is None else torch.from_numpy(np.array(g)).to(p.device)
+        given = [None if g is None else torch.from_numpy(np.array(g)) for g in gradients[rank]]
+        for p, g in zip(parameters, given, strict=True):
+            p.grad = None if g is None or backward else g.to(p.device)
+        if backward:
+            pairs = [(p, g.to(p.device)) for p, g in zip(parameters, given, strict=True) if g is not None]
+            torch.autograd.backward(*zip(*pairs, strict=True))
         optimizer.step()
         trajectory.append([p.detach().cpu().numpy().copy() for p in parameters])
     return trajectory
@@ -51,9 +56,12 @@ class _Model(nn.Module):
 
 
 def vote(
-    cases: Sequence[Case], block_size: int, kernel: str | None, momentum_dtype: torch.dtype | None
+    cases: Sequence[Case], block_size: int, kernel: str | None, momentum_dtype: torch.dtype | None, overlap: bool
 ) -> list[Trajectory]:
-    """`Signum` over DDP and Gloo, on one rank; with a kernel by name: that of accelerators takes CPU tensors, too."""
+    """`Signum` over DDP and Gloo, on one rank; with a kernel by name: that of accelerators takes CPU tensors, too.
+
+    With `overlap` gradients come of a backward pass, but where some are absent, which it knows of only without one.
+    """
     rank = torch.distributed.get_rank()
     usual = kernels.for_device
     if kernel is not None:
@@ -65,12 +73,12 @@ def vote(
             model = DistributedDataParallel(_Model(case))
             parameters = list(model.parameters())
             optimizer = signum(parameters, case, momentum_dtype)
-            enable_majority_vote(model, optimizer)
+            enable_majority_vote(model, optimizer, overlap=overlap)
             if optimizer.exchange is not None:
                 optimizer.exchange.block_size = block_size
             else:
                 assert case.workers == 1, "without an exchange there is no vote"
-            trajectories.append(train(parameters, optimizer, case, rank))
+            trajectories.append(train(parameters, optimizer, case, rank, overlap and not case.absent))
         return trajectories
     finally:
         kernels.for_device = usual

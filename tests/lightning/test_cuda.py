@@ -18,7 +18,7 @@ from tests.workers import Workers
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
 
-def _vote(table: list[Case], backend: str) -> list[Trajectory]:
+def _vote(table: list[Case], backend: str, overlap: bool) -> list[Trajectory]:
     rank = torch.distributed.get_rank()
     device = torch.device("cuda", rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
@@ -29,8 +29,10 @@ def _vote(table: list[Case], backend: str) -> list[Trajectory]:
         wrapped = DistributedDataParallel(model, device_ids=[device.index], process_group=group)
         parameters: list[Tensor] = list(wrapped.parameters())
         optimizer = signum(parameters, case)
-        enable_majority_vote(wrapped, optimizer)
-        trajectories.append(train(parameters, optimizer, case, rank))
+        enable_majority_vote(wrapped, optimizer, overlap=overlap)
+        if optimizer.exchange is not None:
+            optimizer.exchange.block_size = 256  # several blocks, so that the first leave in the backward pass
+        trajectories.append(train(parameters, optimizer, case, rank, overlap and not case.absent))
     return trajectories
 
 
@@ -57,12 +59,13 @@ def test_alone(case: Case) -> None:
     assert_equal(train(parameters, signum(parameters, case), case, rank=0), case.reference())
 
 
+@pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("backend", ["gloo", "nccl"])
-def test_vote(workers: Workers, backend: str) -> None:
+def test_vote(workers: Workers, backend: str, overlap: bool) -> None:
     if backend == "nccl" and torch.cuda.device_count() < 2:
         pytest.skip("NCCL takes one process a GPU: needs two GPUs")
     table = [case for case in cases() if case.workers == 2]
-    for trajectories in workers.run(2, _vote, table, backend):
+    for trajectories in workers.run(2, _vote, table, backend, overlap):
         for trajectory, case in zip(trajectories, table, strict=True):
             assert_equal(trajectory, case.reference())
 

@@ -141,7 +141,7 @@ CASES = [
 
 def voted(table: list[Case]) -> Any:
     kernels.TritonKernel = TritonKernel  # type: ignore[attr-defined]
-    return vote(table, 384, "TritonKernel", None)
+    return vote(table, 384, "TritonKernel", None, overlap=False)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="test_cuda.py runs every case on the GPU")
