@@ -33,8 +33,9 @@ def train(parameters: Sequence[Tensor], optimizer: Signum, case: Case, rank: int
         for p, g in zip(parameters, given, strict=True):
             p.grad = None if g is None or backward else g.to(p.device)
         if backward:
-            pairs = [(p, g.to(p.device)) for p, g in zip(parameters, given, strict=True) if g is not None]
-            torch.autograd.backward(*zip(*pairs, strict=True))
+            torch.autograd.backward(
+                parameters, [g.to(p.device) for p, g in zip(parameters, given, strict=True) if g is not None]
+            )
         optimizer.step()
         trajectory.append([p.detach().cpu().numpy().copy() for p in parameters])
     return trajectory
