@@ -1,13 +1,20 @@
 #!/usr/bin/env bash
 # Every check that needs a GPU, in one command: the tests marked cuda, the kernels beside copies and torch's optimizers,
-# then the demos on all GPUs. For Keras' it takes a TensorFlow built for them: pip install tensorflow[and-cuda] in place
-# of tensorflow-cpu.
+# steps over slow networks where there are namespaces, then the demos. Keras' wants a TensorFlow built for GPUs: pip
+# install tensorflow[and-cuda] in place of tensorflow-cpu. It goes on after a failure and says at the end what failed.
 #     benchmarks/gpu.sh [OUT]
-set -euo pipefail
+set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-out=${1:-signsgd_demo}
-nvidia-smi --query-gpu=name,memory.total --format=csv
-python -m pytest -m cuda
-python -m benchmarks.kernels --out "$out"
-python -m signsgd_lightning --out "$out"
-python -m signsgd_keras --out "$out"
+out=${1:-benchmarks/results/gpu}
+mkdir -p "$out"
+failed=()
+check() { "$@" || failed+=("$*"); }
+
+check nvidia-smi --query-gpu=name,memory.total --format=csv
+check python -m pytest -m cuda
+check python -m benchmarks.kernels --device cuda --parameters 100000000 --out "$out"
+check python -m benchmarks.wire --device cuda --mbits 1000 10000 --millions 25 --batch-size 2048 --out "$out"
+check python -m signsgd_lightning --out "$out"
+check python -m signsgd_keras --out "$out"
+printf '%s failed\n' "${failed[@]-nothing}"
+[ ${#failed[@]} = 0 ]

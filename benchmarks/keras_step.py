@@ -84,7 +84,10 @@ def compiled(optimizer: Any, gradients: list[Any], backend: str, mode: str) -> S
         step = tf.function(lambda grads: optimizer.apply(grads, variables), jit_compile=mode == "XLA")
         return lambda: step(gradients)
     if backend == "torch":
-        return lambda: optimizer.apply(gradients, variables)
+        import torch
+
+        wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+        return lambda: (optimizer.apply(gradients, variables), wait())  # type: ignore[no-untyped-call]
     import jax
 
     def stateless(x: Any, state: Any, grads: Any) -> Any:

@@ -3,7 +3,8 @@
 python -m benchmarks.kernels
 
 Parts take the compiled loops and NumPy's in turn. Rounds are interleaved, so that a busy machine slows all of them;
-medians are compared. On a machine with a GPU the same is done there.
+medians are compared. On a GPU parts are timed by its own clock, its cache cleared; whole steps by the wall, from one
+idle moment to the next.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import functools
 import importlib.util
 import os
 import platform
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -35,7 +37,24 @@ GROUP: dict[str, Any] = {
     "maximize": False,
     "step": 0,
 }
+BYTES = {
+    "copy": 8.0,
+    "gradient to ballot, no momentum": 4.125,
+    "momentum and ballot": 12.125,
+    "momentum in bfloat16 and ballot": 8.125,
+    f"tally of {WORKERS} workers": (WORKERS + 1) / 8,
+    "apply": 8.125,
+    "apply with weight decay": 8.125,
+    "apply with decay and verdict momentum": 16.125,
+}
+"""What a parameter must be read and written at the least."""
+
+CACHE = 1 << 28
+"""Bytes that no GPU's cache holds."""
+
 Jobs = dict[str, Callable[[], Any]]
+Clock = Callable[[Callable[[], Any]], float]
+"""Runs a job and returns the seconds that it took."""
 
 
 def parts(kernel: Kernel, size: int, device: torch.device) -> Jobs:
@@ -104,25 +123,56 @@ def _sizes(total: int) -> list[int]:
     return [*[(total - sum(small)) // 16] * 16, *small]
 
 
-def measure(jobs: Jobs, rounds: int, title: str, cuda: bool) -> dict[str, float]:
+def by_the_wall(device: torch.device) -> Clock:
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def clock(job: Callable[[], Any]) -> float:
+        wait()
+        begin = time.perf_counter()
+        job()
+        wait()
+        return time.perf_counter() - begin
+
+    return clock
+
+
+def by_the_gpu() -> Clock:
+    """The time between two events on the GPU; clearing its cache takes it long enough for the job to be launched."""
+    clearing = torch.empty(CACHE, dtype=torch.uint8, device="cuda")
+
+    def clock(job: Callable[[], Any]) -> float:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        clearing.zero_()
+        begin.record()
+        job()
+        end.record()
+        torch.cuda.synchronize()
+        return float(begin.elapsed_time(end)) / 1e3
+
+    return clock
+
+
+def measure(jobs: Jobs, rounds: int, title: str, clock: Clock) -> dict[str, float]:
     """Return the median seconds of each job, all of them in turn, `rounds` times after one to warm up."""
     seconds: dict[str, list[float]] = {name: [] for name in jobs}
     for number in tqdm(range(rounds + 1), title, leave=False):
         for name, job in jobs.items():
-            if cuda:
-                torch.cuda.synchronize()
-            begin = time.perf_counter()
-            job()
-            if cuda:
-                torch.cuda.synchronize()
+            took = clock(job)
             if number:
-                seconds[name].append(time.perf_counter() - begin)
+                seconds[name].append(took)
     return {name: median(times) for name, times in seconds.items()}
 
 
 def table(title: str, found: dict[str, float], unit: str) -> str:
-    lines = [f"{title:<58}{'ms':>9}{'ratio':>8}"]
-    lines += [f"{name:<58}{1e3 * time:>9.2f}{time / found[unit]:>8.2f}" for name, time in found.items()]
+    """Return the lines; where the bytes are known with the bandwidth, in that of the copy."""
+    known = unit in BYTES
+    lines = [f"{title:<58}{'ms':>9}{'ratio':>8}" + f"{'bandwidth':>11}" * known]
+    for name, took in found.items():
+        ratio = took / found[unit]
+        share = f"{BYTES[name.rsplit(', ', 1)[0]] / BYTES[unit] / ratio:>11.2f}" if known else ""
+        lines.append(f"{name:<58}{1e3 * took:>9.3f}{ratio:>8.2f}{share}")
     return "\n".join(lines)
 
 
@@ -130,12 +180,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--parameters", type=int, default=25_000_000)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="only there; without it wherever there is one")
     parser.add_argument("--out", type=Path, help="folder for kernels.txt and kernels.png")
     chosen = parser.parse_args()
     library = build.load()
+    command = " ".join(["python", "-m", "benchmarks.kernels", *sys.argv[1:]])
     said = [
         f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
-        f"python -m benchmarks.kernels: {chosen.parameters:,} parameters, median of {chosen.rounds} rounds",
+        f"{command}: {chosen.parameters:,} parameters, median of {chosen.rounds} rounds",
     ]
     kernels: dict[str, Kernel] = {} if library is None else {"compiled": NativeKernel(library)}
     runs: list[tuple[str, torch.device, int, dict[str, Kernel]]] = [
@@ -148,17 +200,19 @@ def main() -> None:
         runs.append((torch.cuda.get_device_name(), there, 1, of_device))
     plotted = {}
     for title, device, threads, of in runs:
+        if chosen.device not in (None, device.type):
+            continue
         torch.set_num_threads(threads)
         source = torch.randn(chosen.parameters, device=device)
         to = torch.empty_like(source)
         jobs: Jobs = {"copy": functools.partial(to.copy_, source)}
         for kind, kernel in of.items():
             jobs |= {f"{name}, {kind}": job for name, job in parts(kernel, chosen.parameters, device).items()}
-        cuda = device.type == "cuda"
-        plotted[f"{title}: parts beside a copy"] = found = measure(jobs, chosen.rounds, title, cuda)
+        clock = by_the_gpu() if device.type == "cuda" else by_the_wall(device)
+        plotted[f"{title}: parts beside a copy"] = found = measure(jobs, chosen.rounds, title, clock)
         said.append(table(f"\n{title}: parts, beside a copy of a vector", found, "copy")[1:])
         del jobs
-        whole = measure(steps(chosen.parameters, device), chosen.rounds, f"{title}, steps", cuda)
+        whole = measure(steps(chosen.parameters, device), chosen.rounds, f"{title}, steps", by_the_wall(device))
         plotted[f"{title}: steps beside AdamW(fused)"] = whole
         said.append(table(f"\n{title}: step() alone, beside AdamW(fused)", whole, "AdamW(fused)")[1:])
     if importlib.util.find_spec("lion_pytorch") is None:

@@ -54,7 +54,7 @@ CELLS = [
 """What is run where nothing is chosen."""
 
 
-def launch(cell: Cell, batch_size: int) -> dict[str, Any]:
+def launch(cell: Cell, batch_size: int, device: str) -> dict[str, Any]:
     """Run all workers of a cell and return what they found."""
     with (
         Network(cell.workers, cell.mbits * 1e6, cell.delay / 2e3) as network,
@@ -63,7 +63,7 @@ def launch(cell: Cell, batch_size: int) -> dict[str, Any]:
         found, running = Path(folder) / "found.json", list[subprocess.Popen[bytes]]()
         command = [sys.executable, "-m", "benchmarks.wire_worker", "--workers", str(cell.workers)]
         command += ["--parameters", str(round(cell.millions * 1e6)), "--batch-size", str(batch_size)]
-        command += ["--found", str(found), "--master", network.address(0), "--title", cell.title()]
+        command += ["--device", device, "--found", str(found), "--master", network.address(0), "--title", cell.title()]
         environment = os.environ | {"GLOO_SOCKET_IFNAME": network.interface}
         try:
             for rank in range(cell.workers):
@@ -146,6 +146,7 @@ def main() -> None:
     parser.add_argument("--workers", nargs="+", type=int, default=[4])
     parser.add_argument("--millions", nargs="+", type=float, default=[10.0], help="of parameters")
     parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--device", default="cpu", help="where to train: cuda puts all workers on one GPU")
     parser.add_argument("--out", type=Path, help="folder for wire.txt, wire.json and wire.png")
     options = parser.parse_args()
     if not available():
@@ -161,7 +162,7 @@ def main() -> None:
     print("\n".join(said))
     found = []
     for cell in [Cell(*one) for one in product] or CELLS:
-        found.append((cell, launch(cell, options.batch_size)))
+        found.append((cell, launch(cell, options.batch_size, options.device)))
         said.append("\n" + table(*found[-1]))
         print(said[-1], flush=True)
         if options.out:

@@ -83,12 +83,13 @@ class Gathering(Exchange):
 
     def vote(self, segments: Sequence[Segment], statement: list[str], zeros: Zeros, step: int) -> None:
         """As `Exchange.vote`."""
-        length, kernel = lay_out(segments), kernels.for_device(torch.device("cpu"))
-        ballot = torch.zeros(1, -(-length // 64) * 8, dtype=torch.uint8)
+        length, device = lay_out(segments), segments[0].parameter.device
+        kernel = kernels.for_device(device)
+        ballot = torch.zeros(1, -(-length // 64) * 8, dtype=torch.uint8, device=device)
         kernel.cast(segments, 0, length, zeros, step, dist.get_rank(), ballot)
-        ballots = ballot.new_zeros(dist.get_world_size(), *ballot.shape)
-        dist.all_gather(list(ballots), ballot)
-        kernel.apply(segments, 0, length, kernel.verdict(ballots, zeros, step, None))
+        ballots = torch.zeros(dist.get_world_size(), *ballot.shape, dtype=torch.uint8)
+        dist.all_gather(list(ballots), ballot.cpu())
+        kernel.apply(segments, 0, length, kernel.verdict(ballots.to(device), zeros, step, None))
         for segment in segments:
             segment.finish()
 
@@ -111,9 +112,12 @@ def voting(
     return take_step
 
 
-def schemes(parameters: int) -> dict[str, tuple[TakeStep, int]]:
+def schemes(parameters: int, device: str) -> dict[str, tuple[TakeStep, int]]:
     """Every way to exchange gradients, each with a model of its own, and how many steps it takes to warm up."""
-    model = square_layers
+
+    def model(parameters: int) -> nn.Module:
+        return square_layers(parameters).to(device)
+
     return {
         NONE: (averaging(model(parameters), exchange=False), 2),
         "DDP fp32": (averaging(model(parameters)), 2),
@@ -137,6 +141,8 @@ def measure(take_step: TakeStep, x: Tensor) -> tuple[float, int]:
     dist.barrier()
     before, begin = sent_bytes(), time.perf_counter()
     take_step(x)
+    if x.is_cuda:
+        torch.cuda.synchronize()
     took = time.perf_counter() - begin
     dist.barrier()  # the last one's bytes have left, too
     return took, sent_bytes() - before
@@ -159,8 +165,8 @@ def round_trip() -> float:
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Take all steps and return the medians: of the slowest worker's seconds, and of a worker's bytes."""
-    of = schemes(options.parameters)
-    x = torch.randn(options.batch_size, WIDTH, generator=torch.Generator().manual_seed(options.rank))
+    of = schemes(options.parameters, options.device)
+    x = torch.randn(options.batch_size, WIDTH, generator=torch.Generator().manual_seed(options.rank)).to(options.device)
     seconds: dict[str, list[float]] = {name: [] for name in of}
     sent: dict[str, list[float]] = {name: [] for name in of}
     trip = round_trip()
@@ -197,7 +203,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     for name in ("rank", "workers", "parameters", "batch-size"):
         parser.add_argument(f"--{name}", type=int, required=True)
-    for name in ("master", "title", "found"):
+    for name in ("device", "master", "title", "found"):
         parser.add_argument(f"--{name}", required=True)
     options = parser.parse_args()
     torch.set_num_threads(1)
