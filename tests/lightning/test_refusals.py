@@ -142,7 +142,12 @@ def _midway(name: str, value: Any) -> tuple[str, bool, list[Any]]:
         ("betas", (0.5, 0.25), "group 0: betas=(0.5, 0.5)", "group 0: betas=(0.5, 0.25)"),
         ("zeros", "positive", "zeros='alternate'", "zeros='positive'"),
         ("step", 2, "group 0: step=3", "group 0: step=2"),
-        ("block_size", 640, "optimizer 0: block_size=4194304", "optimizer 0: block_size=640"),
+        (
+            "block_size",
+            640,
+            "optimizer 0: block_size=4194304, overlap=False",
+            "optimizer 0: block_size=640, overlap=False",
+        ),
     ],
 )
 def test_ranks_that_differ_midway(name: str, value: Any, first: str, second: str, workers: Workers) -> None:
@@ -167,7 +172,8 @@ def _one_optimizer_less() -> str:
 
 
 def test_ranks_with_different_numbers_of_optimizers(workers: Workers) -> None:
-    message = _disagreement("optimizer 1: block_size=4194304", 1, "optimizer 0: block_size=4194304")
+    last = "block_size=4194304, overlap=False"
+    message = _disagreement(f"optimizer 1: {last}", 1, f"optimizer 0: {last}")
     assert workers.run(2, _one_optimizer_less, group_timeout=10) == [message] * 2
 
 
