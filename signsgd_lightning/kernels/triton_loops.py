@@ -134,15 +134,15 @@ def _directions(
     """Take c = β1·m + (1−β1)·g,  m ← β2·m + (1−β2)·g  (steps 1-3); what is not finite is 0."""
     value = _load(_address(row, 0, start, G, ALIGNED), inside, G) * factor
     g = tl.where(tl.abs(value) <= _LARGEST, value, 0.0)
-    if M is None:
-        return g
-    address = _address(row, 1, start, M, ALIGNED)
-    m = _load(address, inside, M)
-    new = beta2 * m + rest2 * g
-    _store(address, new, inside, M)
-    if BY_GRADIENT:
-        return g
-    return new if SAME else beta1 * m + rest1 * g
+    c = g
+    if M is not None:  # an early return would have Triton compile what follows all the same
+        address = _address(row, 1, start, M, ALIGNED)
+        m = _load(address, inside, M)
+        new = beta2 * m + rest2 * g
+        _store(address, new, inside, M)
+        if not BY_GRADIENT:
+            c = new if SAME else beta1 * m + rest1 * g
+    return c
 
 
 @triton.jit
