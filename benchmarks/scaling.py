@@ -3,7 +3,8 @@
 python -m benchmarks.scaling benchmarks/results/wire.json
 
 Few constants are fitted, from few cells: the share of a cable's rate that DDP in fp32 gets on the slowest one, and each
-scheme's work per parameter on the fastest. Then all cells are compared, those that were fitted marked. A step's compute
+scheme's work per parameter and per message on the fastest. Then all cells are compared, those that were fitted marked.
+Cells with a delay are counted apart: the process that holds their packets takes a core's time. A step's compute
 is the cell's own step without exchange, its latency half the cell's round trip. What is drawn has one core a worker, as
 fast as this machine's, and the tally of a gather does not grow with the workers there, which errs in its favour.
 """
@@ -28,11 +29,12 @@ Cell = dict[str, Any]
 
 
 class Constants(NamedTuple):
-    """What is fitted: the share of a cable's rate that data gets, scheme -> seconds per parameter, and compute's."""
+    """What is fitted: the share of a cable's rate that data gets; scheme -> seconds per parameter, and per message."""
 
     share: float
     work: dict[str, float]
-    compute: float = 0.0  # for the plot alone
+    message: dict[str, float]
+    compute: float = 0.0  # seconds per parameter, for the plot alone
 
 
 class Row(NamedTuple):
@@ -58,15 +60,14 @@ def latency(cell: Cell) -> float:
 def model(cell: Cell, scheme: str, constants: Constants, cores: int) -> float:
     """Return the seconds that a step should take; all workers share the machine's cores."""
     sizes, compute = (cell["parameters"], cell["workers"]), _measured(cell, NONE)
-    shared = cell["workers"] / cores
-    cost = flat(scheme, *sizes, latency(cell), compute, constants.work.get(scheme, 0.0), shared)
-    return cost.seconds(cell["rate"] * constants.share)
+    own = constants.work.get(scheme, 0.0), cell["workers"] / cores, constants.message.get(scheme, 0.0)
+    return flat(scheme, *sizes, latency(cell), compute, *own).seconds(cell["rate"] * constants.share)
 
 
 def fit(cells: list[Cell], cores: int) -> tuple[Constants, set[tuple[int, str]]]:
     """Return the constants, and to what they were fitted: the numbers of cells, with the schemes.
 
-    Work is the least-squares slope of what is left of a step beside its parameters, over the fastest cables without a
+    A scheme's work is the least-squares fit, of ratios, to what is left of its steps over the fastest cables without a
     delay and the most common number of workers; the share of the rate is what then explains DDP fp32 on the slowest.
     """
     counts = [cell["workers"] for cell in cells]
@@ -77,24 +78,26 @@ def fit(cells: list[Cell], cores: int) -> tuple[Constants, set[tuple[int, str]]]
     slowest = min(
         range(len(cells)), key=lambda k: (cells[k]["rate"], abs(cells[k]["workers"] - usual), latency(cells[k]))
     )
-    constants, used = Constants(1.0, {}), {(slowest, "DDP fp32")} | {(k, name) for k in quick for name in SCHEMES}
+    constants, used = Constants(1.0, {}, {}), {(slowest, "DDP fp32")} | {(k, name) for k in quick for name in SCHEMES}
+    one, whole = cells[slowest], _measured(cells[slowest], "DDP fp32")
     for _ in range(20):  # each needs the other, little
-        bare = Constants(constants.share, {})
-        work = {
-            name: _slope(
-                [
-                    (_load(cells[k], cores), _measured(cells[k], name) - model(cells[k], name, bare, cores))
-                    for k in quick
-                ]
-            )
-            for name in SCHEMES
-        }
-        one = cells[slowest]
-        rest = model(one, "DDP fp32", Constants(float("inf"), work), cores)
-        whole = model(one, "DDP fp32", Constants(1.0, work), cores)
-        constants = Constants((whole - rest) / (_measured(one, "DDP fp32") - rest), work)
-    compute = _slope([(_load(cells[k], cores), _measured(cells[k], NONE)) for k in quick])
-    return constants._replace(compute=compute), used
+        fitted = {name: _work([cells[k] for k in quick], name, constants.share, cores) for name in SCHEMES}
+        work, message = ({name: pair[i] for name, pair in fitted.items()} for i in (0, 1))
+        rest, full = (model(one, "DDP fp32", Constants(share, work, message), cores) for share in (float("inf"), 1.0))
+        constants = Constants((full - rest) / (whole - rest), work, message)
+    return constants._replace(
+        compute=_slope([(_load(cells[k], cores), _measured(cells[k], NONE)) for k in quick])
+    ), used
+
+
+def _work(cells: list[Cell], scheme: str, share: float, cores: int) -> tuple[float, float]:
+    """Return the seconds per parameter and per message that explain what is left of a scheme's steps."""
+    times = np.array([_measured(cell, scheme) for cell in cells])
+    bare = np.array([model(cell, scheme, Constants(share, {}, {}), cores) for cell in cells])
+    units = [({scheme: 1.0}, {}), ({}, {scheme: 1.0})]
+    columns = [[model(cell, scheme, Constants(share, *unit), cores) for cell in cells] - bare for unit in units]
+    found = np.linalg.lstsq((np.array(columns) / times).T, 1 - bare / times, rcond=None)[0]
+    return float(found[0]), float(found[1])
 
 
 def _load(cell: Cell, cores: int) -> float:
@@ -130,13 +133,17 @@ def title(cell: Cell) -> str:
 
 def table(constants: Constants, rows: list[Row]) -> Iterator[str]:
     """Return the lines: constants, model by measured, and how many are near."""
-    yield f"share of a cable's rate: {constants.share:.3f}; work, ns per parameter of one worker alone on a core:"
-    yield "  " + "; ".join(f"{name} {1e9 * work:.1f}" for name, work in constants.work.items())
+    yield f"share of a cable's rate: {constants.share:.3f}; work of one worker alone on a core, ns per parameter and"
+    yield "microseconds per message: " + "; ".join(
+        f"{_short(name)} {1e9 * constants.work[name]:.1f}, {1e6 * constants.message[name]:.0f}" for name in SCHEMES
+    )
     yield f"\n{'model / measured; * fitted':<46}" + "".join(f"{_short(name):>10}" for name in SCHEMES)
     for k in range(0, len(rows), len(SCHEMES)):
         line = rows[k : k + len(SCHEMES)]
         yield f"{title(line[0].cell):<46}" + "".join(f"{row.ratio:>9.2f}{' *'[row.fitted]}" for row in line)
-    for name, some in (("all", rows), ("not fitted", [row for row in rows if not row.fitted])):
+    tested = [row for row in rows if not row.fitted]
+    direct, delayed = ([row for row in tested if bool(row.cell["delay"]) == late] for late in (False, True))
+    for name, some in (("all", rows), ("not fitted, no delay", direct), ("not fitted, a delay added", delayed)):
         if some:
             near = sum(abs(row.ratio - 1) <= WITHIN for row in some)
             worst = max(some, key=lambda row: abs(np.log(row.ratio)))
@@ -145,7 +152,7 @@ def table(constants: Constants, rows: list[Row]) -> Iterator[str]:
                 + (f"{worst.scheme}, {title(worst.cell)}")
             )
     ours = [row for row in rows if row.scheme == OURS]
-    yield f"ours: {sum(abs(row.ratio - 1) <= WITHIN for row in ours)} of {len(ours)} within {WITHIN:.0%}"
+    yield f"ours, all: {sum(abs(row.ratio - 1) <= WITHIN for row in ours)} of {len(ours)} within {WITHIN:.0%}"
 
 
 def _short(name: str) -> str:

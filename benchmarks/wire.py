@@ -106,7 +106,7 @@ def draw(found: Sequence[tuple[Cell, dict[str, Any]]], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     columns = min(3, len(found))
     lines = -(-len(found) // columns)
@@ -118,11 +118,14 @@ def draw(found: Sequence[tuple[Cell, dict[str, Any]]], path: Path) -> None:
     for axes, (cell, one) in zip(panels.flat, found, strict=False):
         rows: Row = one["schemes"]
         colours = ["tab:orange" if name == OURS else "tab:blue" for name in rows]
-        axes.barh(list(rows), [row["seconds"] for row in rows.values()], color=colours)
-        axes.axvline(rows[NONE]["seconds"], color="black", linewidth=0.8)
+        axes.barh(list(rows), [row["seconds"] * 1e3 for row in rows.values()], color=colours)
+        axes.axvline(rows[NONE]["seconds"] * 1e3, color="black", linewidth=0.8)
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(ticker.NullFormatter())
         axes.set_title(cell.title(), fontsize=8)
-        axes.set_xlabel("seconds a step")
+        axes.set_xlabel("ms a step")
     panels[0][0].invert_yaxis()
     figure.savefig(path, dpi=110)
 

@@ -29,7 +29,7 @@ def load() -> ctypes.CDLL | None:
     except (OSError, subprocess.CalledProcessError) as error:
         reason = getattr(error, "stderr", b"") or str(error)
         warnings.warn(
-            f"signsgd could not compile its loops and goes on with NumPy's, which take thrice the time: install a C "
+            f"signsgd could not compile its loops and goes on with NumPy's, which take five times as long: install a C "
             f"compiler as cc, or name one in CC ({reason!r})",
             stacklevel=2,
         )
