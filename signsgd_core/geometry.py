@@ -22,6 +22,7 @@ Source: arXiv 1802.04434, section 3 and appendix; the curvature's density is not
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 import numpy as np
 import numpy.typing as npt
@@ -131,6 +132,22 @@ class Moments:
         )
         return Moments(n, self.mean + b * delta, second, third, fourth)
 
+    @staticmethod
+    def pack(moments: "Moments | None", coordinates: int) -> Floats:
+        """Return them in one row, for a wire: a row of zeros, if there are none."""
+        if moments is None:
+            return np.zeros(1 + 4 * coordinates)
+        return np.concatenate([[moments.count], moments.mean, moments.second, moments.third, moments.fourth])
+
+    @classmethod
+    def unpack(cls, rows: npt.ArrayLike) -> "Moments | None":
+        """Return the merged moments of such rows, None if no row has a sample."""
+        merged = None
+        for count, *rest in ((row[0], *np.split(row[1:], 4)) for row in np.asarray(rows) if row[0]):
+            one = cls(int(count), *rest)
+            merged = one if merged is None else merged.merge(one)
+        return merged
+
     @property
     def variance(self) -> Floats:
         """The unbiased variance, NaN of one sample."""
@@ -219,6 +236,23 @@ def sample(sizes: Sequence[int], coordinates: int, seed: int = 0) -> list[npt.ND
     ends = np.cumsum(sizes, dtype=np.int64)
     parts = np.split(chosen, np.searchsorted(chosen, ends))[: len(ends)]
     return [part - (end - size) for part, end, size in zip(parts, ends, sizes, strict=True)]
+
+
+def check_monitor(every_n_steps: int, samples: int, coordinates: int) -> None:
+    """Make sure that a monitor's settings are whole numbers in their ranges.
+
+    Raises:
+        ValueError: if one is not.
+    """
+    for name, value, least in (
+        ("every_n_steps", every_n_steps, 2),
+        ("samples", samples, 2),
+        ("coordinates", coordinates, 1),
+    ):
+        if not isinstance(value, Integral) or value < least:
+            raise ValueError(f"{name} must be a whole number of {least} or more, got {value!r}")
+    if samples > every_n_steps:
+        raise ValueError(f"samples must be at most every_n_steps={every_n_steps}, got {samples}")
 
 
 def _median(values: Floats) -> float:

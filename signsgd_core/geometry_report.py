@@ -55,23 +55,27 @@ class GeometryReport:
             del self.records[1::2]
         return values
 
-    def save(self, directory: Path) -> list[str]:
-        """Write `geometry.json` and, where matplotlib is installed, `geometry.png`; return the advice."""
+    def save(self, directory: Path | None) -> list[str]:
+        """Return the advice; write `geometry.json` and, where matplotlib is installed, `geometry.png`."""
         if self._last is None:
             return []
+        if directory is not None:
+            self._write(directory, self._last)
+        return advise(self.records, self.workers)
+
+    def _write(self, directory: Path, last: Moments) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         document = {
             "workers": self.workers,
             "parameters": self.parameters,
             "coordinates": self.coordinates,
             "records": self.records,
-            "snr": _histogram(self._last.snr, _SNR_EDGES),
-            "skewness": _histogram(self._last.skewness, _SKEWNESS_EDGES),
+            "snr": _histogram(last.snr, _SNR_EDGES),
+            "skewness": _histogram(last.skewness, _SKEWNESS_EDGES),
         }
         (directory / "geometry.json").write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
         with contextlib.suppress(ModuleNotFoundError):  # the numbers are there
             plot(document, directory / "geometry.png")
-        return advise(self.records, self.workers)
 
 
 def plot(document: dict[str, Any], path: Path) -> None:

@@ -4,6 +4,7 @@ from .callbacks import VoteMonitor
 from .checkpoint import gather_state, scatter_state
 from .ddp import enable_majority_vote
 from .exchange import Exchange
+from .geometry import GeometryMonitor
 from .optimizer import Signum
 from .peers import PeerLostError
 from .statistics import VoteStatistics
@@ -12,6 +13,7 @@ from .verify import RanksDifferError
 
 __all__ = [
     "Exchange",
+    "GeometryMonitor",
     "MajorityVoteStrategy",
     "PeerLostError",
     "RanksDifferError",
