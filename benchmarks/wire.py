@@ -56,23 +56,35 @@ CELLS = [
 
 def launch(cell: Cell, batch_size: int, device: str) -> dict[str, Any]:
     """Run all workers of a cell and return what they found."""
+    module = ["benchmarks.wire_worker", "--parameters", str(round(cell.millions * 1e6))]
+    return work(cell, [*module, "--batch-size", str(batch_size), "--device", device], cell.title(), LIMIT)
+
+
+def work(cell: Cell, module: Sequence[str], title: str, limit: float) -> dict[str, Any]:
+    """Run a module on every machine of a network and return what rank 0 wrote down.
+
+    Args:
+        cell: the network.
+        module: its name and arguments; it is also given --rank, --workers, --master, --found and --title.
+        title: for messages.
+        limit: seconds after which it is too late.
+    """
     with (
         Network(cell.workers, cell.mbits * 1e6, cell.delay / 2e3) as network,
         tempfile.TemporaryDirectory() as folder,
     ):
         found, running = Path(folder) / "found.json", list[subprocess.Popen[bytes]]()
-        command = [sys.executable, "-m", "benchmarks.wire_worker", "--workers", str(cell.workers)]
-        command += ["--parameters", str(round(cell.millions * 1e6)), "--batch-size", str(batch_size)]
-        command += ["--device", device, "--found", str(found), "--master", network.address(0), "--title", cell.title()]
+        command = [sys.executable, "-m", *module, "--workers", str(cell.workers), "--found", str(found)]
+        command += ["--master", network.address(0), "--title", title]
         environment = os.environ | {"GLOO_SOCKET_IFNAME": network.interface}
         try:
             for rank in range(cell.workers):
                 line = network.command(rank, *command, "--rank", str(rank))
                 running.append(subprocess.Popen(line, cwd=ROOT, env=environment))
-            deadline = time.monotonic() + LIMIT
+            deadline = time.monotonic() + limit
             while any(one.poll() is None for one in running) and not any(one.poll() for one in running):
                 if time.monotonic() > deadline:
-                    raise TimeoutError(f"{cell.title()}: not done within {LIMIT} s")
+                    raise TimeoutError(f"{title}: not done within {limit} s")
                 time.sleep(0.1)
         finally:
             for one in running:
@@ -80,7 +92,7 @@ def launch(cell: Cell, batch_size: int, device: str) -> dict[str, Any]:
                 one.wait()
         if not found.exists():
             codes = [one.returncode for one in running]
-            raise RuntimeError(f"{cell.title()}: a worker failed, exit codes {codes}; see above")
+            raise RuntimeError(f"{title}: a worker failed, exit codes {codes}; see above")
         return dict(json.loads(found.read_text()))
 
 

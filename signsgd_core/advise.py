@@ -25,6 +25,8 @@ _CLEAR = 2.0
 _WRONG = 0.1
 """How often the median coordinate's verdict may be wrong before more workers stop to matter."""
 _SKEWED, _BIMODAL = 1.0, 5 / 9
+_ENOUGH = 50
+"""Samples from which on the median skewness of a normal noise is below 0.25."""
 
 
 def advise(records: Sequence[Mapping[str, float | None]], workers: int) -> list[str]:
@@ -122,6 +124,8 @@ def _shape(skewness: float, bimodality: float, samples: float) -> str:
     said = f"median skewness {skewness:.2f}, Sarle's coefficient {bimodality:.2f} over {samples:,.0f} gradients"
     if math.isnan(skewness):
         return "Noise: there is none."
+    if samples < _ENOUGH:
+        return f"Noise: cannot tell its shape from {samples:,.0f} gradients; {_ENOUGH} would do."
     if skewness > _SKEWED or bimodality > _BIMODAL:
         return (
             f"Noise: not unimodal and symmetric ({said}), so more workers need not make the vote better; larger "

@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
 
 from signsgd_core.geometry import Moments, check_monitor, density, sample
@@ -106,7 +107,7 @@ class GeometryMonitor(Callback):
         self._rows = []
         curvature = float("nan")
         if self.curvature_loss is not None:
-            with torch.enable_grad():
+            with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
                 loss = self.curvature_loss(pl_module)
             diagonal = hessian_diagonal(loss, self._parameters)
             curvature = density(_sampled(diagonal, self._chosen).abs().cpu().numpy())

@@ -87,6 +87,7 @@ def test_the_shape_of_noise() -> None:
     assert "not unimodal and symmetric" in told(rng.standard_exponential((500, 100)))[3]
     assert "not unimodal and symmetric" in told(rng.choice([-1.0, 1.0], (500, 100)))[3]
     assert told(np.ones((5, 3)))[3] == "Noise: there is none."
+    assert told(rng.normal(size=(49, 100)))[3] == "Noise: cannot tell its shape from 49 gradients; 50 would do."
 
 
 def test_records_that_are_none() -> None:

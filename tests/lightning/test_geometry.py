@@ -214,6 +214,15 @@ def test_curvature_of_a_bowl() -> None:
     assert record["geometry/curvature_ratio"] == pytest.approx(expected)
 
 
+def test_curvature_of_attention() -> None:
+    """Torch's fused attention cannot be differentiated twice; the monitor takes the one that can."""
+    layer = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True)
+    model = Bowl(lambda: nn.Sequential(layer, nn.Linear(4, 1)))
+    monitor = GeometryMonitor(4, 2, curvature_loss=lambda m: m.net(torch.randn(2, 3, 4)).pow(2).sum(), directory=None)
+    alone(model, monitor, max_epochs=1)
+    assert 0 < monitor.report.records[0]["geometry/curvature_density"] < 1  # type: ignore[operator]
+
+
 def test_hutchinson_of_a_dense_hessian() -> None:
     """Unbiased: near the truth by the spread of eight products."""
     torch.manual_seed(0)

@@ -1,0 +1,169 @@
+"""Training by any method with `M` workers in one process: averaged gradients, or the reference's majority vote.
+
+Every worker draws its own part of the same global batch, and batch norm sees a worker's part alone, as on machines of
+their own. The vote is `signsgd_core.Reference`, which all front ends equal bit for bit (`tests/conformance`). All
+methods have the same schedule: linear warmup over a twentieth of the steps, then half a cosine.
+"""
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from lion_pytorch import Lion
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from signsgd_core import Reference
+
+from .tasks import Task
+
+AVERAGED: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "AdamW": torch.optim.AdamW,
+    "Adam": torch.optim.Adam,
+    "SGD": partial(torch.optim.SGD, momentum=0.9),
+    "Lion": Lion,
+}
+VOTED: dict[str, dict[str, Any]] = {
+    "signSGD": {"betas": (0.0, 0.0)},
+    "Signum": {"betas": (0.9, 0.9)},
+    "Signum .99": {"betas": (0.99, 0.99)},
+    "voted Lion": {"betas": (0.9, 0.99)},
+    **{
+        f"verdict momentum {gamma}": {"betas": (0.0, 0.0), "verdict_momentum": gamma}
+        for gamma in (0.8, 0.9, 0.95, 0.98)
+    },
+}
+
+
+class Job(NamedTuple):
+    """One training."""
+
+    task: str
+    method: str
+    lr: float
+    weight_decay: float = 0.0
+    workers: int = 4
+    steps: int = 500
+    seed: int = 0
+
+    @property
+    def key(self) -> str:
+        return json.dumps(self._asdict(), sort_keys=True)
+
+
+class Run(NamedTuple):
+    """What a job came to: the score at the end, and (step, mean training loss since the point before) along the way."""
+
+    score: float
+    curve: list[tuple[int, float]]
+
+
+Update = Callable[[list[list[Tensor]], float], None]
+"""Takes each worker's gradients, and the learning rate as a share of its peak."""
+
+
+def train(task: Task, job: Job, points: int = 20) -> Run:
+    """Train once; a loss that is not finite ends it with the worst score."""
+    torch.set_num_threads(1)
+    torch.manual_seed(job.seed)
+    model = task.model()
+    update = _voted(model, job) if job.method in VOTED else _averaged(model, job)
+    sources = [np.random.default_rng([job.seed, worker]) for worker in range(job.workers)]
+    curve, losses = list[tuple[int, float]](), list[float]()
+    for step in range(job.steps):
+        gradients = []
+        for source in sources:
+            loss = task.loss(model, task.batch(task.global_batch // job.workers, source))
+            gradients.append(list(torch.autograd.grad(loss, list(model.parameters()))))
+            losses.append(loss.item())
+        if not math.isfinite(losses[-1]):
+            return Run(math.nan, curve)
+        update(gradients, schedule(step, job.steps))
+        if (step + 1) * points // job.steps > step * points // job.steps:
+            curve.append((step + 1, float(np.mean(losses))))
+            losses.clear()
+    return Run(task.score(model), curve)
+
+
+def schedule(step: int, steps: int) -> float:
+    """Return the learning rate's share of its peak."""
+    warmup = max(1, steps // 20)
+    return min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / steps)))
+
+
+def _averaged(model: nn.Module, job: Job) -> Update:
+    optimizer = AVERAGED[job.method](model.parameters(), lr=job.lr, weight_decay=job.weight_decay)
+
+    def update(gradients: list[list[Tensor]], share: float) -> None:
+        for p, of_workers in zip(model.parameters(), zip(*gradients, strict=True), strict=True):
+            p.grad = torch.stack(of_workers).mean(0)
+        for group in optimizer.param_groups:
+            group["lr"] = job.lr * share
+        optimizer.step()
+
+    return update
+
+
+def _voted(model: nn.Module, job: Job) -> Update:
+    parameters = list(model.parameters())
+    start = nn.utils.parameters_to_vector(parameters).detach().numpy()
+    reference = Reference([start], job.workers, job.lr, weight_decay=job.weight_decay, **VOTED[job.method])
+
+    def update(gradients: list[list[Tensor]], share: float) -> None:
+        reference.lr = job.lr * share
+        reference.step([[nn.utils.parameters_to_vector(own).numpy()] for own in gradients])
+        nn.utils.vector_to_parameters(torch.from_numpy(reference.parameters[0]), parameters)
+
+    return update
+
+
+class Store:
+    """Runs of jobs in a file, so that an interrupted grid goes on where it was."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self.known: dict[str, Run] = {}
+        if path is not None and path.exists():
+            self.known = {key: Run(*value) for key, value in json.loads(path.read_text()).items()}
+
+    def run(self, tasks: dict[str, Task], jobs: Iterable[Job], title: str) -> list[Run]:
+        """Return what the jobs come to, each trained in a process of its own unless it is known."""
+        jobs = list(jobs)
+        new = list(dict.fromkeys(job for job in jobs if job.key not in self.known))
+        with ProcessPoolExecutor(os.cpu_count(), initializer=_share, initargs=(tasks,)) as pool:
+            futures = [(job, pool.submit(_job, job)) for job in new]
+            for job, future in tqdm(futures, title, leave=False):
+                self.known[job.key] = future.result()
+                self._save()
+        return [self.known[job.key] for job in jobs]
+
+    def _save(self) -> None:
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            part = self.path.with_suffix(".part")
+            part.write_text(json.dumps(self.known, indent=0) + "\n")
+            part.replace(self.path)
+
+
+_tasks: dict[str, Task] = {}
+
+
+def _share(tasks: dict[str, Task]) -> None:
+    _tasks.update(tasks)
+
+
+def _job(job: Job) -> Run:
+    return train(_tasks[job.task], job)
+
+
+def best(jobs: Sequence[Job], outcomes: Sequence[Run], better: str) -> Job:
+    """Return the job with the best score; one that diverged never is."""
+    sign = 1 if better == "higher" else -1
+    return max(zip(jobs, outcomes, strict=True), key=lambda pair: (math.isfinite(s := pair[1].score), sign * s))[0]

@@ -1,0 +1,127 @@
+"""Verdict momentum beside AdamW, Lion and the papers' Signum, each tuned over equally many runs.
+
+python -m benchmarks.papers.verdict_momentum --text FILE --images DIR --out benchmarks/results/papers
+
+For a small GPT and a small ResNet each: a grid of eight runs a method with four workers, two more seeds at its best
+point, and then other numbers of workers at the same global batch, with three learning rates each.
+"""
+
+import argparse
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .tasks import Images, Task, Text, add_arguments, text_of
+from .training import Job, Run, Store, best
+
+RATES: dict[str, dict[str, tuple[float, ...]]] = {
+    "gpt": {
+        "AdamW": (1e-3, 2e-3, 4e-3, 8e-3),
+        "Lion": (1e-4, 2e-4, 4e-4, 8e-4),
+        "Signum": (1e-4, 2e-4, 4e-4, 8e-4),
+        "verdict momentum": (1e-3, 2e-3, 4e-3, 8e-3),
+    },
+    "resnet": {
+        "AdamW": (2.5e-3, 5e-3, 1e-2, 2e-2),
+        "Lion": (2.5e-4, 5e-4, 1e-3, 2e-3),
+        "Signum": (2.5e-4, 5e-4, 1e-3, 2e-3),
+        "verdict momentum": (1e-3, 2e-3, 4e-3, 8e-3),
+    },
+}
+DECAYS, GAMMAS = (0.0, 0.1), (0.8, 0.95)
+SEEDS, WORKERS = (0, 1, 2), (1, 3, 8)
+MANY = 4
+"""Workers in the grid."""
+
+
+class Row(NamedTuple):
+    """A method with so many workers at its best point: the job of its first seed, and the runs of all seeds."""
+
+    job: Job
+    runs: list[Run]
+
+    @property
+    def scores(self) -> list[float]:
+        return [run.score for run in self.runs]
+
+
+def grid(task: str, method: str, steps: int) -> list[Job]:
+    """Return eight runs of a method: four learning rates, and two weight decays or two γ."""
+    if method == "verdict momentum":
+        return [Job(task, f"{method} {gamma}", lr, 0.1, MANY, steps) for lr in RATES[task][method] for gamma in GAMMAS]
+    return [Job(task, method, lr, decay, MANY, steps) for lr in RATES[task][method] for decay in DECAYS]
+
+
+def around(job: Job, workers: int) -> list[Job]:
+    """Return runs with another number of workers, at half, the same and twice the learning rate."""
+    return [job._replace(workers=workers, lr=job.lr * factor) for factor in (0.5, 1.0, 2.0)]
+
+
+def measure(tasks: dict[str, Task], store: Store, steps: dict[str, int]) -> tuple[dict[str, list[Row]], list[Row]]:
+    """Return the rows of each task with four workers, and those of the votes with other numbers of workers."""
+    many: dict[str, list[Row]] = {name: [] for name in tasks}
+    others: list[Row] = []
+    for name, task in tasks.items():
+        chosen = []
+        for method in RATES[name]:
+            jobs = grid(name, method, steps[name])
+            chosen.append(best(jobs, store.run(tasks, jobs, f"{name}, {method}"), task.better))
+        for job in chosen:
+            seeds = [job._replace(seed=seed) for seed in SEEDS]
+            many[name].append(Row(job, store.run(tasks, seeds, f"{name}, {job.method}, seeds")))
+        for job in chosen:
+            for workers in WORKERS if "um" in job.method else ():
+                jobs = around(job, workers)
+                runs = store.run(tasks, jobs, f"{name}, {job.method}, {workers} workers")
+                at = jobs.index(best(jobs, runs, task.better))
+                others.append(Row(jobs[at], [runs[at]]))
+    return many, others
+
+
+def table(tasks: dict[str, Task], many: dict[str, list[Row]], others: Sequence[Row]) -> Iterator[str]:
+    """Return the lines."""
+    for name, task in tasks.items():
+        what = "validation loss, nats a byte" if task.better == "lower" else "test accuracy"
+        rows = many[name]
+        yield f"\n{task.name}, {rows[0].job.steps} steps of {task.global_batch} examples, {MANY} workers: {what}"
+        yield f"  {'method':<24}{'lr':>9}{'decay':>7}{'mean':>9}{'±':>8}   loss of the last twentieth"
+        for row in rows:
+            ends = [run.curve[-1][1] if run.curve else np.nan for run in row.runs]
+            yield (
+                f"  {row.job.method:<24}{row.job.lr:>9.2g}{row.job.weight_decay:>7g}{np.mean(row.scores):>9.4f}"
+                f"{np.std(row.scores, ddof=1):>8.4f}   {np.mean(ends):.4f}"
+            )
+        yield "  other numbers of workers, one seed, the best of three learning rates:"
+        for row in (row for row in others if row.job.task == name):
+            yield f"  {row.job.method:<24}{row.job.lr:>9.2g}{'':>7}{row.scores[0]:>9.4f}   {row.job.workers} workers"
+
+
+def draw(tasks: dict[str, Task], many: dict[str, list[Row]], others: Sequence[Row], pyplot: Any) -> Any:
+    """Return a figure: training loss of each method, and the votes' scores beside the number of workers."""
+    figure, panels = pyplot.subplots(len(tasks), 2, figsize=(12, 4.2 * len(tasks)), layout="constrained", squeeze=False)
+    for (name, task), (curves, scores) in zip(tasks.items(), panels, strict=True):
+        for row in many[name]:
+            losses = np.array([[loss for _, loss in run.curve] for run in row.runs])
+            curves.plot([step for step, _ in row.runs[0].curve], losses.mean(0), label=row.job.method)
+        curves.set(title=f"{task.name}, {MANY} workers", xlabel="step", ylabel="training loss")
+        curves.legend()
+        for row in many[name]:
+            mine = [(other.job.workers, other.scores[0]) for other in others if _same(other.job, row.job)]
+            points = sorted([*mine, (MANY, row.scores[0])])
+            if mine:
+                scores.plot(*zip(*points, strict=True), marker="o", label=row.job.method)
+            else:
+                scores.axhline(np.mean(row.scores), linestyle="--", linewidth=1, color="gray")
+                scores.annotate(row.job.method, (1, np.mean(row.scores)), fontsize=8)
+        scores.set(title="same global batch", xlabel="workers that vote", ylabel=f"score, {task.better} is better")
+        scores.legend()
+    return figure
+
+
+def _same(a: Job, b: Job) -> bool:
+    return (a.task, a.method) == (b.task, b.method)
+
+
+def experiment(options: argparse.Namespace) -> Any:
+    """Train what is not in the store yet."""
