@@ -98,6 +98,8 @@ def _workers(snr: float, workers: int, samples: float) -> str:
     one = math.erf(snr / 2**0.5)
     z = -NormalDist().inv_cdf(_WRONG)
     enough = max(1, math.ceil(z**2 * (1 - one**2) / one**2))
+    if enough == 1:
+        return f"Workers: one is enough, whose signs are right at the median coordinate's S = {snr:.2g}."
     now = NormalDist().cdf(-(workers**0.5) * one / (1 - one**2) ** 0.5) if one < 1 else 0.0
     return (
         f"Workers: up to about {enough:,} still help. At the median coordinate's S = {snr:.2g} the verdict of "

@@ -84,12 +84,10 @@ def plot(document: dict[str, Any], path: Path) -> None:
     Raises:
         ModuleNotFoundError: without matplotlib.
     """
-    import matplotlib
+    from matplotlib.figure import Figure  # not pyplot, whose backend is the user's
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (densities, snr, skewness) = pyplot.subplots(1, 3, figsize=(14, 4), layout="constrained")
+    figure = Figure(figsize=(14, 4), layout="constrained")
+    densities, snr, skewness = figure.subplots(1, 3)
     steps = [record["step"] for record in document["records"]]
     for what, symbol in (("gradient", "g"), ("noise", "σ"), ("curvature", "L")):
         values = [record[f"geometry/{what}_density"] for record in document["records"]]
@@ -109,7 +107,6 @@ def plot(document: dict[str, Any], path: Path) -> None:
         fontsize=10,
     )
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)
 
 
 def _histogram(values: npt.NDArray[np.float64], edges: npt.NDArray[np.float64]) -> dict[str, list[float]]:

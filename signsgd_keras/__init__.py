@@ -9,6 +9,7 @@ if sys.argv[:1] == ["-m"] and __name__ in sys.orig_argv:  # the demo, which woul
 
 import keras
 
+from .geometry import GeometryMonitor
 from .loss_scale import LossScaleOptimizer
 from .optimizer import Signum
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from .verify import ReplicasDifferError, VerifyReplicas
 
 __all__ = [
+    "GeometryMonitor",
     "LossScaleOptimizer",
     "MajorityVote",
     "MultiWorkerMajorityVoteStrategy",

@@ -59,13 +59,13 @@ class GPT(nn.Module):
         for p in self.parameters():  # the encoder copies one layer; small weights, as in GPT-2
             if p.dim() > 1:
                 nn.init.normal_(p, std=0.02)
-        self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(context), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits of the next byte, shape (batch, length, 256)."""
         length = x.shape[1]
         y = self.bytes(x) + self.places.weight[:length]
-        y = self.blocks(y, mask=self.mask[:length, :length], is_causal=True)
+        mask = nn.Transformer.generate_square_subsequent_mask(length, x.device)
+        y = self.blocks(y, mask=mask, is_causal=True)
         logits: Tensor = y @ self.bytes.weight.T
         return logits
 

@@ -7,11 +7,16 @@ point, and then other numbers of workers at the same global batch, with three le
 """
 
 import argparse
+import os
+import platform
+import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from .common import save_figure
 from .tasks import Images, Task, Text, add_arguments, text_of
 from .training import Job, Run, Store, best
 
@@ -123,5 +128,27 @@ def _same(a: Job, b: Job) -> bool:
     return (a.task, a.method) == (b.task, b.method)
 
 
-def experiment(options: argparse.Namespace) -> Any:
-    """Train what is not in the store yet."""
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    add_arguments(parser)
+    parser.add_argument("--tasks", nargs="+", choices=list(RATES), default=list(RATES))
+    parser.add_argument("--short", action="store_true", help="a minute, for tests: what it prints means little")
+    parser.add_argument("--out", type=Path, help="folder for verdict_momentum.txt, .json and .png; or save nothing")
+    options = parser.parse_args()
+    tasks: dict[str, Task] = {"gpt": Text(text_of(options), *((16, 1, 16) if options.short else ()))}
+    tasks["resnet"] = Images(
+        options.images, width=2 if options.short else 16, global_batch=16 if options.short else 128
+    )
+    tasks = {name: tasks[name] for name in options.tasks}
+    steps = dict.fromkeys(tasks, 2) if options.short else {"gpt": 500, "resnet": 400}
+    many, others = measure(tasks, Store(options.out and options.out / "verdict_momentum.json"), steps)
+    command = " ".join(["python -m benchmarks.papers.verdict_momentum", *sys.argv[1:]])
+    lines = [f"{platform.machine()}, {os.cpu_count()} cores; {command}", *table(tasks, many, others)]
+    print("\n".join(lines))
+    if options.out:
+        (options.out / "verdict_momentum.txt").write_text("\n".join(lines) + "\n")
+        save_figure(lambda pyplot: draw(tasks, many, others, pyplot), options.out / "verdict_momentum.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -57,7 +57,11 @@ def test_nothing_is_said_of_noise_alone() -> None:
     assert momentum.startswith("Momentum: cannot tell")
 
 
-@pytest.mark.parametrize(("snr", "enough"), [(0.1, 257), (0.5, 10), (3.0, 1)])
+def test_one_worker_is_enough_where_signs_are_right() -> None:
+    assert told(gradients(3.0, 1.0))[1].startswith("Workers: one is enough")
+
+
+@pytest.mark.parametrize(("snr", "enough"), [(0.1, 257), (0.5, 10)])
 def test_workers_until_a_tenth_of_the_verdicts_is_wrong(snr: float, enough: int) -> None:
     """Counted by simulation: an odd number of workers nearest to what is said, and one ten times as large."""
     sentence = told(gradients(snr, 1.0, n=4_000))[1]
@@ -68,7 +72,7 @@ def test_workers_until_a_tenth_of_the_verdicts_is_wrong(snr: float, enough: int)
     def wrong(workers: int) -> float:
         return float((rng.binomial(workers, 0.5 * (1 + math.erf(snr / 2**0.5)), 100_000) < workers / 2).mean())
 
-    assert wrong(said | 1) == pytest.approx(0.1, abs=0.03) if enough > 1 else wrong(1) < 0.01
+    assert wrong(said | 1) == pytest.approx(0.1, abs=0.03)
     assert wrong(4 * said | 1) < 0.02
 
 
@@ -114,6 +118,16 @@ def test_a_report_is_read_again(tmp_path: Path) -> None:
     document = json.loads((tmp_path / "new" / "geometry.json").read_text())
     assert [record["step"] for record in document["records"]] == [100, 200]
     assert sum(document["snr"]["counts"]) == 1_000
+
+
+def test_a_plot_leaves_the_users_backend_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import matplotlib
+
+    monkeypatch.setitem(matplotlib.rcParams, "backend", "svg")
+    report = GeometryReport(1, 1_000, 1_000)
+    report.add(100, Moments.of(gradients(1.0, SPARSE)))
+    report.save(tmp_path)
+    assert matplotlib.rcParams["backend"] == "svg"
 
 
 def test_nothing_is_written_of_nothing(tmp_path: Path) -> None:

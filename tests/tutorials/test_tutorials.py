@@ -17,7 +17,7 @@ from tests.workers import free_port
 
 ROOT = Path(__file__).parents[2]
 TUTORIALS = ROOT / "tutorials"
-NOTEBOOKS = ("01_majority_vote_by_hand", "02_lightning", "03_keras")
+NOTEBOOKS = ("01_majority_vote_by_hand", "02_lightning", "03_keras", "04_will_signs_work_for_my_model")
 TELLING = {
     "01_majority_vote_by_hand": (r"positive   ends 1\.00 from where it began, was at most 1\.00 away",),
     "02_lightning": (r"verdict momentum  resumed equals uninterrupted: True",),
@@ -33,6 +33,15 @@ TELLING = {
         r"- Signum was made under no strategy .*",
         r"- VoteMonitor has no vote to watch: .*",
         r"- beta_1 must lie in \[0, 1\), got 1\.2",
+    ),
+    "04_will_signs_work_for_my_model": (
+        r"Signs: R2 = 0\.\d+ and R1 = 0\.\d+, both well below 1: .*",
+        r"Gradients: R2 = \d\d\.\d+ and R1 = \d\d\.\d+, both well above 1: .*",
+        r"broken_instrument  SGD      test loss 0\.[23]\d+ with lr .*",
+        r"broken_instrument  signSGD  test loss 0\.0\d+ with lr .*",
+        r"many_instruments   SGD      test loss 0\.1[234]\d with lr .*",
+        r"many_instruments   signSGD  test loss 0\.1[567]\d with lr .*",
+        r"Signs: R2 = 0\.\d+, well below 1: the noise is sparser than the gradient\. .*",
     ),
 }
 """What each prints, line by line, in this order."""

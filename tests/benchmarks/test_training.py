@@ -1,0 +1,145 @@
+"""The experiments' training: the vote of one worker is `Signum`'s, a grid goes on where it was, scripts run whole."""
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from benchmarks.papers.tasks import Task, Text
+from benchmarks.papers.training import VOTED, Job, Run, Store, best, schedule, train
+from signsgd_lightning import Signum
+from tests.faults.network import available
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def text() -> Task:
+    return Text(Path(json.__file__), 16, 1, 16, global_batch=4)
+
+
+@pytest.mark.parametrize("method", ["Signum", "verdict momentum 0.8"])
+def test_the_vote_of_one_worker_is_signum_alone(method: str, text: Task) -> None:
+    job = Job("", method, 0.01, 0.1, workers=1, steps=12, seed=3)
+    torch.manual_seed(3)
+    model, source = text.model(), np.random.default_rng([3, 0])
+    optimizer = Signum(model.parameters(), job.lr, weight_decay=job.weight_decay, **VOTED[method])
+    for step in range(job.steps):
+        optimizer.param_groups[0]["lr"] = job.lr * schedule(step, job.steps)
+        optimizer.zero_grad()
+        text.loss(model, text.batch(4, source)).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    assert train(text, job).score == text.score(model)
+
+
+def test_as_many_examples_whatever_the_workers(text: Task) -> None:
+    averaged = [train(text, Job("", "AdamW", 0.01, workers=workers, steps=8)).score for workers in (1, 2, 4)]
+    assert len(set(averaged)) == 3, "each worker draws its own batches"
+    assert max(averaged) - min(averaged) < 0.2
+
+
+def test_a_schedule_warms_up_and_falls() -> None:
+    shares = [schedule(step, 100) for step in range(100)]
+    assert shares[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0], abs=0.01)
+    assert shares[5:] == sorted(shares[5:], reverse=True)
+    assert 0 < shares[-1] < 0.001
+
+
+def test_one_that_diverged_is_never_the_best() -> None:
+    jobs = [Job("", "AdamW", lr) for lr in (1.0, 2.0, 3.0)]
+    runs = [Run(score, []) for score in (2.0, math.nan, 1.0)]
+    assert best(jobs, runs, "lower").lr == 3.0
+    assert best(jobs, runs, "higher").lr == 1.0
+
+
+def test_a_grid_goes_on_where_it_was(text: Task, tmp_path: Path) -> None:
+    jobs = [Job("text", "Signum", lr, workers=2, steps=4) for lr in (0.001, 0.01)]
+    path = tmp_path / "runs.json"
+    first = Store(path).run({"text": text}, jobs[:1], "grid")
+    known = json.loads(path.read_text())
+    known[jobs[0].key][0] = -1.0
+    path.write_text(json.dumps(known))
+    again = Store(path).run({"text": text}, jobs, "grid")
+    assert again[0].score == -1.0, "it was trained again"
+    assert again[1].score != first[0].score
+    assert sorted(json.loads(path.read_text())) == sorted(job.key for job in jobs)
+
+
+def _run(*arguments: object, timeout: float = 280) -> str:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", *map(str, arguments)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
+    assert done.returncode == 0, done.stdout[-4_000:] + done.stderr[-8_000:]
+    return done.stdout
+
+
+def test_verdict_momentum(tmp_path: Path) -> None:
+    printed = _run("benchmarks.papers.verdict_momentum", "--short", "--out", tmp_path)
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".png", ".txt"]
+    for task in ("GPT on bytes, 2 steps", "ResNet on images, 2 steps"):
+        assert task in printed
+    for workers in (1, 3, 8):
+        assert len(re.findall(rf"(?:Signum|verdict momentum 0\.\d+) .* {workers} workers", printed)) == 4
+
+
+def test_densities(tmp_path: Path) -> None:
+    printed = _run("benchmarks.papers.densities", "--short", "--out", tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["densities.png", "densities.txt"]
+    rows = re.findall(r"^ +(6|12)((?: +\d+\.\d{4}){7})$", printed, re.MULTILINE)
+    assert [step for step, _ in rows] == ["6", "12"] * 2
+    for _, values in rows:
+        gradient, noise, ratio, curvature, *_ = map(float, values.split())
+        assert ratio == pytest.approx(noise / gradient, rel=0.01)
+        assert 0 < curvature < 1
+
+
+@pytest.mark.net
+@pytest.mark.skipif(not available(), reason="needs root and iproute2")
+def test_gpt_over_a_slow_network(tmp_path: Path) -> None:
+    printed = _run("benchmarks.papers.gpt_over_wire", "--short", "--out", tmp_path)
+    sent = {
+        name: float(mb) for name, mb in re.findall(r"^(.{28}) +\S+ +[\d.]+ +([\d.]+) +[\d.]+ ", printed, re.MULTILINE)
+    }
+    fp32, vote = sent["AdamW, DDP fp32".ljust(28)], sent["verdict momentum .8, vote".ljust(28)]
+    assert vote < fp32 / 3, "even of so small a model, most of whose bytes are headers"
+    assert (tmp_path / "gpt_over_wire.png").exists()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two classes of images of different sizes."""
+    path, source = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for part, count in (("train", 12), ("val", 4)):
+        for label in ("cat", "dog"):
+            (path / part / label).mkdir(parents=True)
+            for k in range(count):
+                pixels = source.integers(0, 256, (40 + k, 50, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(path / part / label / f"{k}.png")
+    return path
+
+
+def test_imagenet_recipe_in_lightning(folder: Path, tmp_path: Path) -> None:
+    common = [folder, "--accelerator", "cpu", "--size", 32, "--batch-size", 6, "--loaders", 0, "--out", tmp_path]
+    command = ["benchmarks.papers.imagenet_lightning", *common, "--devices", 2]
+    assert "after 1 epochs and 2 steps" in _run(*command, "--epochs", 1)
+    assert "after 2 epochs and 4 steps" in _run(*command, "--epochs", 2, "--resume")
+
+
+@pytest.mark.slow  # TensorFlow takes minutes to trace a ResNet-50 of two replicas
+@pytest.mark.timeout(900)
+def test_imagenet_recipe_in_keras(folder: Path, tmp_path: Path) -> None:
+    common = [folder, "--size", 32, "--batch-size", 6, "--out", tmp_path]
+    command = ["benchmarks.papers.imagenet_keras", *common, "--replicas", 2]
+    assert "after 1 epochs and 2 steps" in _run(*command, "--epochs", 1, timeout=400)
+    assert "after 2 epochs and 4 steps" in _run(*command, "--epochs", 2, "--resume", timeout=400)
+    rows = (tmp_path / "log.csv").read_text().splitlines()
+    assert len(rows) == 3
+    assert "vote/agreement/rank1" in rows[0]
