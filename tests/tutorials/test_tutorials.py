@@ -17,7 +17,13 @@ from tests.workers import free_port
 
 ROOT = Path(__file__).parents[2]
 TUTORIALS = ROOT / "tutorials"
-NOTEBOOKS = ("01_majority_vote_by_hand", "02_lightning", "03_keras", "04_will_signs_work_for_my_model")
+NOTEBOOKS = (
+    "01_majority_vote_by_hand",
+    "02_lightning",
+    "03_keras",
+    "04_will_signs_work_for_my_model",
+    "05_choosing_lr_and_betas",
+)
 TELLING = {
     "01_majority_vote_by_hand": (r"positive   ends 1\.00 from where it began, was at most 1\.00 away",),
     "02_lightning": (r"verdict momentum  resumed equals uninterrupted: True",),
@@ -42,6 +48,12 @@ TELLING = {
         r"many_instruments   SGD      test loss 0\.1[234]\d with lr .*",
         r"many_instruments   signSGD  test loss 0\.1[567]\d with lr .*",
         r"Signs: R2 = 0\.\d+, well below 1: the noise is sparser than the gradient\. .*",
+    ),
+    "05_choosing_lr_and_betas": (
+        r"AdamW                 best lr 0\.0\d+ +loss 0\.0\d\d; .*",
+        r"Signum \(0\.9, 0\.9\)     best lr 0\.00\d+ +loss 0\.[01]\d\d; .*",
+        r"Signum \(0\.9, 0\.9\)     best lr / AdamW's 0\.[012]\d*",
+        r"beta 0\.99: 894 steps",
     ),
 }
 """What each prints, line by line, in this order."""
