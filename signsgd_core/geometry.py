@@ -22,7 +22,6 @@ Source: arXiv 1802.04434, section 3 and appendix; the curvature's density is not
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Integral
 
 import numpy as np
 import numpy.typing as npt
@@ -236,23 +235,6 @@ def sample(sizes: Sequence[int], coordinates: int, seed: int = 0) -> list[npt.ND
     ends = np.cumsum(sizes, dtype=np.int64)
     parts = np.split(chosen, np.searchsorted(chosen, ends))[: len(ends)]
     return [part - (end - size) for part, end, size in zip(parts, ends, sizes, strict=True)]
-
-
-def check_monitor(every_n_steps: int, samples: int, coordinates: int) -> None:
-    """Make sure that a monitor's settings are whole numbers in their ranges.
-
-    Raises:
-        ValueError: if one is not.
-    """
-    for name, value, least in (
-        ("every_n_steps", every_n_steps, 2),
-        ("samples", samples, 2),
-        ("coordinates", coordinates, 1),
-    ):
-        if not isinstance(value, Integral) or value < least:
-            raise ValueError(f"{name} must be a whole number of {least} or more, got {value!r}")
-    if samples > every_n_steps:
-        raise ValueError(f"samples must be at most every_n_steps={every_n_steps}, got {samples}")
 
 
 def _median(values: Floats) -> float:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,23 @@ class GeometryReport:
         (directory / "geometry.json").write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
         with contextlib.suppress(ModuleNotFoundError):  # the numbers are there
             plot(document, directory / "geometry.png")
+
+
+def check_monitor(every_n_steps: int, samples: int, coordinates: int) -> None:
+    """Make sure that a monitor's settings are whole numbers in their ranges.
+
+    Raises:
+        ValueError: if one is not.
+    """
+    for name, value, least in (
+        ("every_n_steps", every_n_steps, 2),
+        ("samples", samples, 2),
+        ("coordinates", coordinates, 1),
+    ):
+        if not isinstance(value, Integral) or value < least:
+            raise ValueError(f"{name} must be a whole number of {least} or more, got {value!r}")
+    if samples > every_n_steps:
+        raise ValueError(f"samples must be at most every_n_steps={every_n_steps}, got {samples}")
 
 
 def plot(document: dict[str, Any], path: Path) -> None:

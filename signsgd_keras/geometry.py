@@ -11,8 +11,8 @@ import numpy.typing as npt
 from absl import logging
 from keras import ops
 
-from signsgd_core.geometry import NAMES, Moments, check_monitor, density, sample
-from signsgd_core.geometry_report import GeometryReport
+from signsgd_core.geometry import NAMES, Moments, density, sample
+from signsgd_core.geometry_report import GeometryReport, check_monitor
 
 from . import blocks
 from .geometry_backends import hessian, rows

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
 
-from signsgd_core.geometry import Moments, check_monitor, density, sample
-from signsgd_core.geometry_report import GeometryReport
+from signsgd_core.geometry import Moments, density, sample
+from signsgd_core.geometry_report import GeometryReport, check_monitor
 
 from .exchange import Exchange
 from .optimizer import Signum
