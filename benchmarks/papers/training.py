@@ -167,3 +167,22 @@ def best(jobs: Sequence[Job], outcomes: Sequence[Run], better: str) -> Job:
     """Return the job with the best score; one that diverged never is."""
     sign = 1 if better == "higher" else -1
     return max(zip(jobs, outcomes, strict=True), key=lambda pair: (math.isfinite(s := pair[1].score), sign * s))[0]
+
+
+class Row(NamedTuple):
+    """A method at its best point: the job of its first seed, and the runs of all seeds."""
+
+    job: Job
+    runs: list[Run]
+
+    @property
+    def scores(self) -> list[float]:
+        return [run.score for run in self.runs]
+
+
+def tuned(tasks: dict[str, Task], store: Store, jobs: Sequence[Job], seeds: Sequence[int]) -> Row:
+    """Return the best of some jobs with all seeds."""
+    first = jobs[0]
+    what = f"{first.task}, {first.method}, {first.workers} workers"
+    chosen = best(jobs, store.run(tasks, jobs, what), tasks[first.task].better)
+    return Row(chosen, store.run(tasks, [chosen._replace(seed=seed) for seed in seeds], f"{what}, seeds"))

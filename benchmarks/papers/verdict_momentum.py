@@ -12,13 +12,13 @@ import platform
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from .common import save_figure
 from .tasks import Images, Task, Text, add_arguments, text_of
-from .training import Job, Run, Store, best
+from .training import Job, Row, Store, tuned
 
 RATES: dict[str, dict[str, tuple[float, ...]]] = {
     "gpt": {
@@ -40,17 +40,6 @@ MANY = 4
 """Workers in the grid."""
 
 
-class Row(NamedTuple):
-    """A method with so many workers at its best point: the job of its first seed, and the runs of all seeds."""
-
-    job: Job
-    runs: list[Run]
-
-    @property
-    def scores(self) -> list[float]:
-        return [run.score for run in self.runs]
-
-
 def grid(task: str, method: str, steps: int) -> list[Job]:
     """Return eight runs of a method: four learning rates, and two weight decays or two γ."""
     if method == "verdict momentum":
@@ -67,20 +56,11 @@ def measure(tasks: dict[str, Task], store: Store, steps: dict[str, int]) -> tupl
     """Return the rows of each task with four workers, and those of the votes with other numbers of workers."""
     many: dict[str, list[Row]] = {name: [] for name in tasks}
     others: list[Row] = []
-    for name, task in tasks.items():
-        chosen = []
-        for method in RATES[name]:
-            jobs = grid(name, method, steps[name])
-            chosen.append(best(jobs, store.run(tasks, jobs, f"{name}, {method}"), task.better))
-        for job in chosen:
-            seeds = [job._replace(seed=seed) for seed in SEEDS]
-            many[name].append(Row(job, store.run(tasks, seeds, f"{name}, {job.method}, seeds")))
-        for job in chosen:
-            for workers in WORKERS if "um" in job.method else ():
-                jobs = around(job, workers)
-                runs = store.run(tasks, jobs, f"{name}, {job.method}, {workers} workers")
-                at = jobs.index(best(jobs, runs, task.better))
-                others.append(Row(jobs[at], [runs[at]]))
+    for name in tasks:
+        many[name] = [tuned(tasks, store, grid(name, method, steps[name]), SEEDS) for method in RATES[name]]
+        for row in many[name]:
+            for workers in WORKERS if "um" in row.job.method else ():
+                others.append(tuned(tasks, store, around(row.job, workers), SEEDS[:1]))
     return many, others
 
 

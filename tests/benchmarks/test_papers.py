@@ -33,7 +33,7 @@ def test_signs_win_where_the_noise_is_sparse_and_lose_where_the_gradient_is(tmp_
     for line in _run("toy_sparse_noise", tmp_path):
         if match := re.match(r"(sparse .+): at the start R2 = ([\d.]+), R1", line):
             problem, ratios[match[1]] = match[1], float(match[2])
-        elif match := re.match(r"  (signSGD|SGD) +mean of all steps +[\d.]+ +([\d.]+) \[", line):
+        elif match := re.match(r"  (signSGD|SGD) +mean of all steps +[\d.]+\*? +([\d.]+) \[", line):
             losses[problem, match[1]] = float(match[2])
     assert ratios["sparse noise"] < 0.5
     assert ratios["sparse gradient"] > 2

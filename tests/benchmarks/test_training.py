@@ -90,6 +90,14 @@ def test_verdict_momentum(tmp_path: Path) -> None:
         assert len(re.findall(rf"(?:Signum|verdict momentum 0\.\d+) .* {workers} workers", printed)) == 4
 
 
+def test_cifar10(tmp_path: Path) -> None:
+    printed = _run("benchmarks.papers.cifar10", "--short", "--methods", "SGD", "Signum", "--out", tmp_path)
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".png", ".txt"]
+    found = re.findall(r"^(SGD|Signum) +(\d) +\S+ +\S+ +[\d.]+% +[\d.]+$", printed, re.MULTILINE)
+    assert found == [("SGD", "4"), ("Signum", "1"), ("Signum", "4")]
+    assert re.search(r"the best vote beside the best of the others: [+-][\d.]+ points", printed)
+
+
 def test_densities(tmp_path: Path) -> None:
     printed = _run("benchmarks.papers.densities", "--short", "--out", tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["densities.png", "densities.txt"]

@@ -1,0 +1,99 @@
+"""A ResNet on CIFAR-10, the vote with one and four workers beside the optimizers that average.
+
+python -m benchmarks.papers.cifar10 --images DIR --out benchmarks/results/papers
+
+A grid of learning rates and weight decays for each method, equally many runs, and three seeds at its best point. By
+default a ResNet-8 of the paper's width for an epoch, which is what two cores do in hours; the paper's own are
+``--depth 20 --steps 62400``.
+"""
+
+import argparse
+import os
+import platform
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .common import save_figure
+from .tasks import Images, Task, add_arguments
+from .training import VOTED, Job, Row, Store, tuned
+
+RATES = {
+    "SGD": (0.03, 0.1, 0.3, 1.0),
+    "Adam": (2.5e-3, 5e-3, 1e-2, 2e-2),
+    "AdamW": (2.5e-3, 5e-3, 1e-2, 2e-2),
+    "Lion": (2.5e-4, 5e-4, 1e-3, 2e-3),
+    "signSGD": (1e-4, 3e-4, 1e-3, 3e-3),
+    "Signum": (2.5e-4, 5e-4, 1e-3, 2e-3),
+    "verdict momentum 0.8": (1e-3, 2e-3, 4e-3, 8e-3),
+}
+DECAYS = {"SGD": (0.0, 5e-4), "Adam": (0.0, 5e-4)}
+"""Of these two the decay is part of the gradient; the others have 0 and 0.1."""
+
+SEEDS, WORKERS = (0, 1, 2), (1, 4)
+
+
+def measure(task: Task, store: Store, methods: Sequence[str], steps: int) -> list[Row]:
+    """Return the rows of all methods; those that average have four workers, too, for batch norm's sake."""
+    rows = []
+    for method in methods:
+        for workers in WORKERS if method in VOTED else WORKERS[-1:]:
+            decays = DECAYS.get(method, (0.0, 0.1))
+            jobs = [Job("cifar10", method, lr, decay, workers, steps) for lr in RATES[method] for decay in decays]
+            rows.append(tuned({"cifar10": task}, store, jobs, SEEDS))
+    return rows
+
+
+def table(rows: Sequence[Row]) -> Iterator[str]:
+    """Return the lines, and how far the best vote is from the best of the others."""
+    yield f"{'method':<24}{'workers':>8}{'lr':>9}{'decay':>8}{'accuracy':>10}{'±':>7}"
+    for row in rows:
+        job, mean, spread = row.job, 100 * np.mean(row.scores), 100 * np.std(row.scores, ddof=1)
+        yield f"{job.method:<24}{job.workers:>8}{job.lr:>9.2g}{job.weight_decay:>8g}{mean:>9.2f}%{spread:>7.2f}"
+    voted, averaged = (
+        [100 * float(np.mean(row.scores)) for row in rows if (row.job.method in VOTED) == vote]
+        for vote in (True, False)
+    )
+    if voted and averaged:
+        yield f"the best vote beside the best of the others: {max(voted) - max(averaged):+.2f} points"
+
+
+def draw(rows: Sequence[Row], pyplot: Any) -> Any:
+    """Return a figure of the training losses."""
+    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    for row in rows:
+        losses = np.array([[loss for _, loss in run.curve] for run in row.runs]).mean(0)
+        label = f"{row.job.method}, {row.job.workers} workers" if row.job.method in VOTED else row.job.method
+        axes.plot([step for step, _ in row.runs[0].curve], losses, label=label)
+    axes.set(xlabel="step", ylabel="training loss")
+    axes.legend(fontsize=8)
+    return figure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    add_arguments(parser)
+    parser.add_argument("--methods", nargs="+", choices=list(RATES), default=list(RATES))
+    parser.add_argument("--width", type=int, default=16)
+    parser.add_argument("--depth", type=int, default=8, help="6n + 2; the paper's 20")
+    parser.add_argument("--steps", type=int, default=390)
+    parser.add_argument("--short", action="store_true", help="a few seconds, for tests: what it prints means little")
+    parser.add_argument("--out", type=Path, help="folder for cifar10.txt, .json and .png (default: save nothing)")
+    options = parser.parse_args()
+    task = Images(options.images, 2 if options.short else options.width, options.depth, 16 if options.short else 128)
+    store, steps = Store(options.out and options.out / "cifar10.json"), 2 if options.short else options.steps
+    rows = measure(task, store, options.methods, steps)
+    command = " ".join(["python -m benchmarks.papers.cifar10", *sys.argv[1:]])
+    size = f"ResNet-{options.depth} of width {task.shape[0]}, {steps} steps of {task.global_batch}"
+    lines = [f"{platform.machine()}, {os.cpu_count()} cores; {command}", size, *table(rows)]
+    print("\n".join(lines))
+    if options.out:
+        (options.out / "cifar10.txt").write_text("\n".join(lines) + "\n")
+        save_figure(lambda pyplot: draw(rows, pyplot), options.out / "cifar10.png")
+
+
+if __name__ == "__main__":
+    main()
