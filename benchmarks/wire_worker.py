@@ -199,6 +199,13 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def join(options: argparse.Namespace) -> None:
+    """Meet the other workers at rank 0's, each on one thread."""
+    torch.set_num_threads(1)
+    address = f"tcp://{options.master}:29500"
+    dist.init_process_group("gloo", address, LIMIT, world_size=options.workers, rank=options.rank)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     for name in ("rank", "workers", "parameters", "batch-size"):
@@ -206,9 +213,7 @@ def main() -> None:
     for name in ("device", "master", "title", "found"):
         parser.add_argument(f"--{name}", required=True)
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    address = f"tcp://{options.master}:29500"
-    dist.init_process_group("gloo", address, LIMIT, world_size=options.workers, rank=options.rank)
+    join(options)
     found = run(options)
     if options.rank == 0:
         Path(options.found).write_text(json.dumps(found))

@@ -39,6 +39,9 @@ NAMES = tuple(
 )
 """Of all figures, in the order of the table."""
 
+PROBES = 8
+"""Products with the Hessian for one estimate of its diagonal."""
+
 
 def density(vector: npt.ArrayLike) -> float:
     r"""Return how dense a vector is.
@@ -196,6 +199,7 @@ def figures(moments: Moments, curvature_density: float = float("nan")) -> dict[s
     alive = deviation > 0  # neither sign nor noise where the gradient never changed
     norm = float((moments.mean**2).sum())
     explained = float((deviation**2).sum()) / moments.count / norm if norm else 1.0
+    snr = moments.snr[alive]
     values = (
         gradient,
         noise,
@@ -203,8 +207,8 @@ def figures(moments: Moments, curvature_density: float = float("nan")) -> dict[s
         curvature_density,
         curvature_density**0.5 / gradient,
         max(0.0, 1.0 - explained),
-        _median(moments.snr[alive]),
-        float((moments.snr[alive] > CRITICAL_SNR).mean()) if alive.any() else float("nan"),
+        _median(snr),
+        float((snr > CRITICAL_SNR).mean()) if alive.any() else float("nan"),
         _median(np.abs(moments.skewness[alive])),
         _median(moments.bimodality[alive]),
     )

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from absl import logging
 from keras import ops
 
-from signsgd_core.geometry import NAMES, Moments, density, sample
+from signsgd_core.geometry import NAMES, PROBES, Moments, density, sample
 from signsgd_core.geometry_report import GeometryReport, check_monitor
 
 from . import blocks
@@ -20,9 +20,6 @@ from .geometry_backends import hessian, rows
 Tensor = Any
 Variable = Any
 Array = npt.NDArray[Any]
-
-PROBES = 8
-"""Products with the Hessian for one estimate of its diagonal."""
 
 
 class GeometryMonitor(keras.callbacks.Callback):  # type: ignore[misc]

@@ -12,14 +12,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
 
-from signsgd_core.geometry import Moments, density, sample
+from signsgd_core.geometry import PROBES, Moments, density, sample
 from signsgd_core.geometry_report import GeometryReport, check_monitor
 
 from .exchange import Exchange
 from .optimizer import Signum
-
-PROBES = 8
-"""Products with the Hessian for one estimate of its diagonal."""
 
 
 class GeometryMonitor(Callback):

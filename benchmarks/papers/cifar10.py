@@ -8,16 +8,13 @@ default a ResNet-8 of the paper's width for an epoch, which is what two cores do
 """
 
 import argparse
-import os
-import platform
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .common import save_figure
+from .common import heading, publish
 from .tasks import Images, Task, add_arguments
 from .training import VOTED, Job, Row, Store, tuned
 
@@ -65,9 +62,8 @@ def draw(rows: Sequence[Row], pyplot: Any) -> Any:
     """Return a figure of the training losses."""
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
     for row in rows:
-        losses = np.array([[loss for _, loss in run.curve] for run in row.runs]).mean(0)
         label = f"{row.job.method}, {row.job.workers} workers" if row.job.method in VOTED else row.job.method
-        axes.plot([step for step, _ in row.runs[0].curve], losses, label=label)
+        axes.plot(*row.curve, label=label)
     axes.set(xlabel="step", ylabel="training loss")
     axes.legend(fontsize=8)
     return figure
@@ -86,13 +82,9 @@ def main() -> None:
     task = Images(options.images, 2 if options.short else options.width, options.depth, 16 if options.short else 128)
     store, steps = Store(options.out and options.out / "cifar10.json"), 2 if options.short else options.steps
     rows = measure(task, store, options.methods, steps)
-    command = " ".join(["python -m benchmarks.papers.cifar10", *sys.argv[1:]])
     size = f"ResNet-{options.depth} of width {task.shape[0]}, {steps} steps of {task.global_batch}"
-    lines = [f"{platform.machine()}, {os.cpu_count()} cores; {command}", size, *table(rows)]
-    print("\n".join(lines))
-    if options.out:
-        (options.out / "cifar10.txt").write_text("\n".join(lines) + "\n")
-        save_figure(lambda pyplot: draw(rows, pyplot), options.out / "cifar10.png")
+    lines = [heading("cifar10"), size, *table(rows)]
+    publish("cifar10", lines, lambda pyplot: draw(rows, pyplot), options.out)
 
 
 if __name__ == "__main__":

@@ -107,19 +107,27 @@ def main(name: str, document: str | None, experiment: Callable[[bool], Outcome])
     command = " ".join([parser.prog, *sys.argv[1:]])
     machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, one process"
     lines = [f"{machine}: {command}: {time.perf_counter() - begin:.0f} s", *lines]
+    publish(name, lines, draw, options.out)
+
+
+def heading(name: str) -> str:
+    """Return the machine and the command, the first line of a table."""
+    command = " ".join([f"python -m benchmarks.papers.{name}", *sys.argv[1:]])
+    return f"{platform.machine()}, {os.cpu_count()} cores; {command}"
+
+
+def publish(name: str, lines: Sequence[str], draw: Callable[[Any], Any], out: Path | None) -> None:
+    """Print a table and, given a folder, save it there, and its figure beside it."""
     print("\n".join(lines))
-    if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / f"{name}.txt").write_text("\n".join(lines) + "\n")
-        save_figure(draw, options.out / f"{name}.png")
-
-
-def save_figure(draw: Callable[[Any], Any], path: Path) -> None:
+    if out is None:
+        return
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"{name}.txt").write_text("\n".join(lines) + "\n")
     figure = draw(pyplot)
-    figure.savefig(path, dpi=120)
+    figure.savefig(out / f"{name}.png", dpi=120)
     pyplot.close(figure)

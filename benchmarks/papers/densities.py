@@ -8,9 +8,6 @@ One worker; the gradients are of one batch.
 
 import argparse
 import logging
-import os
-import platform
-import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +22,7 @@ from signsgd_core.geometry import NAMES
 from signsgd_core.geometry_report import GeometryReport
 from signsgd_lightning import GeometryMonitor
 
+from .common import heading, publish
 from .tasks import Images, Task, Text, add_arguments, text_of
 from .training import AVERAGED, Job
 
@@ -83,13 +81,8 @@ def table(name: str, task: Task, job: Job, report: GeometryReport) -> Iterator[s
     yield from advise(report.records, 1)
 
 
-def draw(reports: dict[str, GeometryReport], path: Path) -> None:
-    """Save the densities and the ratios through training."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+def draw(reports: dict[str, GeometryReport], pyplot: Any) -> Any:
+    """Return a figure of the densities and the ratios through training."""
     figure, panels = pyplot.subplots(
         len(reports), 2, figsize=(11, 4 * len(reports)), layout="constrained", squeeze=False
     )
@@ -102,8 +95,7 @@ def draw(reports: dict[str, GeometryReport], path: Path) -> None:
             axes.set(xlabel="step", title=name)
             axes.legend()
         right.axhline(1, color="black", linewidth=0.8)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    return figure
 
 
 def main() -> None:
@@ -120,17 +112,12 @@ def main() -> None:
         options.images, width=4 if options.short else 16, global_batch=16 if options.short else 128
     )
     steps, every = (12, 6) if options.short else (500, 100)
-    command = " ".join(["python -m benchmarks.papers.densities", *sys.argv[1:]])
-    lines, reports = [f"{platform.machine()}, {os.cpu_count()} cores; {command}"], {}
+    lines, reports = [heading("densities")], {}
     for name, task in tasks.items():
         job = Job(name, "AdamW", RATES[name], 0.1, 1, steps)
         reports[name] = measure(task, job, every)
         lines += table(name, task, job, reports[name])
-    print("\n".join(lines))
-    if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "densities.txt").write_text("\n".join(lines) + "\n")
-        draw(reports, options.out / "densities.png")
+    publish("densities", lines, lambda pyplot: draw(reports, pyplot), options.out)
 
 
 if __name__ == "__main__":

@@ -9,17 +9,16 @@ benchmarks/wire.py); the clock stands while the loss on the rest of the text is 
 
 import argparse
 import itertools
-import os
-import platform
-import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from benchmarks.wire import Cell, work
 from tests.faults.network import available
 
+from .common import heading, publish
 from .gpt_worker import METHODS
 from .tasks import Text, add_arguments, text_of
 from .training import Job, Store, best
@@ -70,13 +69,8 @@ def table(curves: dict[str, Curve], rates: dict[str, float]) -> Iterator[str]:
         )
 
 
-def draw(curves: dict[str, Curve], path: Path) -> None:
-    """Save the loss against steps, bytes and seconds."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+def draw(curves: dict[str, Curve], pyplot: Any) -> Any:
+    """Return a figure of the loss against steps, bytes and seconds."""
     figure, panels = pyplot.subplots(1, 3, figsize=(14, 4.5), sharey=True, layout="constrained")
     for axes, (what, label, unit) in zip(
         panels,
@@ -89,8 +83,7 @@ def draw(curves: dict[str, Curve], path: Path) -> None:
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("loss on the rest of the text, nats a byte")
     panels[0].legend(fontsize=8)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    return figure
 
 
 def main() -> None:
@@ -121,17 +114,12 @@ def main() -> None:
         curves[method] = work(cell, module, method, LIMIT)["points"]
     parameters = sum(p.numel() for p in Text(text, *shape).model().parameters())
     lines = [
-        f"{platform.machine()}, {os.cpu_count()} cores; "
-        + " ".join(["python -m benchmarks.papers.gpt_over_wire", *sys.argv[1:]]),
+        heading("gpt_over_wire"),
         f"{WORKERS} workers, {options.mbits} Mbit/s, {parameters:,} parameters, {steps} steps of {WORKERS} x "
         f"{options.batch_size} x {shape[2]} bytes, one seed; bytes at the interface",
         *table(curves, rates),
     ]
-    print("\n".join(lines))
-    if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "gpt_over_wire.txt").write_text("\n".join(lines) + "\n")
-        draw(curves, options.out / "gpt_over_wire.png")
+    publish("gpt_over_wire", lines, lambda pyplot: draw(curves, pyplot), options.out)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ import argparse
 import json
 import time
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,12 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from benchmarks.wire_worker import sent_bytes
+from benchmarks.wire_worker import join, sent_bytes
 from signsgd_lightning import Signum, enable_majority_vote
 
 from .tasks import Text
 from .training import schedule
 
-LIMIT = timedelta(seconds=120)
 POINTS = 15
 """How often the loss on the rest of the text is looked at, off the clock."""
 
@@ -106,9 +104,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--lr", type=float, required=True)
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    address = f"tcp://{options.master}:29500"
-    dist.init_process_group("gloo", address, LIMIT, world_size=options.workers, rank=options.rank)
+    join(options)
     points = train(options)
     if options.rank == 0:
         options.found.write_text(json.dumps({"points": points}))

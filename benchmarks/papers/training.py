@@ -179,6 +179,12 @@ class Row(NamedTuple):
     def scores(self) -> list[float]:
         return [run.score for run in self.runs]
 
+    @property
+    def curve(self) -> tuple[list[int], list[float]]:
+        """Steps, and the mean training loss of all seeds."""
+        losses = np.array([[loss for _, loss in run.curve] for run in self.runs])
+        return [step for step, _ in self.runs[0].curve], losses.mean(0).tolist()
+
 
 def tuned(tasks: dict[str, Task], store: Store, jobs: Sequence[Job], seeds: Sequence[int]) -> Row:
     """Return the best of some jobs with all seeds."""

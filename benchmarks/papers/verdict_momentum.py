@@ -7,18 +7,15 @@ point, and then other numbers of workers at the same global batch, with three le
 """
 
 import argparse
-import os
-import platform
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .common import save_figure
+from .common import heading, publish
 from .tasks import Images, Task, Text, add_arguments, text_of
-from .training import Job, Row, Store, tuned
+from .training import VOTED, Job, Row, Store, tuned
 
 RATES: dict[str, dict[str, tuple[float, ...]]] = {
     "gpt": {
@@ -59,7 +56,7 @@ def measure(tasks: dict[str, Task], store: Store, steps: dict[str, int]) -> tupl
     for name in tasks:
         many[name] = [tuned(tasks, store, grid(name, method, steps[name]), SEEDS) for method in RATES[name]]
         for row in many[name]:
-            for workers in WORKERS if "um" in row.job.method else ():
+            for workers in WORKERS if row.job.method in VOTED else ():
                 others.append(tuned(tasks, store, around(row.job, workers), SEEDS[:1]))
     return many, others
 
@@ -87,8 +84,7 @@ def draw(tasks: dict[str, Task], many: dict[str, list[Row]], others: Sequence[Ro
     figure, panels = pyplot.subplots(len(tasks), 2, figsize=(12, 4.2 * len(tasks)), layout="constrained", squeeze=False)
     for (name, task), (curves, scores) in zip(tasks.items(), panels, strict=True):
         for row in many[name]:
-            losses = np.array([[loss for _, loss in run.curve] for run in row.runs])
-            curves.plot([step for step, _ in row.runs[0].curve], losses.mean(0), label=row.job.method)
+            curves.plot(*row.curve, label=row.job.method)
         curves.set(title=f"{task.name}, {MANY} workers", xlabel="step", ylabel="training loss")
         curves.legend()
         for row in many[name]:
@@ -115,19 +111,15 @@ def main() -> None:
     parser.add_argument("--short", action="store_true", help="a minute, for tests: what it prints means little")
     parser.add_argument("--out", type=Path, help="folder for verdict_momentum.txt, .json and .png; or save nothing")
     options = parser.parse_args()
-    tasks: dict[str, Task] = {"gpt": Text(text_of(options), *((16, 1, 16) if options.short else ()))}
-    tasks["resnet"] = Images(
-        options.images, width=2 if options.short else 16, global_batch=16 if options.short else 128
-    )
-    tasks = {name: tasks[name] for name in options.tasks}
+    made: dict[str, Callable[[], Task]] = {
+        "gpt": lambda: Text(text_of(options), *((16, 1, 16) if options.short else ())),
+        "resnet": lambda: Images(options.images, 2 if options.short else 16, 8, 16 if options.short else 128),
+    }
+    tasks = {name: made[name]() for name in options.tasks}
     steps = dict.fromkeys(tasks, 2) if options.short else {"gpt": 500, "resnet": 400}
     many, others = measure(tasks, Store(options.out and options.out / "verdict_momentum.json"), steps)
-    command = " ".join(["python -m benchmarks.papers.verdict_momentum", *sys.argv[1:]])
-    lines = [f"{platform.machine()}, {os.cpu_count()} cores; {command}", *table(tasks, many, others)]
-    print("\n".join(lines))
-    if options.out:
-        (options.out / "verdict_momentum.txt").write_text("\n".join(lines) + "\n")
-        save_figure(lambda pyplot: draw(tasks, many, others, pyplot), options.out / "verdict_momentum.png")
+    lines = [heading("verdict_momentum"), *table(tasks, many, others)]
+    publish("verdict_momentum", lines, lambda pyplot: draw(tasks, many, others, pyplot), options.out)
 
 
 if __name__ == "__main__":
