@@ -16,7 +16,7 @@ import numpy as np
 
 from .common import heading, publish
 from .tasks import Images, Task, add_arguments
-from .training import VOTED, Job, Row, Store, tuned
+from .training import VOTED, Job, Row, Store, add_device, tuned
 
 RATES = {
     "SGD": (0.03, 0.1, 0.3, 1.0),
@@ -39,8 +39,8 @@ def measure(task: Task, store: Store, methods: Sequence[str], steps: int) -> lis
     for method in methods:
         for workers in WORKERS if method in VOTED else WORKERS[-1:]:
             decays = DECAYS.get(method, (0.0, 0.1))
-            jobs = [Job("cifar10", method, lr, decay, workers, steps) for lr in RATES[method] for decay in decays]
-            rows.append(tuned({"cifar10": task}, store, jobs, SEEDS))
+            jobs = [Job(task.key, method, lr, decay, workers, steps) for lr in RATES[method] for decay in decays]
+            rows.append(tuned(task, store, jobs, SEEDS))
     return rows
 
 
@@ -77,10 +77,11 @@ def main() -> None:
     parser.add_argument("--depth", type=int, default=8, help="6n + 2; the paper's 20")
     parser.add_argument("--steps", type=int, default=390)
     parser.add_argument("--short", action="store_true", help="a few seconds, for tests: what it prints means little")
-    parser.add_argument("--out", type=Path, help="folder for cifar10.txt, .json and .png (default: save nothing)")
+    add_device(parser)
+    parser.add_argument("--out", type=Path, help="folder for cifar10.txt, .png and trainings.json (default: save none)")
     options = parser.parse_args()
     task = Images(options.images, 2 if options.short else options.width, options.depth, 16 if options.short else 128)
-    store, steps = Store(options.out and options.out / "cifar10.json"), 2 if options.short else options.steps
+    store, steps = Store(options.out, options.device), 2 if options.short else options.steps
     rows = measure(task, store, options.methods, steps)
     size = f"ResNet-{options.depth} of width {task.shape[0]}, {steps} steps of {task.global_batch}"
     lines = [heading("cifar10"), size, *table(rows)]

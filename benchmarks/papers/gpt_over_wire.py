@@ -40,8 +40,8 @@ def tune(text: Path, shape: tuple[int, int, int], batch_size: int, steps: int, s
     task = Text(text, *shape, global_batch=WORKERS * batch_size)
     rates = {}
     for method, tried in RATES.items():
-        jobs = [Job("gpt over wire", method, lr, 0.1, WORKERS, steps) for lr in tried]
-        rates[method] = best(jobs, store.run({"gpt over wire": task}, jobs, f"tuning {method}"), task.better).lr
+        jobs = [Job(task.key, method, lr, 0.1, WORKERS, steps) for lr in tried]
+        rates[method] = best(jobs, store.run(task, jobs, f"tuning {method}"), task.better).lr
     of = {"Signum": "Signum", "verdict": "verdict momentum 0.8"}
     return {method: rates[of.get(method.split()[0], "AdamW")] for method in METHODS}
 
@@ -103,7 +103,7 @@ def main() -> None:
     if options.short:
         steps, shape = 15, (32, 1, 64)
     text = text_of(options)
-    store = Store(options.out and options.out / "gpt_over_wire.json")
+    store = Store(options.out)
     rates = dict.fromkeys(METHODS, 1e-3) if options.short else tune(text, shape, options.batch_size, steps, store)
     curves = {}
     for method in SHORT if options.short else METHODS:

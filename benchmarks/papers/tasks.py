@@ -20,14 +20,22 @@ class Task(ABC):
     """A model and its data.
 
     Attributes:
+        key: which it is, sizes included.
         name: for tables.
         better: "lower" or "higher" scores.
         global_batch: examples a step, of all workers together.
+        device: where the data is.
     """
 
+    key: str
     name: str
     better: str
     global_batch: int
+    device = "cpu"
+
+    @abstractmethod
+    def to(self, device: str) -> None:
+        """Move the data."""
 
     @abstractmethod
     def model(self) -> nn.Module:
@@ -84,6 +92,10 @@ class Text(Task):
         if len(self.rest) < 8 * context:
             raise ValueError(f"{str(path)!r} is too short: at least {80 * context} bytes are needed")
         self.shape, self.context, self.global_batch = (width, layers, context), context, global_batch
+        self.key = f"gpt-{layers}x{width}-{global_batch}x{context}"
+
+    def to(self, device: str) -> None:
+        self.train, self.rest, self.device = self.train.to(device), self.rest.to(device), device
 
     def model(self) -> nn.Module:
         return GPT(*self.shape)
@@ -150,16 +162,22 @@ class Images(Task):
         self.train = torch.from_numpy(data.train_images), torch.from_numpy(data.train_labels)
         self.test = torch.from_numpy(data.test_images), torch.from_numpy(data.test_labels)
         self.shape, self.global_batch = (width, depth), global_batch
+        self.key = f"resnet-{depth}x{width}-{global_batch}"
         self.mirrored = folder is not None  # a digit is another one in the mirror
+
+    def to(self, device: str) -> None:
+        self.center, self.spread = self.center.to(device), self.spread.to(device)
+        self.train, self.test = ((x.to(device), y.to(device)) for x, y in (self.train, self.test))
+        self.device = device
 
     def model(self) -> nn.Module:
         return resnet(*self.shape, self.train[0].shape[1], int(self.train[1].max()) + 1)
 
     def batch(self, examples: int, source: np.random.Generator) -> Batch:
-        at = torch.from_numpy(source.integers(0, len(self.train[0]), examples))
+        at = torch.from_numpy(source.integers(0, len(self.train[0]), examples)).to(self.train[0].device)
         x, pad = self.train[0][at], self.train[0].shape[-1] // 8
         if self.mirrored:
-            flip = torch.from_numpy(source.random(examples) < 0.5).view(-1, 1, 1, 1)
+            flip = torch.from_numpy(source.random(examples) < 0.5).view(-1, 1, 1, 1).to(x.device)
             x = torch.where(flip, x.flip(3), x)
         high, wide = (int(v) for v in source.integers(0, 2 * pad + 1, 2))
         x = functional.pad(x, (pad, pad, pad, pad))[:, :, high : high + x.shape[2], wide : wide + x.shape[3]]

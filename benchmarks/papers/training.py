@@ -5,6 +5,7 @@ their own. The vote is `signsgd_core.Reference`, which all front ends equal bit 
 methods have the same schedule: linear warmup over a twentieth of the steps, then half a cosine.
 """
 
+import argparse
 import json
 import math
 import os
@@ -43,7 +44,7 @@ VOTED: dict[str, dict[str, Any]] = {
 
 
 class Job(NamedTuple):
-    """One training."""
+    """One training, of the task with that key."""
 
     task: str
     method: str
@@ -69,15 +70,24 @@ Update = Callable[[list[list[Tensor]], float], None]
 """Takes each worker's gradients, and the learning rate as a share of its peak."""
 
 
-def train(task: Task, job: Job, points: int = 20) -> Run:
-    """Train once; a loss that is not finite ends it with the worst score."""
+def train(task: Task, job: Job, points: int = 20, watch: Callable[[int, nn.Module], None] | None = None) -> Run:
+    """Train once; a loss that is not finite ends it with the worst score.
+
+    Args:
+        task: the model and its data, on the device to train on.
+        job: how to train it.
+        points: how many of the curve to keep.
+        watch: gets the steps taken so far, and the model, before each step.
+    """
     torch.set_num_threads(1)
     torch.manual_seed(job.seed)
-    model = task.model()
+    model = task.model().to(task.device)
     update = _voted(model, job) if job.method in VOTED else _averaged(model, job)
     sources = [np.random.default_rng([job.seed, worker]) for worker in range(job.workers)]
     curve, losses = list[tuple[int, float]](), list[float]()
     for step in range(job.steps):
+        if watch is not None:
+            watch(step, model)
         gradients = []
         for source in sources:
             loss = task.loss(model, task.batch(task.global_batch // job.workers, source))
@@ -113,31 +123,37 @@ def _averaged(model: nn.Module, job: Job) -> Update:
 
 def _voted(model: nn.Module, job: Job) -> Update:
     parameters = list(model.parameters())
-    start = nn.utils.parameters_to_vector(parameters).detach().numpy()
+    start = nn.utils.parameters_to_vector(parameters).detach().cpu().numpy()
     reference = Reference([start], job.workers, job.lr, weight_decay=job.weight_decay, **VOTED[job.method])
 
     def update(gradients: list[list[Tensor]], share: float) -> None:
         reference.lr = job.lr * share
-        reference.step([[nn.utils.parameters_to_vector(own).numpy()] for own in gradients])
-        nn.utils.vector_to_parameters(torch.from_numpy(reference.parameters[0]), parameters)
+        reference.step([[nn.utils.parameters_to_vector(own).cpu().numpy()] for own in gradients])
+        nn.utils.vector_to_parameters(torch.from_numpy(reference.parameters[0]).to(parameters[0]), parameters)
 
     return update
 
 
 class Store:
-    """Runs of jobs in a file, so that an interrupted grid goes on where it was."""
+    """Runs of jobs in `trainings.json`: an interrupted grid goes on where it was, and scripts share what they train.
 
-    def __init__(self, path: Path | None) -> None:
-        self.path = path
+    Args:
+        folder: where the file is, or None to keep nothing.
+        device: to train on, such as "cuda".
+    """
+
+    def __init__(self, folder: Path | None, device: str = "cpu") -> None:
+        self.path, self.device = folder and folder / "trainings.json", device
         self.known: dict[str, Run] = {}
+        path = self.path
         if path is not None and path.exists():
             self.known = {key: Run(*value) for key, value in json.loads(path.read_text()).items()}
 
-    def run(self, tasks: dict[str, Task], jobs: Iterable[Job], title: str) -> list[Run]:
+    def run(self, task: Task, jobs: Iterable[Job], title: str) -> list[Run]:
         """Return what the jobs come to, each trained in a process of its own unless it is known."""
         jobs = list(jobs)
         new = list(dict.fromkeys(job for job in jobs if job.key not in self.known))
-        with ProcessPoolExecutor(os.cpu_count(), initializer=_share, initargs=(tasks,)) as pool:
+        with ProcessPoolExecutor(os.cpu_count(), initializer=_share, initargs=(task, self.device)) as pool:
             futures = [(job, pool.submit(_job, job)) for job in new]
             for job, future in tqdm(futures, title, leave=False):
                 self.known[job.key] = future.result()
@@ -152,21 +168,28 @@ class Store:
             part.replace(self.path)
 
 
-_tasks: dict[str, Task] = {}
+_shared: list[Task] = []
+"""What this process trains."""
 
 
-def _share(tasks: dict[str, Task]) -> None:
-    _tasks.update(tasks)
+def _share(task: Task, device: str) -> None:
+    task.to(device)
+    _shared.append(task)
 
 
 def _job(job: Job) -> Run:
-    return train(_tasks[job.task], job)
+    return train(_shared[0], job)
 
 
 def best(jobs: Sequence[Job], outcomes: Sequence[Run], better: str) -> Job:
     """Return the job with the best score; one that diverged never is."""
     sign = 1 if better == "higher" else -1
     return max(zip(jobs, outcomes, strict=True), key=lambda pair: (math.isfinite(s := pair[1].score), sign * s))[0]
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Add where to train."""
+    parser.add_argument("--device", default="cpu", help='such as "cuda" (default: %(default)s)')
 
 
 class Row(NamedTuple):
@@ -186,9 +209,8 @@ class Row(NamedTuple):
         return [step for step, _ in self.runs[0].curve], losses.mean(0).tolist()
 
 
-def tuned(tasks: dict[str, Task], store: Store, jobs: Sequence[Job], seeds: Sequence[int]) -> Row:
+def tuned(task: Task, store: Store, jobs: Sequence[Job], seeds: Sequence[int]) -> Row:
     """Return the best of some jobs with all seeds."""
-    first = jobs[0]
-    what = f"{first.task}, {first.method}, {first.workers} workers"
-    chosen = best(jobs, store.run(tasks, jobs, what), tasks[first.task].better)
-    return Row(chosen, store.run(tasks, [chosen._replace(seed=seed) for seed in seeds], f"{what}, seeds"))
+    what = f"{task.key}, {jobs[0].method}, {jobs[0].workers} workers"
+    chosen = best(jobs, store.run(task, jobs, what), task.better)
+    return Row(chosen, store.run(task, [chosen._replace(seed=seed) for seed in seeds], f"{what}, seeds"))

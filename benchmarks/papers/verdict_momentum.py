@@ -15,7 +15,7 @@ import numpy as np
 
 from .common import heading, publish
 from .tasks import Images, Task, Text, add_arguments, text_of
-from .training import VOTED, Job, Row, Store, tuned
+from .training import VOTED, Job, Row, Store, add_device, tuned
 
 RATES: dict[str, dict[str, tuple[float, ...]]] = {
     "gpt": {
@@ -37,11 +37,11 @@ MANY = 4
 """Workers in the grid."""
 
 
-def grid(task: str, method: str, steps: int) -> list[Job]:
+def grid(key: str, method: str, rates: Sequence[float], steps: int) -> list[Job]:
     """Return eight runs of a method: four learning rates, and two weight decays or two γ."""
     if method == "verdict momentum":
-        return [Job(task, f"{method} {gamma}", lr, 0.1, MANY, steps) for lr in RATES[task][method] for gamma in GAMMAS]
-    return [Job(task, method, lr, decay, MANY, steps) for lr in RATES[task][method] for decay in DECAYS]
+        return [Job(key, f"{method} {gamma}", lr, 0.1, MANY, steps) for lr in rates for gamma in GAMMAS]
+    return [Job(key, method, lr, decay, MANY, steps) for lr in rates for decay in DECAYS]
 
 
 def around(job: Job, workers: int) -> list[Job]:
@@ -53,11 +53,12 @@ def measure(tasks: dict[str, Task], store: Store, steps: dict[str, int]) -> tupl
     """Return the rows of each task with four workers, and those of the votes with other numbers of workers."""
     many: dict[str, list[Row]] = {name: [] for name in tasks}
     others: list[Row] = []
-    for name in tasks:
-        many[name] = [tuned(tasks, store, grid(name, method, steps[name]), SEEDS) for method in RATES[name]]
+    for name, task in tasks.items():
+        grids = [grid(task.key, method, rates, steps[name]) for method, rates in RATES[name].items()]
+        many[name] = [tuned(task, store, jobs, SEEDS) for jobs in grids]
         for row in many[name]:
             for workers in WORKERS if row.job.method in VOTED else ():
-                others.append(tuned(tasks, store, around(row.job, workers), SEEDS[:1]))
+                others.append(tuned(task, store, around(row.job, workers), SEEDS[:1]))
     return many, others
 
 
@@ -75,7 +76,7 @@ def table(tasks: dict[str, Task], many: dict[str, list[Row]], others: Sequence[R
                 f"{np.std(row.scores, ddof=1):>8.4f}   {np.mean(ends):.4f}"
             )
         yield "  other numbers of workers, one seed, the best of three learning rates:"
-        for row in (row for row in others if row.job.task == name):
+        for row in (row for row in others if row.job.task == task.key):
             yield f"  {row.job.method:<24}{row.job.lr:>9.2g}{'':>7}{row.scores[0]:>9.4f}   {row.job.workers} workers"
 
 
@@ -109,15 +110,16 @@ def main() -> None:
     add_arguments(parser)
     parser.add_argument("--tasks", nargs="+", choices=list(RATES), default=list(RATES))
     parser.add_argument("--short", action="store_true", help="a minute, for tests: what it prints means little")
-    parser.add_argument("--out", type=Path, help="folder for verdict_momentum.txt, .json and .png; or save nothing")
+    add_device(parser)
+    parser.add_argument("--out", type=Path, help="folder for verdict_momentum.txt, .png and trainings.json")
     options = parser.parse_args()
     made: dict[str, Callable[[], Task]] = {
         "gpt": lambda: Text(text_of(options), *((16, 1, 16) if options.short else ())),
         "resnet": lambda: Images(options.images, 2 if options.short else 16, 8, 16 if options.short else 128),
     }
     tasks = {name: made[name]() for name in options.tasks}
-    steps = dict.fromkeys(tasks, 2) if options.short else {"gpt": 500, "resnet": 400}
-    many, others = measure(tasks, Store(options.out and options.out / "verdict_momentum.json"), steps)
+    steps = dict.fromkeys(tasks, 2) if options.short else {"gpt": 500, "resnet": 390}
+    many, others = measure(tasks, Store(options.out, options.device), steps)
     lines = [heading("verdict_momentum"), *table(tasks, many, others)]
     publish("verdict_momentum", lines, lambda pyplot: draw(tasks, many, others, pyplot), options.out)
 

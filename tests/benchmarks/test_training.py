@@ -28,7 +28,7 @@ def text() -> Task:
 
 @pytest.mark.parametrize("method", ["Signum", "verdict momentum 0.8"])
 def test_the_vote_of_one_worker_is_signum_alone(method: str, text: Task) -> None:
-    job = Job("", method, 0.01, 0.1, workers=1, steps=12, seed=3)
+    job = Job(text.key, method, 0.01, 0.1, workers=1, steps=12, seed=3)
     torch.manual_seed(3)
     model, source = text.model(), np.random.default_rng([3, 0])
     optimizer = Signum(model.parameters(), job.lr, weight_decay=job.weight_decay, **VOTED[method])
@@ -41,7 +41,7 @@ def test_the_vote_of_one_worker_is_signum_alone(method: str, text: Task) -> None
 
 
 def test_as_many_examples_whatever_the_workers(text: Task) -> None:
-    averaged = [train(text, Job("", "AdamW", 0.01, workers=workers, steps=8)).score for workers in (1, 2, 4)]
+    averaged = [train(text, Job(text.key, "AdamW", 0.01, workers=workers, steps=8)).score for workers in (1, 2, 4)]
     assert len(set(averaged)) == 3, "each worker draws its own batches"
     assert max(averaged) - min(averaged) < 0.2
 
@@ -61,13 +61,13 @@ def test_one_that_diverged_is_never_the_best() -> None:
 
 
 def test_a_grid_goes_on_where_it_was(text: Task, tmp_path: Path) -> None:
-    jobs = [Job("text", "Signum", lr, workers=2, steps=4) for lr in (0.001, 0.01)]
-    path = tmp_path / "runs.json"
-    first = Store(path).run({"text": text}, jobs[:1], "grid")
+    jobs = [Job(text.key, "Signum", lr, workers=2, steps=4) for lr in (0.001, 0.01)]
+    path = tmp_path / "trainings.json"
+    first = Store(tmp_path).run(text, jobs[:1], "grid")
     known = json.loads(path.read_text())
     known[jobs[0].key][0] = -1.0
     path.write_text(json.dumps(known))
-    again = Store(path).run({"text": text}, jobs, "grid")
+    again = Store(tmp_path).run(text, jobs, "grid")
     assert again[0].score == -1.0, "it was trained again"
     assert again[1].score != first[0].score
     assert sorted(json.loads(path.read_text())) == sorted(job.key for job in jobs)
