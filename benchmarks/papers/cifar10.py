@@ -16,7 +16,7 @@ import numpy as np
 
 from .common import heading, publish
 from .tasks import Images, Task, add_arguments
-from .training import VOTED, Job, Row, Store, add_device, tuned
+from .training import Job, Row, Store, add_device, tuned, voted
 
 RATES = {
     "SGD": (0.03, 0.1, 0.3, 1.0),
@@ -37,7 +37,7 @@ def measure(task: Task, store: Store, methods: Sequence[str], steps: int) -> lis
     """Return the rows of all methods; those that average have four workers, too, for batch norm's sake."""
     rows = []
     for method in methods:
-        for workers in WORKERS if method in VOTED else WORKERS[-1:]:
+        for workers in WORKERS if voted(method) else WORKERS[-1:]:
             decays = DECAYS.get(method, (0.0, 0.1))
             jobs = [Job(task.key, method, lr, decay, workers, steps) for lr in RATES[method] for decay in decays]
             rows.append(tuned(task, store, jobs, SEEDS))
@@ -50,19 +50,18 @@ def table(rows: Sequence[Row]) -> Iterator[str]:
     for row in rows:
         job, mean, spread = row.job, 100 * np.mean(row.scores), 100 * np.std(row.scores, ddof=1)
         yield f"{job.method:<24}{job.workers:>8}{job.lr:>9.2g}{job.weight_decay:>8g}{mean:>9.2f}%{spread:>7.2f}"
-    voted, averaged = (
-        [100 * float(np.mean(row.scores)) for row in rows if (row.job.method in VOTED) == vote]
-        for vote in (True, False)
+    votes, others = (
+        [100 * float(np.mean(row.scores)) for row in rows if voted(row.job.method) == vote] for vote in (True, False)
     )
-    if voted and averaged:
-        yield f"the best vote beside the best of the others: {max(voted) - max(averaged):+.2f} points"
+    if votes and others:
+        yield f"the best vote beside the best of the others: {max(votes) - max(others):+.2f} points"
 
 
 def draw(rows: Sequence[Row], pyplot: Any) -> Any:
     """Return a figure of the training losses."""
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
     for row in rows:
-        label = f"{row.job.method}, {row.job.workers} workers" if row.job.method in VOTED else row.job.method
+        label = f"{row.job.method}, {row.job.workers} workers" if voted(row.job.method) else row.job.method
         axes.plot(*row.curve, label=label)
     axes.set(xlabel="step", ylabel="training loss")
     axes.legend(fontsize=8)
@@ -76,7 +75,6 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=16)
     parser.add_argument("--depth", type=int, default=8, help="6n + 2; the paper's 20")
     parser.add_argument("--steps", type=int, default=390)
-    parser.add_argument("--short", action="store_true", help="a few seconds, for tests: what it prints means little")
     add_device(parser)
     parser.add_argument("--out", type=Path, help="folder for cifar10.txt, .png and trainings.json (default: save none)")
     options = parser.parse_args()

@@ -1,123 +1,134 @@
-"""Densities of gradient, noise and curvature through the training of a GPT and a ResNet, and what they advise.
+"""Densities of gradient, noise and curvature through trainings of a GPT and a ResNet, and what they advise.
 
 python -m benchmarks.papers.densities --text FILE --images DIR --out benchmarks/results/papers
 
-Each is trained by a Lightning Trainer with AdamW and a `GeometryMonitor` that looks at every coordinate at every step.
-One worker; the gradients are of one batch.
+As in the paper: at some points of a training the weights stand still while many batches pass, whose gradients' mean and
+standard deviation in each coordinate are g and σ; and beyond it the Hessian's diagonal there, of one batch, is L. One
+worker takes the whole batch.
 """
 
 import argparse
-import logging
-import warnings
+import os
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from lightning.pytorch import LightningModule, Trainer
+import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm import tqdm
 
 from signsgd_core.advise import advise
-from signsgd_core.geometry import NAMES
-from signsgd_core.geometry_report import GeometryReport
-from signsgd_lightning import GeometryMonitor
+from signsgd_core.geometry import Moments, density, figures
+from signsgd_lightning.geometry import hessian_diagonal
 
 from .common import heading, publish
-from .tasks import Images, Task, Text, add_arguments, text_of
-from .training import AVERAGED, Job
+from .tasks import Task, add_arguments, shared_task
+from .training import Job, train
 
-RATES = {"gpt": 2e-3, "resnet": 1e-2}
+RATES = {
+    "gpt": {"AdamW": 2e-3, "Signum": 2e-4, "verdict momentum 0.8": 4e-3},
+    "resnet": {"SGD": 0.1, "AdamW": 1e-2, "Signum": 1e-3, "verdict momentum 0.8": 4e-3},
+}
+POINTS = (0.0, 0.02, 0.1, 0.3, 0.6, 1.0)
+"""Shares of the training."""
+
 SHOWN = ("gradient_density", "noise_density", "noise_ratio", "curvature_density", "curvature_ratio", "signal", "snr")
 
-
-class Training(LightningModule):
-    """A task's model under one of the averaged methods."""
-
-    def __init__(self, task: Task, job: Job) -> None:
-        super().__init__()
-        self.task, self.job, self.model = task, job, task.model()
-        self.source = np.random.default_rng(job.seed)
-
-    def training_step(self, batch: int, index: int) -> Tensor:
-        """Draw a batch and return its loss."""
-        return self.task.loss(self.model, self.task.batch(self.task.global_batch, self.source))
-
-    def configure_optimizers(self) -> Any:
-        """Return the method's optimizer."""
-        return AVERAGED[self.job.method](self.parameters(), lr=self.job.lr, weight_decay=self.job.weight_decay)
-
-    def train_dataloader(self) -> Any:
-        """Return as many numbers as there are steps."""
-        return range(self.job.steps)
+Record = dict[str, float | None]
 
 
-def measure(task: Task, job: Job, every: int) -> GeometryReport:
-    """Train with a monitor that looks at all coordinates at every step, and return what it saw."""
-    module = Training(task, job)
-    aside = task.batch(task.global_batch, np.random.default_rng(99))
+def look(task: Task, model: nn.Module, step: int, batches: int) -> Record:
+    """Return the figures of gradients at the model's weights; the model stays as it is."""
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.track_running_stats = False
+    source = np.random.default_rng([99, step])
+    moments = None
+    for _ in range(batches // 10):  # of ten at a time, for memory's sake
+        rows = [_gradient(task, model, source) for _ in range(10)]
+        some = Moments.of(torch.stack(rows).numpy())
+        moments = some if moments is None else moments.merge(some)
+    assert moments is not None
+    with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
+        loss = task.loss(model, task.batch(task.global_batch, source))
+    curvature = nn.utils.parameters_to_vector(hessian_diagonal(loss, list(model.parameters())))
+    for norm in norms:
+        norm.track_running_stats = True
+    values = figures(moments, density(curvature.abs().numpy()))
+    return {"step": step, "samples": moments.count, **values}
 
-    def loss(of: Any) -> Tensor:
-        frozen = [m for m in of.modules() if isinstance(m, nn.BatchNorm2d)]
-        for norm in frozen:
-            norm.track_running_stats = False  # nothing in the module may change
-        value = task.loss(of.model, aside)
-        for norm in frozen:
-            norm.track_running_stats = True
-        return value
 
-    monitor = GeometryMonitor(every, every, 1 << 20, curvature_loss=loss, directory=None)
-    quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
-    Trainer(accelerator="cpu", max_epochs=1, callbacks=[monitor], **quiet).fit(module)
-    return monitor.report
+def _gradient(task: Task, model: nn.Module, source: np.random.Generator) -> Tensor:
+    loss = task.loss(model, task.batch(task.global_batch, source))
+    return nn.utils.parameters_to_vector(torch.autograd.grad(loss, list(model.parameters())))
 
 
-def table(name: str, task: Task, job: Job, report: GeometryReport) -> Iterator[str]:
+def measure(task: Task, job: Job, batches: int) -> list[Record]:
+    """Train and look at the gradients at some points."""
+    at, records = {int(point * job.steps) for point in POINTS}, list[Record]()
+
+    def watch(step: int, model: nn.Module) -> None:
+        if step in at:
+            records.append(look(task, model, step, batches))
+
+    train(task, job, watch=watch)
+    return records
+
+
+def table(task: Task, job: Job, records: list[Record]) -> Iterator[str]:
     """Return the lines: the figures through training, and the advice."""
-    yield f"\n{task.name}, {report.parameters:,} parameters, {job.method} with lr {job.lr:g}, one worker"
-    yield f"{'step':>6}" + "".join(f"{shown:>20}" for shown in SHOWN)
-    for record in report.records:
+    yield f"\n{task.name}, {job.method} with lr {job.lr:g}, batches of {task.global_batch}"
+    yield f"{'step':>6}" + "".join(f"{shown:>19}" for shown in SHOWN)
+    for record in records:
         values = [record[f"geometry/{shown}"] for shown in SHOWN]
-        yield f"{record['step']:>6}" + "".join(f"{np.nan if value is None else value:>20.4f}" for value in values)
-    yield from advise(report.records, 1)
+        yield f"{record['step']:>6}" + "".join(f"{np.nan if value is None else value:>19.4f}" for value in values)
+    yield from advise(records, job.workers)
 
 
-def draw(reports: dict[str, GeometryReport], pyplot: Any) -> Any:
-    """Return a figure of the densities and the ratios through training."""
-    figure, panels = pyplot.subplots(
-        len(reports), 2, figsize=(11, 4 * len(reports)), layout="constrained", squeeze=False
-    )
-    for (name, report), (left, right) in zip(reports.items(), panels, strict=True):
-        steps = [record["step"] for record in report.records]
-        for axes, names in ((left, NAMES[0:2] + NAMES[3:4]), (right, (NAMES[2], NAMES[4]))):
-            for figure_name in names:
-                values = [record[figure_name] for record in report.records]
-                axes.plot(steps, [np.nan if v is None else v for v in values], marker=".", label=figure_name[9:])
-            axes.set(xlabel="step", title=name)
-            axes.legend()
+def draw(found: list[tuple[Task, Job, list[Record]]], pyplot: Any) -> Any:
+    """Return a figure of densities and ratios through training, a row for each task."""
+    tasks = list(dict.fromkeys(task.name for task, _, _ in found))
+    figure, panels = pyplot.subplots(len(tasks), 2, figsize=(12, 4.2 * len(tasks)), layout="constrained", squeeze=False)
+    styles = {"gradient": "-", "noise": "--", "curvature": ":"}
+    methods = list(dict.fromkeys(job.method for _, job, _ in found))
+    for task, job, records in found:
+        steps, colour = [record["step"] for record in records], f"C{methods.index(job.method)}"
+        left, right = panels[tasks.index(task.name)]
+        for what, style in styles.items():
+            values = [record[f"geometry/{what}_density"] for record in records]
+            left.plot(steps, values, style, color=colour, marker=".", label=f"{what}, {job.method}")
+        for name, what, style in (("R2", "noise_ratio", "--"), ("R1", "curvature_ratio", ":")):
+            values = [record[f"geometry/{what}"] for record in records]
+            right.plot(steps, values, style, color=colour, marker=".", label=f"{name}, {job.method}")
+        left.set(title=f"{task.name}: densities φ", xlabel="step", yscale="log")
+        right.set(title="R2 = φ(σ)/φ(g), R1 = √φ(L)/φ(g)", xlabel="step", yscale="log")
         right.axhline(1, color="black", linewidth=0.8)
+        left.legend(fontsize=7)
+        right.legend(fontsize=7)
     return figure
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     add_arguments(parser)
-    parser.add_argument("--short", action="store_true", help="a few seconds, for tests: what it prints means little")
+    parser.add_argument("--batches", type=int, default=400, help="that pass at a point (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="folder for densities.txt and .png (default: save nothing)")
     options = parser.parse_args()
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", module="lightning")
-    small: dict[str, Any] = {"width": 32, "layers": 1} if options.short else {}
-    tasks: dict[str, Task] = {"gpt": Text(text_of(options), **small)}
-    tasks["resnet"] = Images(
-        options.images, width=4 if options.short else 16, global_batch=16 if options.short else 128
-    )
-    steps, every = (12, 6) if options.short else (500, 100)
-    lines, reports = [heading("densities")], {}
-    for name, task in tasks.items():
-        job = Job(name, "AdamW", RATES[name], 0.1, 1, steps)
-        reports[name] = measure(task, job, every)
-        lines += table(name, task, job, reports[name])
-    publish("densities", lines, lambda pyplot: draw(reports, pyplot), options.out)
+    tasks = {kind: shared_task(kind, options) for kind in RATES}
+    jobs = [
+        (task, Job(task.key, method, lr, 0.0, 1, steps))
+        for kind, (task, steps) in tasks.items()
+        for method, lr in list(RATES[kind].items())[: 1 if options.short else None]
+    ]
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        futures = [pool.submit(measure, task, job, 20 if options.short else options.batches) for task, job in jobs]
+        records = [future.result() for future in tqdm(futures, "trainings", leave=False)]
+    found = [(task, job, rows) for (task, job), rows in zip(jobs, records, strict=True)]
+    lines = [heading("densities"), *(line for one in found for line in table(*one))]
+    publish("densities", lines, lambda pyplot: draw(found, pyplot), options.out)
 
 
 if __name__ == "__main__":

@@ -94,7 +94,6 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--batch-size", type=int, default=2, help="sequences of 64 bytes of each worker")
-    parser.add_argument("--short", action="store_true", help="a few seconds, for tests: what it prints means little")
     parser.add_argument("--out", type=Path, help="folder for gpt_over_wire.txt and .png (default: save nothing)")
     options = parser.parse_args()
     if not available():

@@ -22,6 +22,7 @@ class Task(ABC):
     Attributes:
         key: which it is, sizes included.
         name: for tables.
+        measured: what the score is.
         better: "lower" or "higher" scores.
         global_batch: examples a step, of all workers together.
         device: where the data is.
@@ -29,6 +30,7 @@ class Task(ABC):
 
     key: str
     name: str
+    measured: str
     better: str
     global_batch: int
     device = "cpu"
@@ -81,7 +83,7 @@ class GPT(nn.Module):
 class Text(Task):
     """Bytes of a text, the first nine tenths to train on; the score is the loss on the rest, nats per byte."""
 
-    name, better = "GPT on bytes", "lower"
+    name, measured, better = "GPT on bytes", "validation loss, nats a byte", "lower"
 
     def __init__(
         self, path: Path, width: int = 128, layers: int = 3, context: int = 64, global_batch: int = 16
@@ -153,7 +155,7 @@ def resnet(width: int, depth: int, channels: int, classes: int) -> nn.Module:
 class Images(Task):
     """Images by class, shifted and mirrored to train on; the score is the accuracy on the test images."""
 
-    name, better = "ResNet on images", "higher"
+    name, measured, better = "ResNet on images", "test accuracy", "higher"
 
     def __init__(self, folder: Path | None, width: int = 8, depth: int = 8, global_batch: int = 128) -> None:
         data = load(folder, Path(tempfile.gettempdir()) / "signsgd_images")
@@ -198,10 +200,25 @@ class Images(Task):
         return (x.float() - self.center) / self.spread
 
 
+STEPS = {"gpt": 500, "resnet": 390}
+"""Of the two trainings that experiments share; 390 are an epoch of CIFAR-10."""
+
+
+def shared_task(kind: str, options: argparse.Namespace, batches: int = 1) -> tuple[Task, int]:
+    """Return one of them, with so many times the batch, and its number of steps, as many times fewer."""
+    steps = 2 if options.short else STEPS[kind] // batches
+    if kind == "gpt":
+        width, layers, context, batch = (16, 1, 16, 16) if options.short else (128, 3, 64, 16)
+        return Text(text_of(options), width, layers, context, batch * batches), steps
+    width, batch = (2, 16) if options.short else (16, 128)
+    return Images(options.images, width, 8, batch * batches), steps
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add where the data is."""
+    """Add where the data is, and whether to be short."""
     parser.add_argument("--text", type=Path, help="a text file; without it a source file of Python's own")
     parser.add_argument("--images", type=Path, help="folder with train/CLASS/*.jpg and test/CLASS/*.jpg; or the digits")
+    parser.add_argument("--short", action="store_true", help="a minute or less, for tests: what it prints means little")
 
 
 def text_of(options: argparse.Namespace) -> Path:

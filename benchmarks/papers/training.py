@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from lion_pytorch import Lion
 from torch import Tensor, nn
@@ -37,10 +38,12 @@ VOTED: dict[str, dict[str, Any]] = {
     "Signum .99": {"betas": (0.99, 0.99)},
     "voted Lion": {"betas": (0.9, 0.99)},
     **{
-        f"verdict momentum {gamma}": {"betas": (0.0, 0.0), "verdict_momentum": gamma}
-        for gamma in (0.8, 0.9, 0.95, 0.98)
+        f"verdict momentum {gamma}": {"betas": (0.0, 0.0), "verdict_momentum": gamma} for gamma in (0.5, 0.8, 0.9, 0.95)
     },
+    **{f"mixture {beta} and 0.8": {"betas": (beta, beta), "verdict_momentum": 0.8} for beta in (0.5, 0.9)},
 }
+PER_LAYER = ", per layer"
+"""At the end of a voted method: matrices have learning rates in the ratio of their weights' root mean squares."""
 
 
 class Job(NamedTuple):
@@ -77,12 +80,12 @@ def train(task: Task, job: Job, points: int = 20, watch: Callable[[int, nn.Modul
         task: the model and its data, on the device to train on.
         job: how to train it.
         points: how many of the curve to keep.
-        watch: gets the steps taken so far, and the model, before each step.
+        watch: gets the steps taken so far, and the model, before each step and at the end.
     """
     torch.set_num_threads(1)
     torch.manual_seed(job.seed)
     model = task.model().to(task.device)
-    update = _voted(model, job) if job.method in VOTED else _averaged(model, job)
+    update = _voted(model, job) if voted(job.method) else _averaged(model, job)
     sources = [np.random.default_rng([job.seed, worker]) for worker in range(job.workers)]
     curve, losses = list[tuple[int, float]](), list[float]()
     for step in range(job.steps):
@@ -99,6 +102,8 @@ def train(task: Task, job: Job, points: int = 20, watch: Callable[[int, nn.Modul
         if (step + 1) * points // job.steps > step * points // job.steps:
             curve.append((step + 1, float(np.mean(losses))))
             losses.clear()
+    if watch is not None:
+        watch(job.steps, model)
     return Run(task.score(model), curve)
 
 
@@ -123,15 +128,35 @@ def _averaged(model: nn.Module, job: Job) -> Update:
 
 def _voted(model: nn.Module, job: Job) -> Update:
     parameters = list(model.parameters())
-    start = nn.utils.parameters_to_vector(parameters).detach().cpu().numpy()
-    reference = Reference([start], job.workers, job.lr, weight_decay=job.weight_decay, **VOTED[job.method])
+    method = job.method.removesuffix(PER_LAYER)
+    per_layer = method != job.method
+    parts = [slice(k, k + 1) for k in range(len(parameters))] if per_layer else [slice(None)]
+    references = [
+        Reference([_vector(parameters[part])], job.workers, job.lr, weight_decay=job.weight_decay, **VOTED[method])
+        for part in parts
+    ]
 
     def update(gradients: list[list[Tensor]], share: float) -> None:
-        reference.lr = job.lr * share
-        reference.step([[nn.utils.parameters_to_vector(own).cpu().numpy()] for own in gradients])
-        nn.utils.vector_to_parameters(torch.from_numpy(reference.parameters[0]).to(parameters[0]), parameters)
+        rates = layer_rates(parameters) if per_layer else [1.0]
+        for part, reference, rate in zip(parts, references, rates, strict=True):
+            reference.lr = job.lr * share * rate
+            reference.step([[_vector(own[part])] for own in gradients])
+            moved = torch.from_numpy(reference.parameters[0]).to(parameters[0])
+            nn.utils.vector_to_parameters(moved, parameters[part])
 
     return update
+
+
+def layer_rates(parameters: Sequence[Tensor]) -> list[float]:
+    """Return each tensor's share of the learning rate: matrices' are as their weights to all matrices', vectors' 1."""
+    matrices = [p.detach() for p in parameters if p.dim() > 1]
+    everywhere = float(torch.cat([p.flatten() for p in matrices]).square().mean().sqrt())
+    return [float(p.detach().square().mean().sqrt()) / everywhere if p.dim() > 1 else 1.0 for p in parameters]
+
+
+def _vector(tensors: Sequence[Tensor]) -> npt.NDArray[np.float32]:
+    vector: npt.NDArray[np.float32] = nn.utils.parameters_to_vector(tensors).detach().cpu().numpy()
+    return vector
 
 
 class Store:
@@ -190,6 +215,11 @@ def best(jobs: Sequence[Job], outcomes: Sequence[Run], better: str) -> Job:
 def add_device(parser: argparse.ArgumentParser) -> None:
     """Add where to train."""
     parser.add_argument("--device", default="cpu", help='such as "cuda" (default: %(default)s)')
+
+
+def voted(method: str) -> bool:
+    """Return whether a method is a vote."""
+    return method.removesuffix(PER_LAYER) in VOTED
 
 
 class Row(NamedTuple):

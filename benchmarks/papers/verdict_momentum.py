@@ -7,15 +7,15 @@ point, and then other numbers of workers at the same global batch, with three le
 """
 
 import argparse
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from .common import heading, publish
-from .tasks import Images, Task, Text, add_arguments, text_of
-from .training import VOTED, Job, Row, Store, add_device, tuned
+from .tasks import Task, add_arguments, shared_task
+from .training import Job, Row, Store, add_device, tuned, voted
 
 RATES: dict[str, dict[str, tuple[float, ...]]] = {
     "gpt": {
@@ -49,25 +49,24 @@ def around(job: Job, workers: int) -> list[Job]:
     return [job._replace(workers=workers, lr=job.lr * factor) for factor in (0.5, 1.0, 2.0)]
 
 
-def measure(tasks: dict[str, Task], store: Store, steps: dict[str, int]) -> tuple[dict[str, list[Row]], list[Row]]:
+def measure(tasks: dict[str, tuple[Task, int]], store: Store) -> tuple[dict[str, list[Row]], list[Row]]:
     """Return the rows of each task with four workers, and those of the votes with other numbers of workers."""
     many: dict[str, list[Row]] = {name: [] for name in tasks}
     others: list[Row] = []
-    for name, task in tasks.items():
-        grids = [grid(task.key, method, rates, steps[name]) for method, rates in RATES[name].items()]
+    for name, (task, steps) in tasks.items():
+        grids = [grid(task.key, method, rates, steps) for method, rates in RATES[name].items()]
         many[name] = [tuned(task, store, jobs, SEEDS) for jobs in grids]
         for row in many[name]:
-            for workers in WORKERS if row.job.method in VOTED else ():
+            for workers in WORKERS if voted(row.job.method) else ():
                 others.append(tuned(task, store, around(row.job, workers), SEEDS[:1]))
     return many, others
 
 
-def table(tasks: dict[str, Task], many: dict[str, list[Row]], others: Sequence[Row]) -> Iterator[str]:
+def table(tasks: dict[str, tuple[Task, int]], many: dict[str, list[Row]], others: Sequence[Row]) -> Iterator[str]:
     """Return the lines."""
-    for name, task in tasks.items():
-        what = "validation loss, nats a byte" if task.better == "lower" else "test accuracy"
+    for name, (task, steps) in tasks.items():
         rows = many[name]
-        yield f"\n{task.name}, {rows[0].job.steps} steps of {task.global_batch} examples, {MANY} workers: {what}"
+        yield f"\n{task.name}, {steps} steps of {task.global_batch} examples, {MANY} workers: {task.measured}"
         yield f"  {'method':<24}{'lr':>9}{'decay':>7}{'mean':>9}{'±':>8}   loss of the last twentieth"
         for row in rows:
             ends = [run.curve[-1][1] if run.curve else np.nan for run in row.runs]
@@ -80,10 +79,10 @@ def table(tasks: dict[str, Task], many: dict[str, list[Row]], others: Sequence[R
             yield f"  {row.job.method:<24}{row.job.lr:>9.2g}{'':>7}{row.scores[0]:>9.4f}   {row.job.workers} workers"
 
 
-def draw(tasks: dict[str, Task], many: dict[str, list[Row]], others: Sequence[Row], pyplot: Any) -> Any:
+def draw(tasks: dict[str, tuple[Task, int]], many: dict[str, list[Row]], others: Sequence[Row], pyplot: Any) -> Any:
     """Return a figure: training loss of each method, and the votes' scores beside the number of workers."""
     figure, panels = pyplot.subplots(len(tasks), 2, figsize=(12, 4.2 * len(tasks)), layout="constrained", squeeze=False)
-    for (name, task), (curves, scores) in zip(tasks.items(), panels, strict=True):
+    for (name, (task, _)), (curves, scores) in zip(tasks.items(), panels, strict=True):
         for row in many[name]:
             curves.plot(*row.curve, label=row.job.method)
         curves.set(title=f"{task.name}, {MANY} workers", xlabel="step", ylabel="training loss")
@@ -109,17 +108,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     add_arguments(parser)
     parser.add_argument("--tasks", nargs="+", choices=list(RATES), default=list(RATES))
-    parser.add_argument("--short", action="store_true", help="a minute, for tests: what it prints means little")
     add_device(parser)
     parser.add_argument("--out", type=Path, help="folder for verdict_momentum.txt, .png and trainings.json")
     options = parser.parse_args()
-    made: dict[str, Callable[[], Task]] = {
-        "gpt": lambda: Text(text_of(options), *((16, 1, 16) if options.short else ())),
-        "resnet": lambda: Images(options.images, 2 if options.short else 16, 8, 16 if options.short else 128),
-    }
-    tasks = {name: made[name]() for name in options.tasks}
-    steps = dict.fromkeys(tasks, 2) if options.short else {"gpt": 500, "resnet": 390}
-    many, others = measure(tasks, Store(options.out, options.device), steps)
+    tasks = {name: shared_task(name, options) for name in options.tasks}
+    many, others = measure(tasks, Store(options.out, options.device))
     lines = [heading("verdict_momentum"), *table(tasks, many, others)]
     publish("verdict_momentum", lines, lambda pyplot: draw(tasks, many, others, pyplot), options.out)
 

@@ -13,8 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks.papers.tasks import Task, Text
-from benchmarks.papers.training import VOTED, Job, Run, Store, best, schedule, train
+from benchmarks.papers.densities import look
+from benchmarks.papers.tasks import Images, Task, Text
+from benchmarks.papers.training import PER_LAYER, VOTED, Job, Run, Store, best, schedule, train
 from signsgd_lightning import Signum
 from tests.faults.network import available
 
@@ -38,6 +39,24 @@ def test_the_vote_of_one_worker_is_signum_alone(method: str, text: Task) -> None
         text.loss(model, text.batch(4, source)).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     assert train(text, job).score == text.score(model)
+
+
+def test_rates_of_layers_are_those_of_signum_in_parameter_groups(text: Task) -> None:
+    job = Job(text.key, f"Signum{PER_LAYER}", 0.01, 0.1, workers=1, steps=5, seed=3)
+    torch.manual_seed(3)
+    model, source = text.model(), np.random.default_rng([3, 0])
+    optimizer = Signum([{"params": [p]} for p in model.parameters()], job.lr, weight_decay=0.1, **VOTED["Signum"])
+    for step in range(job.steps):
+        sizes = [p.detach().numpy() for p in model.parameters()]
+        matrices = np.concatenate([x.ravel() for x in sizes if x.ndim > 1])
+        for group, x in zip(optimizer.param_groups, sizes, strict=True):
+            share = np.sqrt(np.mean(x**2) / np.mean(matrices**2)) if x.ndim > 1 else 1
+            group["lr"] = job.lr * schedule(step, job.steps) * float(share)
+        optimizer.zero_grad()
+        text.loss(model, text.batch(4, source)).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    assert train(text, job).score == pytest.approx(text.score(model), rel=1e-5)
+    assert train(text, job).score != train(text, job._replace(method="Signum")).score
 
 
 def test_as_many_examples_whatever_the_workers(text: Task) -> None:
@@ -98,15 +117,36 @@ def test_cifar10(tmp_path: Path) -> None:
     assert re.search(r"the best vote beside the best of the others: [+-][\d.]+ points", printed)
 
 
+def test_verdict_variants(tmp_path: Path) -> None:
+    printed = _run("benchmarks.papers.verdict_variants", "--short", "--tasks", "resnet", "--out", tmp_path)
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".png", ".txt"]
+    rows = re.findall(r"^  (.{36}) +\S+ +\S+ +0\.\d{4} +\d\.\d{4}$", printed, re.MULTILINE)
+    known = ["AdamW", "Lion", "Signum", "verdict momentum"]
+    variants = ["verdict momentum", "mixture", "Signum, per layer", "verdict momentum 0.8, per layer"]
+    assert len(rows) == 12
+    for row, method in zip(rows, known + variants + known, strict=True):
+        assert row.startswith(method)
+
+
 def test_densities(tmp_path: Path) -> None:
     printed = _run("benchmarks.papers.densities", "--short", "--out", tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["densities.png", "densities.txt"]
-    rows = re.findall(r"^ +(6|12)((?: +\d+\.\d{4}){7})$", printed, re.MULTILINE)
-    assert [step for step, _ in rows] == ["6", "12"] * 2
+    rows = re.findall(r"^ +([012])((?: +\d+\.\d{4}){7})$", printed, re.MULTILINE)
+    assert [step for step, _ in rows] == ["0", "1", "2"] * 2
     for _, values in rows:
         gradient, noise, ratio, curvature, *_ = map(float, values.split())
         assert ratio == pytest.approx(noise / gradient, rel=0.01)
         assert 0 < curvature < 1
+
+
+def test_looking_at_the_geometry_changes_no_training() -> None:
+    task = Images(None, 2, 8, 16)
+    job = Job(task.key, "SGD", 0.1, workers=1, steps=3)
+    seen = []
+    watched = train(task, job, watch=lambda step, model: seen.append(look(task, model, step, 10)))
+    assert watched.score == train(task, job).score
+    assert [record["step"] for record in seen] == [0, 1, 2, 3]
+    assert len({record["geometry/gradient_density"] for record in seen}) == 4, "the weights had moved"
 
 
 @pytest.mark.net
