@@ -20,8 +20,8 @@ from .training import Job, Row, Store, add_device, tuned, voted
 
 RATES = {
     "SGD": (0.03, 0.1, 0.3, 1.0),
-    "Adam": (2.5e-3, 5e-3, 1e-2, 2e-2),
-    "AdamW": (2.5e-3, 5e-3, 1e-2, 2e-2),
+    "Adam": (1.25e-3, 2.5e-3, 5e-3, 1e-2),
+    "AdamW": (1.25e-3, 2.5e-3, 5e-3, 1e-2),
     "Lion": (2.5e-4, 5e-4, 1e-3, 2e-3),
     "signSGD": (1e-4, 3e-4, 1e-3, 3e-3),
     "Signum": (2.5e-4, 5e-4, 1e-3, 2e-3),

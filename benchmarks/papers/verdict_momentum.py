@@ -25,7 +25,7 @@ RATES: dict[str, dict[str, tuple[float, ...]]] = {
         "verdict momentum": (1e-3, 2e-3, 4e-3, 8e-3),
     },
     "resnet": {
-        "AdamW": (2.5e-3, 5e-3, 1e-2, 2e-2),
+        "AdamW": (1.25e-3, 2.5e-3, 5e-3, 1e-2),
         "Lion": (2.5e-4, 5e-4, 1e-3, 2e-3),
         "Signum": (2.5e-4, 5e-4, 1e-3, 2e-3),
         "verdict momentum": (1e-3, 2e-3, 4e-3, 8e-3),

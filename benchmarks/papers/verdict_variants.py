@@ -18,8 +18,8 @@ from .tasks import Task, add_arguments, shared_task
 from .training import PER_LAYER, Job, Row, Store, add_device, tuned
 from .verdict_momentum import DECAYS, MANY, RATES, SEEDS, grid
 
-WIDER = 4
-"""Times the batch."""
+WIDER, WIDE = 4, ("AdamW", "Signum", "verdict momentum")
+"""Times the batch, and who gets it."""
 
 Found = dict[str, tuple[Task, list[Row]]]
 """Of each experiment its task, and a row for each method."""
@@ -49,7 +49,7 @@ def measure(options: argparse.Namespace, store: Store) -> Found:
             [tuned(task, store, jobs, SEEDS) for jobs in (*plain, *variants(kind, task.key, steps))],
         )
         wide, fewer = shared_task(kind, options, WIDER)
-        grids = [grid(wide.key, method, rates, fewer) for method, rates in RATES[kind].items()]
+        grids = [grid(wide.key, method, RATES[kind][method], fewer) for method in WIDE]
         found[f"{task.name}, {WIDER} times the batch"] = wide, [tuned(wide, store, jobs, SEEDS) for jobs in grids]
     return found
 

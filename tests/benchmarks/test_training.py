@@ -121,10 +121,9 @@ def test_verdict_variants(tmp_path: Path) -> None:
     printed = _run("benchmarks.papers.verdict_variants", "--short", "--tasks", "resnet", "--out", tmp_path)
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".png", ".txt"]
     rows = re.findall(r"^  (.{36}) +\S+ +\S+ +0\.\d{4} +\d\.\d{4}$", printed, re.MULTILINE)
-    known = ["AdamW", "Lion", "Signum", "verdict momentum"]
+    known, wide = ["AdamW", "Lion", "Signum", "verdict momentum"], ["AdamW", "Signum", "verdict momentum"]
     variants = ["verdict momentum", "mixture", "Signum, per layer", "verdict momentum 0.8, per layer"]
-    assert len(rows) == 12
-    for row, method in zip(rows, known + variants + known, strict=True):
+    for row, method in zip(rows, known + variants + wide, strict=True):
         assert row.startswith(method)
 
 
