@@ -23,7 +23,7 @@ RATES = {
     "Adam": (1.25e-3, 2.5e-3, 5e-3, 1e-2),
     "AdamW": (1.25e-3, 2.5e-3, 5e-3, 1e-2),
     "Lion": (2.5e-4, 5e-4, 1e-3, 2e-3),
-    "signSGD": (1e-4, 3e-4, 1e-3, 3e-3),
+    "signSGD": (3e-4, 1e-3, 3e-3, 1e-2),
     "Signum": (2.5e-4, 5e-4, 1e-3, 2e-3),
     "verdict momentum 0.8": (1e-3, 2e-3, 4e-3, 8e-3),
 }
