@@ -220,14 +220,13 @@ refused(lambda: fit(lambda parameters: Signum(parameters), "auto", devices=1, ca
 # %% [markdown]
 # ## What to use when
 #
-# - **Verdict momentum**, `betas=(0, 0), verdict_momentum=0.8`, where workers come and go, since none has a state of its
-#   own, and as a first try on transformers. Learning rates like AdamW's suit it; above, half of AdamW's was best.
-# - **Signum**, the default `betas=(0.9, 0.9)`, where gradients are small beside their noise (small batches), and as a
-#   first try on convolutional networks. A fifth of AdamW's learning rate was best above.
+# - **Verdict momentum**, `betas=(0, 0), verdict_momentum=0.8`, on transformers, and where workers come and go, since
+#   none has a state of its own. On a convolutional network it and Signum were the same, a point behind AdamW.
+# - **Signum**, the default `betas=(0.9, 0.9)`, where little data is learnt to the end, as the digits above.
 # - **Plain DDP**, where the links are fast, or accuracy per step is all that counts.
 #
-# The advice about kinds of networks comes from a few prototype runs and is no law. Try both where it matters; both at
-# once did worse than either.
+# What this rests on is in `benchmarks/papers`: small models, the beginnings of trainings. Both momenta at once did
+# worse than either. Learning rates: `05_choosing_lr_and_betas`.
 
 # %%
 folder.cleanup()

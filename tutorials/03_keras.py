@@ -229,10 +229,10 @@ refused(lambda: Signum(beta_1=1.2))
 # %% [markdown]
 # ## What to use when
 #
-# - **Verdict momentum**, `beta_1=0.0, beta_2=0.0, verdict_momentum=0.8`, as a first try on transformers, and where the
-#   number of workers may change: no state is private to one.
-# - **Signum**, the default `beta_1=0.9, beta_2=0.9`, where gradients are small beside their noise (small batches), and
-#   as a first try on convolutional networks.
+# - **Verdict momentum**, `beta_1=0.0, beta_2=0.0, verdict_momentum=0.8`, on transformers, and where the number of
+#   workers may change: no state is private to one. On a convolutional network it and Signum were the same, a point
+#   behind AdamW.
+# - **Signum**, the default `beta_1=0.9, beta_2=0.9`, where little data is learnt to the end, as the digits above.
 # - **Plain `tf.distribute`**, where the links are fast, or accuracy per step is all that counts. On one machine nothing
 #   crosses a wire, and a vote is for trying out what several would do.
 #
@@ -240,8 +240,8 @@ refused(lambda: Signum(beta_1=1.2))
 # 0.004 to 0.032 for Signum all stayed within seven test images of Adam's best; `02_lightning` and its smaller steps
 # were less forgiving.
 #
-# The advice about kinds of networks comes from a few prototype runs and is no law. Try both where it matters; both at
-# once did worse than either.
+# What this rests on is in `benchmarks/papers`: small models, the beginnings of trainings. Both momenta at once did
+# worse than either. More on learning rates: `05_choosing_lr_and_betas`.
 
 # %%
 folder.cleanup()

@@ -92,14 +92,14 @@ moved = best["SGD, momentum 0.9"] / (1 - 0.9) * size
 print(f"SGD's lr / (1 − momentum) x mean gradient: {moved:.5f}, beside Signum's {best['Signum (0.9, 0.9)']:.5f}")
 
 # %% [markdown]
-# Other grids, of votes of four workers (`benchmarks/papers`) and of two (`02_lightning`), AdamW's first: a small GPT over
-# bytes 0.002, Signum 0.0002, verdict momentum 0.004; a small ResNet on CIFAR-10 0.0025, 0.001 and 0.004; the digits of
-# `02_lightning` 0.04, 0.008 and 0.02. There are two kinds, and a reason for it.
+# Other grids, of votes of four workers (`benchmarks/papers`) and of two (`02_lightning`), for AdamW, Signum and verdict
+# momentum: a small GPT over bytes 0.002, 0.0002, 0.004; a small ResNet on CIFAR-10 0.0025, 0.001, 0.004; the digits of
+# `02_lightning` 0.04, 0.008, 0.02. There are two kinds, and a reason for it.
 #
 # ## Why these factors
 #
-# Where noise dominates, AdamW moves a weight by `lr·g/σ` on the whole, for `√v` is the noise's size then. And a vote? Let
-# every worker see `S = |g|/σ` of 0.05, were the batches of all of them one, and watch how far it moves:
+# Where noise dominates, AdamW moves a weight by `lr·g/σ` on the whole, for `√v` is the noise's size then. And a vote?
+# Let `S = |g|/σ` be 0.05, were the batches of all workers one, and watch how far it moves:
 
 
 # %%
@@ -121,8 +121,8 @@ for workers in (1, 3, 4, 8):
 # Verdict momentum moves by 0.6 to 0.8 of it, so it wants up to 1.7 times AdamW's learning rate; Signum, whose momentum
 # has lifted `S` before the vote, moves two to three times as far, so it wants a third. That is what the GPT and the
 # ResNet want, more or less, whose gradients stay noisy to the end. The digits are learnt to the end: their gradients
-# fade, and AdamW's steps with them, since its `√v` remembers larger ones for a thousand steps. Signs do not fade, and so
-# want a smaller learning rate. (The last two sentences are our reading; they were not measured apart.)
+# fade, and AdamW's steps with them, since its `√v` remembers larger ones for a thousand steps. Signs do not fade, and
+# so want a smaller learning rate. (The last two sentences are our reading; they were not measured apart.)
 #
 # | from AdamW's settings | to `Signum`, the papers' | to verdict momentum, `betas=(0, 0), verdict_momentum=0.8` |
 # |---|---|---|

@@ -1,10 +1,10 @@
-"""What brings worker momentum and verdict momentum together: mixtures, γ, rates of layers, larger batches.
+"""What becomes of verdict momentum with other γ, mixed with worker momentum, and beside SGD.
 
 python -m benchmarks.papers.verdict_variants --text FILE --images DIR --out benchmarks/results/papers
 
 For the GPT and the ResNet of verdict_momentum.py and four workers: each variant is tuned by eight runs and repeated
-with two more seeds, and so are the ResNet's AdamW, Signum and verdict momentum with four times the batch in a fourth of
-the steps.
+with two more seeds. For the ResNet, where the votes are behind, also with rates of layers, and with four times the
+batch in a fourth of the steps.
 """
 
 import argparse
@@ -21,6 +21,8 @@ from .verdict_momentum import DECAYS, MANY, RATES, SEEDS, grid
 
 WIDER, WIDE = 4, ("AdamW", "Signum", "verdict momentum")
 """Times the batch, and who gets it."""
+BEHIND = "resnet"
+SGD = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 
 Found = dict[str, tuple[Task, list[Row]]]
 """Of each experiment its task, and a row for each method."""
@@ -33,9 +35,11 @@ def variants(kind: str, key: str, steps: int) -> list[list[Job]]:
     grids = [
         [(f"verdict momentum {gamma}", lr, 0.1) for gamma in (0.5, 0.9) for lr in large],
         halves,
-        [(f"Signum{PER_LAYER}", lr, decay) for lr in small for decay in DECAYS],
-        [(f"verdict momentum 0.8{PER_LAYER}", lr, decay) for lr in large for decay in DECAYS],
+        [("SGD", lr, 0.0) for lr in SGD],
     ]
+    if kind == BEHIND:
+        grids.append([(f"Signum{PER_LAYER}", lr, decay) for lr in small for decay in DECAYS])
+        grids.append([(f"verdict momentum 0.8{PER_LAYER}", lr, decay) for lr in large for decay in DECAYS])
     return [[Job(key, method, lr, decay, MANY, steps) for method, lr, decay in runs] for runs in grids]
 
 
@@ -49,7 +53,7 @@ def measure(options: argparse.Namespace, store: Store) -> Found:
             task,
             [tuned(task, store, jobs, SEEDS) for jobs in (*plain, *variants(kind, task.key, steps))],
         )
-        if kind == "resnet":  # where the votes are behind
+        if kind == BEHIND:
             wide, fewer = shared_task(kind, options, WIDER)
             grids = [grid(wide.key, method, RATES[kind][method], fewer) for method in WIDE]
             found[f"{task.name}, {WIDER} times the batch"] = wide, [tuned(wide, store, jobs, SEEDS) for jobs in grids]

@@ -123,7 +123,7 @@ def test_verdict_variants(tmp_path: Path) -> None:
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".png", ".txt"]
     rows = re.findall(r"^  (.{36}) +\S+ +\S+ +0\.\d{4} +\d\.\d{4}$", printed, re.MULTILINE)
     known, wide = ["AdamW", "Lion", "Signum", "verdict momentum"], ["AdamW", "Signum", "verdict momentum"]
-    variants = ["verdict momentum", "mixture", "Signum, per layer", "verdict momentum 0.8, per layer"]
+    variants = ["verdict momentum", "mixture", "SGD", "Signum, per layer", "verdict momentum 0.8, per layer"]
     for row, method in zip(rows, known + variants + wide, strict=True):
         assert row.startswith(method)
 

@@ -42,6 +42,13 @@ def test_gradients_where_the_noise_is_denser() -> None:
     assert "favour neither" in told(gradients(SPARSE * 10, 1.0), curvature=1e-4)[0]
 
 
+def test_neither_where_the_noise_is_a_few_times_denser() -> None:
+    """R2 = φ(σ)/φ(g) = 4, as of nets on which signs were faster than SGD."""
+    quarter = np.where(np.arange(1_000) < 250, 10.0, 0.0)
+    assert told(gradients(quarter, 1.0), 4)[0].startswith("Signs or gradients: R2 = 3.9")
+    assert "favour neither" in told(gradients(quarter, 1.0), 4, 1.0)[0]
+
+
 def test_neither_where_both_are_as_dense() -> None:
     assert told(gradients(1.0, 1.0))[0].startswith("Signs or gradients: R2 = 1.00, so the bounds favour neither")
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
@@ -65,6 +65,31 @@ def test_figures_of_one_process(tmp_path: Path) -> None:
     assert run.callback_metrics["geometry/noise_ratio"] == pytest.approx(
         monitor.report.records[-1]["geometry/noise_ratio"]
     )
+
+
+class Turning(LightningModule):
+    """A quadratic with little noise, under SGD: with a learning rate of 2 every step goes to the other side."""
+
+    def __init__(self, lr: float) -> None:
+        super().__init__()
+        self.lr, self.x = lr, nn.Parameter(torch.ones(50))
+
+    def training_step(self, batch: Tensor, index: int) -> Tensor:
+        return (self.x**2).sum() / 2 + 0.01 * (torch.randn(50) * self.x).sum()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), self.lr)
+
+    def train_dataloader(self) -> Any:
+        return range(50)
+
+
+@pytest.mark.parametrize(("lr", "signal"), [(2.0, 0.0), (0.0, 1.0)])
+def test_what_turns_with_the_weights_counts_as_noise(lr: float, signal: float) -> None:
+    monitor = GeometryMonitor(every_n_steps=50, samples=50, directory=None)
+    alone(Turning(lr), monitor, max_epochs=1)
+    (record,) = monitor.report.records
+    assert record["geometry/signal"] == pytest.approx(signal, abs=0.01)
 
 
 def test_a_choice_of_coordinates() -> None:
