@@ -225,8 +225,8 @@ refused(lambda: fit(lambda parameters: Signum(parameters), "auto", devices=1, ca
 # - **Signum**, the default `betas=(0.9, 0.9)`, where little data is learnt to the end, as the digits above.
 # - **Plain DDP**, where the links are fast, or accuracy per step is all that counts.
 #
-# What this rests on is in `benchmarks/papers`: small models, the beginnings of trainings. Both momenta at once did
-# worse than either. Learning rates: `05_choosing_lr_and_betas`.
+# What this rests on is in `benchmarks/papers`: small models, the beginnings of trainings. Both momenta at once never
+# beat the better one. Learning rates: `05_choosing_lr_and_betas`.
 
 # %%
 folder.cleanup()

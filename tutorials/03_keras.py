@@ -240,8 +240,8 @@ refused(lambda: Signum(beta_1=1.2))
 # 0.004 to 0.032 for Signum all stayed within seven test images of Adam's best; `02_lightning` and its smaller steps
 # were less forgiving.
 #
-# What this rests on is in `benchmarks/papers`: small models, the beginnings of trainings. Both momenta at once did
-# worse than either. More on learning rates: `05_choosing_lr_and_betas`.
+# What this rests on is in `benchmarks/papers`: small models, the beginnings of trainings. Both momenta at once never
+# beat the better one. More on learning rates: `05_choosing_lr_and_betas`.
 
 # %%
 folder.cleanup()
