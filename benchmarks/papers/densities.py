@@ -99,15 +99,18 @@ def draw(found: list[tuple[Task, Job, list[Record]]], pyplot: Any) -> Any:
         left, right = panels[tasks.index(task.name)]
         for what, style in styles.items():
             values = [record[f"geometry/{what}_density"] for record in records]
-            left.plot(steps, values, style, color=colour, marker=".", label=f"{what}, {job.method}")
-        for name, what, style in (("R2", "noise_ratio", "--"), ("R1", "curvature_ratio", ":")):
+            left.plot(steps, values, style, color=colour, marker=".")
+        for what, style in (("noise_ratio", "--"), ("curvature_ratio", ":")):
             values = [record[f"geometry/{what}"] for record in records]
-            right.plot(steps, values, style, color=colour, marker=".", label=f"{name}, {job.method}")
+            right.plot(steps, values, style, color=colour, marker=".")
         left.set(title=f"{task.name}: densities φ", xlabel="step", yscale="log")
-        right.set(title="R2 = φ(σ)/φ(g), R1 = √φ(L)/φ(g)", xlabel="step", yscale="log")
+        right.set(title="R2 = φ(σ)/φ(g) and R1 = √φ(L)/φ(g)", xlabel="step", yscale="log")
         right.axhline(1, color="black", linewidth=0.8)
-        left.legend(fontsize=7)
-        right.legend(fontsize=7)
+    axes = panels[0, 0]
+    named = [axes.plot([], [], color=f"C{k}", label=method)[0] for k, method in enumerate(methods)]
+    drawn = (("-", "gradient"), ("--", "noise, R2"), (":", "curvature, R1"))
+    named += [axes.plot([], [], style, color="gray", label=what)[0] for style, what in drawn]
+    figure.legend(handles=named, loc="outside lower center", ncols=len(named))
     return figure
 
 
