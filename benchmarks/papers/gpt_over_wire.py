@@ -25,9 +25,9 @@ from .training import Job, Store, best
 
 WORKERS, LIMIT = 4, 3_600
 RATES = {
-    "AdamW": (5e-4, 1e-3, 2e-3, 4e-3),
-    "Signum": (1e-4, 2e-4, 4e-4, 8e-4),
-    "verdict momentum 0.8": (5e-4, 1e-3, 2e-3, 4e-3),
+    "AdamW": (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3),
+    "Signum": (5e-5, 1e-4, 2e-4, 4e-4, 8e-4),
+    "verdict momentum 0.8": (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3),
 }
 DDP = "AdamW, DDP fp32"
 SHORT = (DDP, "verdict momentum .8, vote")
