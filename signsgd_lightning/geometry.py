@@ -1,6 +1,7 @@
 """GeometryMonitor: whether signs are as good as gradients for the model that is training."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,7 @@ class GeometryMonitor(Callback):
         self._rows = []
         curvature = float("nan")
         if self.curvature_loss is not None:
-            with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
+            with torch.enable_grad(), twice_differentiable():
                 loss = self.curvature_loss(pl_module)
             diagonal = hessian_diagonal(loss, self._parameters)
             curvature = density(_sampled(diagonal, self._chosen).abs().cpu().numpy())
@@ -127,6 +128,11 @@ class GeometryMonitor(Callback):
         everyone = self._exchange.everyone
         rows = everyone.gather(row.to(everyone.wire(self._parameters[0].device)), "gathered the monitor's moments")
         return Moments.unpack(rows.cpu().numpy())
+
+
+def twice_differentiable() -> AbstractContextManager[None]:
+    """Return a context in which losses have a second derivative, which fused attention lacks."""
+    return sdpa_kernel(SDPBackend.MATH)
 
 
 def hessian_diagonal(loss: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:

@@ -7,30 +7,28 @@ default a ResNet-8 of the paper's width for an epoch, which is what two cores do
 GPU: ``--depth 20 --steps 62400 --device cuda``.
 """
 
-import argparse
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from .common import heading, publish
-from .tasks import Images, Task, add_arguments
+from . import verdict_momentum
+from .common import command_line, heading, publish
+from .tasks import STEPS, Images, Task, add_arguments
 from .training import Job, Row, Store, add_device, tuned, voted
 
+SHARED = verdict_momentum.RATES["resnet"]
 RATES = {
     "SGD": (0.03, 0.1, 0.3, 1.0),
-    "Adam": (1.25e-3, 2.5e-3, 5e-3, 1e-2),
-    "AdamW": (1.25e-3, 2.5e-3, 5e-3, 1e-2),
-    "Lion": (2.5e-4, 5e-4, 1e-3, 2e-3),
+    "Adam": SHARED["AdamW"],
+    "AdamW": SHARED["AdamW"],
+    "Lion": SHARED["Lion"],
     "signSGD": (3e-4, 1e-3, 3e-3, 1e-2),
-    "Signum": (2.5e-4, 5e-4, 1e-3, 2e-3),
-    "verdict momentum 0.8": (1e-3, 2e-3, 4e-3, 8e-3),
+    "Signum": SHARED["Signum"],
+    "verdict momentum 0.8": SHARED["verdict momentum"],
 }
-DECAYS = {"SGD": (0.0, 5e-4), "Adam": (0.0, 5e-4)}
-"""Of these two the decay is part of the gradient; the others have 0 and 0.1."""
+COUPLED = {"SGD": (0.0, 5e-4), "Adam": (0.0, 5e-4)}
+"""Of these two the decay is part of the gradient."""
 
-SEEDS, WORKERS = (0, 1, 2), (1, 4)
+WORKERS = (1, 4)
 
 
 def measure(task: Task, store: Store, methods: Sequence[str], steps: int) -> list[Row]:
@@ -38,9 +36,9 @@ def measure(task: Task, store: Store, methods: Sequence[str], steps: int) -> lis
     rows = []
     for workers in WORKERS:
         for method in methods:
-            decays = DECAYS.get(method, (0.0, 0.1))
+            decays = COUPLED.get(method, verdict_momentum.DECAYS)
             jobs = [Job(task.key, method, lr, decay, workers, steps) for lr in RATES[method] for decay in decays]
-            rows.append(tuned(task, store, jobs, SEEDS))
+            rows.append(tuned(task, store, jobs))
     return rows
 
 
@@ -48,11 +46,11 @@ def table(rows: Sequence[Row]) -> Iterator[str]:
     """Return the lines, and how far the best vote is from the best of the others."""
     yield f"{'method':<24}{'workers':>8}{'lr':>9}{'decay':>8}{'accuracy':>10}{'±':>7}"
     for row in rows:
-        job, mean, spread = row.job, 100 * np.mean(row.scores), 100 * np.std(row.scores, ddof=1)
+        job, mean, spread = row.job, 100 * row.mean, 100 * row.spread
         yield f"{job.method:<24}{job.workers:>8}{job.lr:>9.2g}{job.weight_decay:>8g}{mean:>9.2f}%{spread:>7.2f}"
     for workers in WORKERS:
         votes, others = (
-            [100 * np.mean(row.scores) for row in rows if (row.job.workers, voted(row.job.method)) == (workers, vote)]
+            [100 * row.mean for row in rows if (row.job.workers, voted(row.job.method)) == (workers, vote)]
             for vote in (True, False)
         )
         if votes and others:
@@ -72,14 +70,13 @@ def draw(rows: Sequence[Row], pyplot: Any) -> Any:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = command_line("cifar10", __doc__)
     add_arguments(parser)
     parser.add_argument("--methods", nargs="+", choices=list(RATES), default=list(RATES))
     parser.add_argument("--width", type=int, default=16)
     parser.add_argument("--depth", type=int, default=8, help="6n + 2; the paper's 20")
-    parser.add_argument("--steps", type=int, default=390)
+    parser.add_argument("--steps", type=int, default=STEPS["resnet"])
     add_device(parser)
-    parser.add_argument("--out", type=Path, help="folder for cifar10.txt, .png and trainings.json (default: save none)")
     options = parser.parse_args()
     task = Images(options.images, 2 if options.short else options.width, options.depth, 16 if options.short else 128)
     store, steps = Store(options.out, options.device), 2 if options.short else options.steps

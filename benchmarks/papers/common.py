@@ -88,6 +88,21 @@ def rate_text(rate: float, rates: Iterable[float]) -> str:
     return f"{rate:.3g}{'*' if len(tried) > 1 and rate in (min(tried), max(tried)) else ''}"
 
 
+def command_line(name: str, document: str | None) -> argparse.ArgumentParser:
+    """Return what every script's command line has: whether to be short, and where to save.
+
+    Args:
+        name: of the script and of the files that it saves.
+        document: its docstring; the first line is the help.
+    """
+    parser = argparse.ArgumentParser(
+        f"python -m benchmarks.papers.{name}", description=(document or "").splitlines()[0]
+    )
+    parser.add_argument("--short", action="store_true", help="a minute at most, for tests: what it prints means little")
+    parser.add_argument("--out", type=Path, help="folder for table, figure and trainings (default: save nothing)")
+    return parser
+
+
 def main(name: str, document: str | None, experiment: Callable[[bool], Outcome]) -> None:
     """Run an experiment from the command line: print its table and, with --out, save it and its figure.
 
@@ -96,11 +111,7 @@ def main(name: str, document: str | None, experiment: Callable[[bool], Outcome])
         document: its docstring; the first line is the help.
         experiment: takes whether it is to be short.
     """
-    parser = argparse.ArgumentParser(
-        f"python -m benchmarks.papers.{name}", description=(document or "").splitlines()[0]
-    )
-    parser.add_argument("--short", action="store_true", help="a few seconds, for tests: what it prints means little")
-    parser.add_argument("--out", type=Path, help=f"folder for {name}.txt and {name}.png (default: save nothing)")
+    parser = command_line(name, document)
     options = parser.parse_args()
     begin = time.perf_counter()
     lines, draw = experiment(options.short)

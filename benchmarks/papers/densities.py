@@ -7,24 +7,22 @@ standard deviation in each coordinate are g and σ; and beyond it the Hessian's 
 worker takes the whole batch.
 """
 
-import argparse
 import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
+from functools import reduce
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from signsgd_core.advise import advise
 from signsgd_core.geometry import Moments, density, figures
-from signsgd_lightning.geometry import hessian_diagonal
+from signsgd_lightning.geometry import hessian_diagonal, twice_differentiable
 
-from .common import heading, publish
+from .common import command_line, heading, publish
 from .tasks import Task, add_arguments, shared_task
 from .training import Job, train
 
@@ -37,7 +35,7 @@ POINTS = (0.0, 0.02, 0.1, 0.3, 0.6, 1.0)
 
 SHOWN = ("gradient_density", "noise_density", "noise_ratio", "curvature_density", "curvature_ratio", "signal", "snr")
 
-Record = dict[str, float | None]
+Record = dict[str, float]
 
 
 def look(task: Task, model: nn.Module, step: int, batches: int) -> Record:
@@ -46,13 +44,9 @@ def look(task: Task, model: nn.Module, step: int, batches: int) -> Record:
     for norm in norms:
         norm.track_running_stats = False
     source = np.random.default_rng([99, step])
-    moments = None
-    for _ in range(batches // 10):  # of ten at a time, for memory's sake
-        rows = [_gradient(task, model, source) for _ in range(10)]
-        some = Moments.of(torch.stack(rows).numpy())
-        moments = some if moments is None else moments.merge(some)
-    assert moments is not None
-    with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
+    tens = ([_gradient(task, model, source) for _ in range(10)] for _ in range(batches // 10))  # for memory's sake
+    moments = reduce(Moments.merge, (Moments.of(torch.stack(rows).numpy()) for rows in tens))
+    with twice_differentiable():
         loss = task.loss(model, task.batch(task.global_batch, source))
     curvature = nn.utils.parameters_to_vector(hessian_diagonal(loss, list(model.parameters())))
     for norm in norms:
@@ -83,8 +77,7 @@ def table(task: Task, job: Job, records: list[Record]) -> Iterator[str]:
     yield f"\n{task.name}, {job.method} with lr {job.lr:g}, batches of {task.global_batch}"
     yield f"{'step':>6}" + "".join(f"{shown:>19}" for shown in SHOWN)
     for record in records:
-        values = [record[f"geometry/{shown}"] for shown in SHOWN]
-        yield f"{record['step']:>6}" + "".join(f"{np.nan if value is None else value:>19.4f}" for value in values)
+        yield f"{record['step']:>6}" + "".join(f"{record[f'geometry/{shown}']:>19.4f}" for shown in SHOWN)
     yield from advise(records, job.workers)
 
 
@@ -115,10 +108,9 @@ def draw(found: list[tuple[Task, Job, list[Record]]], pyplot: Any) -> Any:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = command_line("densities", __doc__)
     add_arguments(parser)
     parser.add_argument("--batches", type=int, default=400, help="that pass at a point (default: %(default)s)")
-    parser.add_argument("--out", type=Path, help="folder for densities.txt and .png (default: save nothing)")
     options = parser.parse_args()
     tasks = {kind: shared_task(kind, options) for kind in RATES}
     jobs = [

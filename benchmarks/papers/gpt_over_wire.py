@@ -7,7 +7,6 @@ four worker processes train, each in a network namespace of its own on a cable o
 benchmarks/wire.py); the clock stands while the loss on the rest of the text is looked at. It takes root and iproute2.
 """
 
-import argparse
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +17,7 @@ import numpy as np
 from benchmarks.wire import Cell, work
 from tests.faults.network import available
 
-from .common import heading, publish
+from .common import command_line, heading, publish
 from .gpt_worker import METHODS
 from .tasks import Text, add_arguments, text_of
 from .training import Job, Store, best
@@ -87,14 +86,13 @@ def draw(curves: dict[str, Curve], pyplot: Any) -> Any:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = command_line("gpt_over_wire", __doc__)
     add_arguments(parser)
     parser.add_argument("--mbits", type=int, default=100, help="Mbit/s of a cable (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--batch-size", type=int, default=2, help="sequences of 64 bytes of each worker")
-    parser.add_argument("--out", type=Path, help="folder for gpt_over_wire.txt and .png (default: save nothing)")
     options = parser.parse_args()
     if not available():
         parser.error("network namespaces are needed: run it as root, with iproute2 installed")

@@ -215,10 +215,9 @@ def shared_task(kind: str, options: argparse.Namespace, batches: int = 1) -> tup
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add where the data is, and whether to be short."""
+    """Add where the data is."""
     parser.add_argument("--text", type=Path, help="a text file; without it a source file of Python's own")
     parser.add_argument("--images", type=Path, help="folder with train/CLASS/*.jpg and test/CLASS/*.jpg; or the digits")
-    parser.add_argument("--short", action="store_true", help="a minute or less, for tests: what it prints means little")
 
 
 def text_of(options: argparse.Namespace) -> Path:

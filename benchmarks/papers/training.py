@@ -42,6 +42,8 @@ VOTED: dict[str, dict[str, Any]] = {
     },
     **{f"mixture {beta} and 0.8": {"betas": (beta, beta), "verdict_momentum": 0.8} for beta in (0.5, 0.9)},
 }
+SEEDS = (0, 1, 2)
+"""Of a method at its best point; the grid has the first."""
 PER_LAYER = ", per layer"
 """At the end of a voted method: matrices have learning rates in the ratio of their weights' root mean squares."""
 
@@ -170,9 +172,8 @@ class Store:
     def __init__(self, folder: Path | None, device: str = "cpu") -> None:
         self.path, self.device = folder and folder / "trainings.json", device
         self.known: dict[str, Run] = {}
-        path = self.path
-        if path is not None and path.exists():
-            self.known = {key: Run(*value) for key, value in json.loads(path.read_text()).items()}
+        if self.path is not None and self.path.exists():
+            self.known = {key: Run(*value) for key, value in json.loads(self.path.read_text()).items()}
 
     def run(self, task: Task, jobs: Iterable[Job], title: str) -> list[Run]:
         """Return what the jobs come to, each trained in a process of its own unless it is known."""
@@ -233,13 +234,22 @@ class Row(NamedTuple):
         return [run.score for run in self.runs]
 
     @property
+    def mean(self) -> float:
+        return float(np.mean(self.scores))
+
+    @property
+    def spread(self) -> float:
+        """Standard deviation of the seeds' scores."""
+        return float(np.std(self.scores, ddof=1))
+
+    @property
     def curve(self) -> tuple[list[int], list[float]]:
         """Steps, and the mean training loss of all seeds."""
         losses = np.array([[loss for _, loss in run.curve] for run in self.runs])
         return [step for step, _ in self.runs[0].curve], losses.mean(0).tolist()
 
 
-def tuned(task: Task, store: Store, jobs: Sequence[Job], seeds: Sequence[int]) -> Row:
+def tuned(task: Task, store: Store, jobs: Sequence[Job], seeds: Sequence[int] = SEEDS) -> Row:
     """Return the best of some jobs with all seeds."""
     what = f"{task.key}, {jobs[0].method}, {jobs[0].workers} workers"
     chosen = best(jobs, store.run(task, jobs, what), task.better)

@@ -6,16 +6,14 @@ For a small GPT and a small ResNet each: a grid of eight runs a method with four
 point, and then other numbers of workers at the same global batch, with three learning rates each.
 """
 
-import argparse
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from .common import heading, publish
+from .common import command_line, heading, publish
 from .tasks import Task, add_arguments, shared_task
-from .training import Job, Row, Store, add_device, tuned, voted
+from .training import SEEDS, Job, Row, Store, add_device, tuned, voted
 
 RATES: dict[str, dict[str, tuple[float, ...]]] = {
     "gpt": {
@@ -32,7 +30,7 @@ RATES: dict[str, dict[str, tuple[float, ...]]] = {
     },
 }
 DECAYS, GAMMAS = (0.0, 0.1), (0.8, 0.95)
-SEEDS, WORKERS = (0, 1, 2), (1, 3, 8)
+WORKERS = (1, 3, 8)
 MANY = 4
 """Workers in the grid."""
 
@@ -42,6 +40,11 @@ def grid(key: str, method: str, rates: Sequence[float], steps: int) -> list[Job]
     if method == "verdict momentum":
         return [Job(key, f"{method} {gamma}", lr, 0.1, MANY, steps) for lr in rates for gamma in GAMMAS]
     return [Job(key, method, lr, decay, MANY, steps) for lr in rates for decay in DECAYS]
+
+
+def tuned_grids(task: Task, store: Store, rates: Mapping[str, Sequence[float]], steps: int) -> list[Row]:
+    """Return each method's best."""
+    return [tuned(task, store, grid(task.key, method, tried, steps)) for method, tried in rates.items()]
 
 
 def around(job: Job, workers: int) -> list[Job]:
@@ -54,8 +57,7 @@ def measure(tasks: dict[str, tuple[Task, int]], store: Store) -> tuple[dict[str,
     many: dict[str, list[Row]] = {name: [] for name in tasks}
     others: list[Row] = []
     for name, (task, steps) in tasks.items():
-        grids = [grid(task.key, method, rates, steps) for method, rates in RATES[name].items()]
-        many[name] = [tuned(task, store, jobs, SEEDS) for jobs in grids]
+        many[name] = tuned_grids(task, store, RATES[name], steps)
         for row in many[name]:
             for workers in WORKERS if voted(row.job.method) else ():
                 others.append(tuned(task, store, around(row.job, workers), SEEDS[:1]))
@@ -71,8 +73,8 @@ def table(tasks: dict[str, tuple[Task, int]], many: dict[str, list[Row]], others
         for row in rows:
             ends = [run.curve[-1][1] if run.curve else np.nan for run in row.runs]
             yield (
-                f"  {row.job.method:<24}{row.job.lr:>9.2g}{row.job.weight_decay:>7g}{np.mean(row.scores):>9.4f}"
-                f"{np.std(row.scores, ddof=1):>8.4f}   {np.mean(ends):.4f}"
+                f"  {row.job.method:<24}{row.job.lr:>9.2g}{row.job.weight_decay:>7g}{row.mean:>9.4f}"
+                f"{row.spread:>8.4f}   {np.mean(ends):.4f}"
             )
         yield "  other numbers of workers, one seed, the best of three learning rates:"
         for row in (row for row in others if row.job.task == task.key):
@@ -93,8 +95,8 @@ def draw(tasks: dict[str, tuple[Task, int]], many: dict[str, list[Row]], others:
             if mine:
                 scores.plot(*zip(*points, strict=True), marker="o", label=row.job.method)
             else:
-                scores.axhline(np.mean(row.scores), linestyle="--", linewidth=1, color="gray")
-                scores.annotate(row.job.method, (1, np.mean(row.scores)), fontsize=8)
+                scores.axhline(row.mean, linestyle="--", linewidth=1, color="gray")
+                scores.annotate(row.job.method, (1, row.mean), fontsize=8)
         scores.set(title="same global batch", xlabel="workers that vote", ylabel=f"score, {task.better} is better")
         scores.legend()
     return figure
@@ -105,11 +107,10 @@ def _same(a: Job, b: Job) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = command_line("verdict_momentum", __doc__)
     add_arguments(parser)
     parser.add_argument("--tasks", nargs="+", choices=list(RATES), default=list(RATES))
     add_device(parser)
-    parser.add_argument("--out", type=Path, help="folder for verdict_momentum.txt, .png and trainings.json")
     options = parser.parse_args()
     tasks = {name: shared_task(name, options) for name in options.tasks}
     many, others = measure(tasks, Store(options.out, options.device))

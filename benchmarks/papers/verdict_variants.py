@@ -9,15 +9,12 @@ batch in a fourth of the steps.
 
 import argparse
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from .common import heading, publish
+from .common import command_line, heading, publish
 from .tasks import Task, add_arguments, shared_task
 from .training import PER_LAYER, Job, Row, Store, add_device, tuned
-from .verdict_momentum import DECAYS, MANY, RATES, SEEDS, grid
+from .verdict_momentum import DECAYS, MANY, RATES, tuned_grids
 
 WIDER, WIDE = 4, ("AdamW", "Signum", "verdict momentum")
 """Times the batch, and who gets it."""
@@ -31,10 +28,10 @@ Found = dict[str, tuple[Task, list[Row]]]
 def variants(kind: str, key: str, steps: int) -> list[list[Job]]:
     """Return eight runs of each variant."""
     small, large = RATES[kind]["Signum"], RATES[kind]["verdict momentum"]
-    halves = [("mixture 0.5 and 0.8", lr, 0.1) for lr in large] + [("mixture 0.9 and 0.8", lr, 0.1) for lr in small]
+    mixtures = [("mixture 0.5 and 0.8", lr, 0.1) for lr in large] + [("mixture 0.9 and 0.8", lr, 0.1) for lr in small]
     grids = [
         [(f"verdict momentum {gamma}", lr, 0.1) for gamma in (0.5, 0.9) for lr in large],
-        halves,
+        mixtures,
         [("SGD", lr, 0.0) for lr in SGD],
     ]
     if kind == BEHIND:
@@ -48,15 +45,12 @@ def measure(options: argparse.Namespace, store: Store) -> Found:
     found = {}
     for kind in options.tasks:
         task, steps = shared_task(kind, options)
-        plain = [grid(task.key, method, rates, steps) for method, rates in RATES[kind].items()]
-        found[task.name] = (
-            task,
-            [tuned(task, store, jobs, SEEDS) for jobs in (*plain, *variants(kind, task.key, steps))],
-        )
+        plain = tuned_grids(task, store, RATES[kind], steps)
+        found[task.name] = task, plain + [tuned(task, store, jobs) for jobs in variants(kind, task.key, steps)]
         if kind == BEHIND:
             wide, fewer = shared_task(kind, options, WIDER)
-            grids = [grid(wide.key, method, RATES[kind][method], fewer) for method in WIDE]
-            found[f"{task.name}, {WIDER} times the batch"] = wide, [tuned(wide, store, jobs, SEEDS) for jobs in grids]
+            rates = {method: RATES[kind][method] for method in WIDE}
+            found[f"{task.name}, {WIDER} times the batch"] = wide, tuned_grids(wide, store, rates, fewer)
     return found
 
 
@@ -66,8 +60,8 @@ def table(found: Found) -> Iterator[str]:
         yield f"\n{name}, {rows[0].job.steps} steps of {task.global_batch} examples, {MANY} workers: {task.measured}"
         yield f"  {'method':<36}{'lr':>9}{'decay':>7}{'mean':>9}{'±':>8}"
         for row in rows:
-            job, mean, spread = row.job, np.mean(row.scores), np.std(row.scores, ddof=1)
-            yield f"  {job.method:<36}{job.lr:>9.2g}{job.weight_decay:>7g}{mean:>9.4f}{spread:>8.4f}"
+            job = row.job
+            yield f"  {job.method:<36}{job.lr:>9.2g}{job.weight_decay:>7g}{row.mean:>9.4f}{row.spread:>8.4f}"
 
 
 def draw(found: Found, pyplot: Any) -> Any:
@@ -75,7 +69,7 @@ def draw(found: Found, pyplot: Any) -> Any:
     figure, panels = pyplot.subplots(len(found), 1, figsize=(9, 2.6 * len(found)), layout="constrained", squeeze=False)
     for (name, (task, rows)), axes in zip(found.items(), panels[:, 0], strict=True):
         for height, row in enumerate(reversed(rows)):
-            axes.errorbar(np.mean(row.scores), height, xerr=np.std(row.scores, ddof=1), marker="o", color="C0")
+            axes.errorbar(row.mean, height, xerr=row.spread, marker="o", color="C0")
         axes.set_yticks(range(len(rows)), [row.job.method for row in reversed(rows)], fontsize=8)
         axes.set(title=f"{name}: {task.measured}, {task.better} is better")
         axes.grid(alpha=0.3)
@@ -83,11 +77,10 @@ def draw(found: Found, pyplot: Any) -> Any:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = command_line("verdict_variants", __doc__)
     add_arguments(parser)
     parser.add_argument("--tasks", nargs="+", choices=list(RATES), default=list(RATES))
     add_device(parser)
-    parser.add_argument("--out", type=Path, help="folder for verdict_variants.txt, .png and trainings.json")
     options = parser.parse_args()
     found = measure(options, Store(options.out, options.device))
     lines = [heading("verdict_variants"), *table(found)]

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -27,36 +28,38 @@ def text() -> Task:
     return Text(Path(json.__file__), 16, 1, 16, global_batch=4)
 
 
-@pytest.mark.parametrize("method", ["Signum", "verdict momentum 0.8"])
-def test_the_vote_of_one_worker_is_signum_alone(method: str, text: Task) -> None:
-    job = Job(text.key, method, 0.01, 0.1, workers=1, steps=12, seed=3)
-    torch.manual_seed(3)
-    model, source = text.model(), np.random.default_rng([3, 0])
-    optimizer = Signum(model.parameters(), job.lr, weight_decay=job.weight_decay, **VOTED[method])
+def _signum(text: Task, job: Job, method: str, shares: Callable[[list[np.ndarray]], list[float]]) -> float:
+    """Return the score of training by hand, each tensor's learning rate a share of all given its weights."""
+    torch.manual_seed(job.seed)
+    model, source = text.model(), np.random.default_rng([job.seed, 0])
+    groups = [{"params": [p]} for p in model.parameters()]
+    optimizer = Signum(groups, job.lr, weight_decay=job.weight_decay, **VOTED[method])
     for step in range(job.steps):
-        optimizer.param_groups[0]["lr"] = job.lr * schedule(step, job.steps)
+        weights = [p.detach().numpy() for p in model.parameters()]
+        for group, share in zip(optimizer.param_groups, shares(weights), strict=True):
+            group["lr"] = job.lr * schedule(step, job.steps) * share
         optimizer.zero_grad()
         text.loss(model, text.batch(4, source)).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-    assert train(text, job).score == text.score(model)
+    return text.score(model)
+
+
+@pytest.mark.parametrize("method", ["Signum", "verdict momentum 0.8"])
+def test_the_vote_of_one_worker_is_signum_alone(method: str, text: Task) -> None:
+    job = Job(text.key, method, 0.01, 0.1, workers=1, steps=12, seed=3)
+    assert train(text, job).score == _signum(text, job, method, lambda weights: [1.0] * len(weights))
 
 
 def test_rates_of_layers_are_those_of_signum_in_parameter_groups(text: Task) -> None:
     job = Job(text.key, f"Signum{PER_LAYER}", 0.01, 0.1, workers=1, steps=5, seed=3)
-    torch.manual_seed(3)
-    model, source = text.model(), np.random.default_rng([3, 0])
-    optimizer = Signum([{"params": [p]} for p in model.parameters()], job.lr, weight_decay=0.1, **VOTED["Signum"])
-    for step in range(job.steps):
-        sizes = [p.detach().numpy() for p in model.parameters()]
-        matrices = np.concatenate([x.ravel() for x in sizes if x.ndim > 1])
-        for group, x in zip(optimizer.param_groups, sizes, strict=True):
-            share = np.sqrt(np.mean(x**2) / np.mean(matrices**2)) if x.ndim > 1 else 1
-            group["lr"] = job.lr * schedule(step, job.steps) * float(share)
-        optimizer.zero_grad()
-        text.loss(model, text.batch(4, source)).backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-    assert train(text, job).score == pytest.approx(text.score(model), rel=1e-5)
-    assert train(text, job).score != train(text, job._replace(method="Signum")).score
+
+    def shares(weights: list[np.ndarray]) -> list[float]:
+        matrices = np.concatenate([x.ravel() for x in weights if x.ndim > 1])
+        return [float(np.sqrt(np.mean(x**2) / np.mean(matrices**2))) if x.ndim > 1 else 1.0 for x in weights]
+
+    score = train(text, job).score
+    assert score == pytest.approx(_signum(text, job, "Signum", shares), rel=1e-5)
+    assert score != train(text, job._replace(method="Signum")).score
 
 
 def test_as_many_examples_whatever_the_workers(text: Task) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -196,3 +196,10 @@ def fit(model: Callable[[], Any], settings: dict[str, Any]) -> list[Record]:
     module = model()
     trainer(**settings).fit(module)
     return list(module.records)
+
+
+def alone(model: Any, callback: Callback, **settings: Any) -> Trainer:
+    """Train in this process, two epochs."""
+    run = Trainer(**{**QUIET, "accelerator": "cpu", "max_epochs": 2, **settings}, callbacks=[callback])
+    run.fit(model)
+    return run

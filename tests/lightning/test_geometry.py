@@ -16,12 +16,11 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 
-from signsgd_core.geometry import Moments, density, figures
-from signsgd_lightning import GeometryMonitor, Signum
-from signsgd_lightning.geometry import hessian_diagonal
+from signsgd_core.geometry import Moments, figures
+from signsgd_lightning import GeometryMonitor
 from tests.workers import Workers
 
-from .models import QUIET, Given, GivenByTwo, Net, array, trainer
+from .models import QUIET, Given, GivenByTwo, Net, alone, array, trainer
 
 
 class Plain(Net):
@@ -36,12 +35,6 @@ class Plain(Net):
 
         optimizer.register_step_post_hook(note)
         return optimizer
-
-
-def alone(model: Any, monitor: GeometryMonitor, **settings: Any) -> Trainer:
-    run = Trainer(**{**QUIET, "accelerator": "cpu", "max_epochs": 2, **settings}, callbacks=[monitor])
-    run.fit(model)
-    return run
 
 
 def vectors(steps: list[list[np.ndarray]]) -> np.ndarray:
@@ -214,53 +207,6 @@ def test_training_is_the_same_bit_for_bit() -> None:
     Trainer(**settings).fit(models[1])
     for ours, theirs in zip(*(model.parameters() for model in models), strict=True):
         assert torch.equal(ours, theirs)
-
-
-class Bowl(Net):
-    """Whose Hessian is known: 2·(1, 4, 9, …) on its diagonal and nothing beside it."""
-
-    def configure_optimizers(self) -> Any:
-        return Signum(self.parameters(), lr=0.0)
-
-
-def test_curvature_of_a_bowl() -> None:
-    model = Bowl(lambda: nn.Linear(4, 1, bias=False))
-    weights = torch.arange(1.0, 5.0) ** 2
-
-    def bowl(module: Any) -> Tensor:
-        loss: Tensor = (module.net.weight.square() * weights).sum()
-        return loss
-
-    monitor = GeometryMonitor(every_n_steps=2, samples=2, curvature_loss=bowl, directory=None)
-    alone(model, monitor)
-    record = monitor.report.records[0]
-    assert record["geometry/curvature_density"] == pytest.approx(density(weights.numpy()))
-    expected = density(weights.numpy()) ** 0.5 / record["geometry/gradient_density"]
-    assert record["geometry/curvature_ratio"] == pytest.approx(expected)
-
-
-def test_curvature_of_attention() -> None:
-    """Torch's fused attention cannot be differentiated twice; the monitor takes the one that can."""
-    layer = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True)
-    model = Bowl(lambda: nn.Sequential(layer, nn.Linear(4, 1)))
-    monitor = GeometryMonitor(4, 2, curvature_loss=lambda m: m.net(torch.randn(2, 3, 4)).pow(2).sum(), directory=None)
-    alone(model, monitor, max_epochs=1)
-    assert 0 < monitor.report.records[0]["geometry/curvature_density"] < 1  # type: ignore[operator]
-
-
-def test_hutchinson_of_a_dense_hessian() -> None:
-    """Unbiased: near the truth by the spread of eight products."""
-    torch.manual_seed(0)
-    a = torch.randn(50, 50) / 50
-    hessian = a @ a.T + torch.diag(torch.linspace(1, 5, 50))
-    x, unused = torch.randn(50, requires_grad=True), torch.ones(3, requires_grad=True)
-    found, zeros = hessian_diagonal(0.5 * x @ hessian @ x, [x, unused])
-    off = hessian - torch.diag(hessian.diagonal())
-    spread = off.square().sum(1).sqrt() / 8**0.5
-    assert ((found - hessian.diagonal()).abs() < 5 * spread).all()
-    assert (found - hessian.diagonal()).abs().max() > 0
-    assert not zeros.any()
-    assert not hessian_diagonal(x.sum(), [x])[0].any()
 
 
 @pytest.mark.parametrize(
