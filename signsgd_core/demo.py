@@ -2,14 +2,19 @@
 
 import argparse
 import hashlib
+import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import NamedTuple, get_args
+from uuid import uuid4
+from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
 
+from . import images
 from .adversaries import ADVERSARIES, Adversary
 from .ballots import Zeros
 from .settings import check_betas
@@ -70,7 +75,7 @@ def parser(
     lies = f"what the last workers make of their gradients in every run, one name a worker: {', '.join(ADVERSARIES)}"
     add("--adversaries", type=_adversaries, default=(), metavar="NAME[,NAME]", help=f"{lies} (default: none)")
     add("--seed", type=int, default=0, help="of weights and data order (default: %(default)s)")
-    add("--data", type=_folder, help="folder with train/CLASS/*.jpg and test/CLASS/*.jpg (default: handwritten digits)")
+    add("--data", type=_folder, help=f"folder with {images.LAYOUT} (default: handwritten digits)")
     add("--out", type=Path, default=Path("signsgd_demo"), help="where to save the plot (default: %(default)s)")
     add("--no-plot", dest="plot", action="store_false", help="save no plot")
     return parser
@@ -100,34 +105,42 @@ def adversaries(options: argparse.Namespace) -> dict[int, Adversary]:
     return {worker: ADVERSARIES[name](worker) for worker, name in enumerate(options.adversaries, first)}
 
 
-def load(folder: Path | None, cache: Path) -> Data:
+def load(folder: Path | None, cache: Path, tell: bool = True) -> Data:
     """Return the digits that scikit-learn ships, or the images below a folder.
 
     Args:
         folder: with ``train/CLASS/*.jpg`` and ``test/CLASS/*.jpg``, images of one size; None for the digits.
-        cache: where to keep the decoded images, so that a second run starts at once.
+        cache: where to keep the decoded images, so that a second run starts at once unless the folder changed.
+        tell: whether to print what was skipped in the folder.
 
     Raises:
-        ValueError: if the images differ in size, or train and test in classes.
+        ValueError: if an image cannot be read or differs in size, a class has no training image, a part no image.
     """
     if folder is None:
         from sklearn.datasets import load_digits
 
         digits = load_digits()
-        images = np.minimum(digits.images[:, None] * 16, 255).astype(np.uint8)
-        labels, order = digits.target.astype(np.int64), np.random.default_rng(0).permutation(len(images))
+        pixels = np.minimum(digits.images[:, None] * 16, 255).astype(np.uint8)
+        labels, order = digits.target.astype(np.int64), np.random.default_rng(0).permutation(len(pixels))
         train, test = order[:-450], order[-450:]
-        return Data(images[train], labels[train], images[test], labels[test])
-    saved = cache / f"images-{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:12]}.npz"
-    if not saved.exists():
-        classes = sorted(path.name for path in (folder / "train").iterdir() if path.is_dir())
-        parts: list[npt.NDArray[Any]] = [*_decode(folder / "train", classes), *_decode(folder / "test", classes)]
-        cache.mkdir(parents=True, exist_ok=True)
-        part = saved.with_suffix(".part.npz")
-        np.savez(part, *parts)
+        return Data(pixels[train], labels[train], pixels[test], labels[test])
+    listing = images.scan(folder)
+    for note in listing.notes if tell else ():
+        print(note)
+    kept_of_folder = f"images-{_digest(str(folder.resolve()))}"
+    saved = cache / f"{kept_of_folder}-{_digest(images.state(folder, listing))}.npz"
+    broken = ValueError, KeyError, EOFError, BadZipFile
+    with suppress(OSError, *broken), saved.open("rb") as file, np.load(file) as arrays:
+        return Data(*(arrays[f"arr_{k}"] for k in range(4)))
+    data = Data(*images.decode(listing))
+    cache.mkdir(parents=True, exist_ok=True)
+    part = cache / f"{kept_of_folder}-{uuid4().hex}.npz"
+    np.savez(part, *data)
+    with suppress(FileNotFoundError):  # another process has just saved the same, and removed this one
         part.replace(saved)  # never half a file under the final name
-    with np.load(saved) as arrays:
-        return Data(*(arrays[name] for name in arrays.files))
+    for other in set(cache.glob(f"{kept_of_folder}*.npz")) - {saved}:
+        other.unlink(missing_ok=True)
+    return data
 
 
 def report(results: Sequence[Result], options: argparse.Namespace, by_formula: str = "") -> None:
@@ -182,23 +195,6 @@ def save_plot(results: Sequence[Result], path: Path, by_formula: str = "") -> No
     pyplot.close(figure)
 
 
-def _decode(folder: Path, classes: Sequence[str]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
-    from PIL import Image
-
-    names = sorted(path.name for path in folder.iterdir() if path.is_dir())
-    if names != list(classes):
-        raise ValueError(f"{folder} has the classes {names}, its train folder {list(classes)}")
-    images, labels = [], []
-    for label, name in enumerate(classes):
-        for path in sorted((folder / name).glob("*.jpg")):
-            with Image.open(path) as image:
-                images.append(np.asarray(image.convert("RGB")).transpose(2, 0, 1))
-            labels.append(label)
-            if images[-1].shape != images[0].shape:
-                raise ValueError(f"{path} has shape {images[-1].shape}, others {images[0].shape}: resize them to one")
-    return np.stack(images), np.array(labels, np.int64)
-
-
 def _whole(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number of 1 or more, got {text!r}")
@@ -243,8 +239,12 @@ def _adversaries(text: str) -> tuple[str, ...]:
 
 
 def _folder(text: str) -> Path:
-    folder = Path(text)
-    for part in ("train", "test"):
-        if not any((folder / part).glob("*/*.jpg")):
-            raise argparse.ArgumentTypeError(f"{text!r} has no {part}/CLASS/*.jpg in it")
-    return folder
+    try:
+        images.scan(Path(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return Path(text)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(os.fsencode(text)).hexdigest()[:12]
