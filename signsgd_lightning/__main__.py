@@ -225,7 +225,10 @@ def main(arguments: list[str] | None = None) -> None:
     demo.settle(parser, options, torch.cuda.device_count() or 4)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*(does not have many workers|LeafSpec|epoch parameter).*")
-    data = demo.load(options.data, options.out)  # before the workers start: they find a folder decoded
+    try:  # before the workers start: they find a folder decoded
+        data = demo.load(options.data, options.out, tell=rank_zero_only.rank == 0)  # type: ignore[attr-defined]
+    except ValueError as error:
+        parser.error(str(error))
     adamw_lr, signum_lr, verdict_lr = options.lr
     gamma, zeros = options.verdict_momentum, options.zeros
 

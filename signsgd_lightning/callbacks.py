@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from signsgd_core.figures import COUNTS, figures
 
 from .exchange import Exchange
-from .optimizer import Signum
+from .optimizer import Signum, see_through
 from .statistics import VoteStatistics
 
 
@@ -36,7 +36,8 @@ class VoteMonitor(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start to count."""
-        self._exchanges = [o.exchange for o in trainer.optimizers if isinstance(o, Signum) and o.exchange is not None]
+        optimizers = map(see_through, trainer.optimizers)
+        self._exchanges = [o.exchange for o in optimizers if isinstance(o, Signum) and o.exchange is not None]
         if not self._exchanges:
             raise RuntimeError("VoteMonitor has no vote to watch: it needs strategy='majority_vote' and several ranks")
         self._nonfinite, self._steps, self._global_step = 0.0, 0, trainer.global_step

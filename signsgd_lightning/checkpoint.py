@@ -7,8 +7,10 @@ from torch import Tensor
 
 import signsgd_core as core
 
-from .loading import OTHERS, SHARDS
-from .optimizer import Signum
+from .agreement import Purpose, meet
+from .loading import OTHERS, SHARDS, check, unsign
+from .optimizer import Signum, find_signum
+from .peers import Message
 
 
 def gather_state(optimizer: Signum) -> dict[str, Any]:
@@ -32,6 +34,7 @@ def gather_state(optimizer: Signum) -> dict[str, Any]:
         >>> if dist.get_rank() == 0:  # doctest: +SKIP
         ...     torch.save({"model": model.state_dict(), "optimizer": state}, "checkpoint.pt")
     """
+    optimizer = find_signum(optimizer)
     state = optimizer.state_dict()
     if optimizer.exchange is None or not any(group["betas"][0] > 0 for group in optimizer.param_groups):
         return state
@@ -39,16 +42,18 @@ def gather_state(optimizer: Signum) -> dict[str, Any]:
     segments = optimizer.segments()
     here = torch.tensor(["momentum" in optimizer.state.get(s.parameter, {}) for s in segments])
     wire = everyone.wire(segments[0].parameter.device)
-    wanted = everyone.gather(here.to(wire), "said which momenta they have").any(0).nonzero().flatten().tolist()
+    meet(everyone, Purpose.STATE, wire)
+    wanted = everyone.gather(here.to(wire), Message.HELD).any(0).nonzero().flatten().tolist()
     entries = {key: dict(values) for key, values in state["state"].items()}  # they are the optimizer's own
     others: dict[int, Tensor] = {}
     for key, momentum in zip(wanted, optimizer.exchange.momenta(segments, wanted), strict=True):
-        rows = None if momentum is None else peers.collect(momentum.to(wire), "gathered their momenta")
+        rows = None if momentum is None else peers.collect(momentum.to(wire), Message.MOMENTA)
         if rows is not None:
             entries.setdefault(key, {})["momentum"] = momentum
             others[key] = rows[1:].cpu()
     if everyone.rank > 0:
         return state
+    state, _ = unsign(state)  # it has everybody's
     return {**state, "state": entries, **({OTHERS: others} if others and peers.world_size > 1 else {})}
 
 
@@ -64,12 +69,14 @@ def scatter_state(optimizer: Signum, state: dict[str, Any]) -> None:
         state: what `gather_state` or `Signum.state_dict` returned, loaded on every rank.
 
     Raises:
-        ValueError: if a momentum does not fit its parameter, or the state is of a sharded checkpoint; then nothing was
-            loaded.
+        ValueError: if the state is another optimizer's or of a sharded checkpoint, or a momentum does not fit its
+            parameter; then nothing was loaded.
+        TypeError: if the optimizer is no `Signum`.
 
     Example:
         >>> scatter_state(optimizer, torch.load("checkpoint.pt", weights_only=True)["optimizer"])  # doctest: +SKIP
     """
+    optimizer = find_signum(optimizer)
     others: dict[int, Tensor] = state.get(OTHERS, {})
     _check(optimizer, state, others)
     peers = None if optimizer.exchange is None else optimizer.exchange.peers
@@ -85,9 +92,7 @@ def scatter_state(optimizer: Signum, state: dict[str, Any]) -> None:
 
 
 def _check(optimizer: Signum, state: dict[str, Any], others: dict[int, Tensor]) -> None:
-    for name in ("state", "param_groups"):
-        if name not in state:
-            raise ValueError(f"this is no state of Signum: it has no {name!r}, only {', '.join(map(repr, state))}")
+    check(state)
     if SHARDS in state:
         raise ValueError("the momenta of this state lie beside its file: resume from the directory, not from the file")
     parameters = [p for group in optimizer.param_groups for p in group["params"]]

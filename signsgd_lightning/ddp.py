@@ -5,20 +5,19 @@ from collections.abc import Mapping, Sequence
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks import noop_hook
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from signsgd_core.adversaries import Adversary, check_adversaries
 
-from .agreement import agree, describe
+from .agreement import Purpose, agree, describe
 from .exchange import Exchange
+from .local_gradients import keep_local
 from .node_exchange import NodeExchange
 from .nodes import Nodes, VoteBetween, agree_on_voters, check_voters, find_nodes
-from .optimizer import Signum
+from .optimizer import Signum, find_signum
 from .overlap import OverlapExchange, check_overlap
 from .peers import Peers
-from .use import Use
 
 
 def enable_majority_vote(
@@ -71,16 +70,17 @@ def let_vote(
 ) -> None:
     """As `enable_majority_vote`; `place`: ranks per node and this rank's own in it, for whom torchrun does not tell."""
     ddp_model = getattr(ddp_model, "_orig_mod", ddp_model)  # of a model that torch.compile took
+    optimizers = [find_signum(optimizer, number) for number, optimizer in enumerate(optimizers)]
     _check(ddp_model, optimizers)
     check_voters(vote_between)
     if overlap:
         check_overlap(vote_between, adversaries, len(optimizers), ddp_model)
     group = ddp_model.process_group
     alone = dist.get_world_size(group) == 1
-    nodes = None if alone else _find_voters(ddp_model, vote_between, place)
+    nodes = None if alone else _find_voters(ddp_model, vote_between, len(optimizers), place)
     workers = dist.get_world_size(group if nodes is None else nodes.counterparts)
     check_trials(workers, verify_every_n_steps, adversaries, "rank" if vote_between == "ranks" else "node")
-    ddp_model.register_comm_hook(None, noop_hook)
+    keep_local(ddp_model, guard=not alone)
     names = {id(p): name for name, p in ddp_model.module.named_parameters()}
     for k, optimizer in enumerate(optimizers):
         if alone:
@@ -95,9 +95,8 @@ def let_vote(
         exchange.verify_every_n_steps = verify_every_n_steps
         exchange.adversary = (adversaries or {}).get(exchange.peers.rank)
         optimizer.exchange = exchange
-        exchange.agree(optimizer.segments(), optimizer.statement())
-        if ddp_model.find_unused_parameters or ddp_model.static_graph:
-            exchange.use = Use(p for p in ddp_model.module.parameters() if p.requires_grad)
+        exchange.agree(optimizer.segments(), optimizer.statement(), Purpose.ENABLE)
+        optimizer.warn_of_lost()
 
 
 def agree_on_model(model: nn.Module) -> None:
@@ -113,7 +112,8 @@ def agree_on_model(model: nn.Module) -> None:
         return  # DDP has its own words for these
     peers = Peers(world)
     device = peers.wire(next(model.parameters()).device)
-    agree(peers, [describe(name, p) for name, p in parameters.items()], torch.ones(0, dtype=torch.bool), device)
+    lines = [describe(name, p) for name, p in parameters.items()]
+    agree(peers, lines, torch.ones(0, dtype=torch.bool), device, Purpose.ENABLE)
 
 
 def check_trials(
@@ -130,11 +130,11 @@ def check_trials(
 
 
 def _find_voters(
-    ddp_model: DistributedDataParallel, vote_between: VoteBetween, place: tuple[int, int] | None
+    ddp_model: DistributedDataParallel, vote_between: VoteBetween, optimizers: int, place: tuple[int, int] | None
 ) -> Nodes | None:
     """Return the nodes, None where every rank is a worker, once all ranks want the same."""
     device = next(ddp_model.parameters()).device
-    agree_on_voters(ddp_model.process_group, device, vote_between)
+    agree_on_voters(ddp_model.process_group, device, vote_between, optimizers)
     if vote_between == "ranks":
         return None
     nodes = find_nodes(ddp_model.process_group, device, *(place or ()))
@@ -154,17 +154,15 @@ def _check(ddp_model: DistributedDataParallel, optimizers: Sequence[Signum]) -> 
             )
     model_parameters = {id(p) for p in ddp_model.module.parameters()}
     for k, optimizer in enumerate(optimizers):
-        if not isinstance(optimizer, Signum):
-            raise TypeError(
-                f"a majority vote needs signsgd_lightning.Signum, optimizer {k} is {type(optimizer).__name__}: "
-                "replace it, or train with plain DDP (in Lightning: strategy='ddp')"
-            )
         devices = {str(p.device) for group in optimizer.param_groups for p in group["params"]}
         if len(devices) > 1:
             raise ValueError(
                 f"optimizer {k} has parameters on {', '.join(sorted(devices))}; a vote needs them on one device"
             )
-        if any(id(p) not in model_parameters for group in optimizer.param_groups for p in group["params"]):
+        foreign = [p for group in optimizer.param_groups for p in group["params"] if id(p) not in model_parameters]
+        if foreign:
             raise ValueError(
-                f"optimizer {k} holds a parameter that is not the DDP model's: it would start different on every rank"
+                f"optimizer {k} holds parameters that are not the model's: {len(foreign)}, the first of shape "
+                f"{tuple(foreign[0].shape)}. Let the model have them, as a parameter or submodule; or, if they are "
+                "another model's, make one optimizer for each model and enable each with its own"
             )

@@ -12,12 +12,11 @@ from signsgd_core.adversaries import Adversary
 from signsgd_core.traffic import WORD_BITS
 
 from . import kernels
-from .agreement import agree, describe
+from .agreement import Purpose, agree, describe, meet
 from .kernels.cpu import packbits
-from .peers import Peers
+from .peers import Message, Peers
 from .segments import Segment, lay_out, momentum_dtype
 from .statistics import VoteStatistics
-from .use import Use
 from .verify import verify
 
 WIRE_VERSION = 1
@@ -56,7 +55,6 @@ class Exchange:
         peers: the other workers, and the bytes sent to them.
         everyone: all ranks, where they are more than the workers.
         statistics: filled at each vote where not None.
-        use: which gradients are real, where DDP hides it; else None.
         verify_every_n_steps: how often all ranks make sure that they are still the same; 0 for never.
         overlap: whether ballots leave in the backward pass.
         adversary: what this rank makes of its gradients before it votes; None for an honest one.
@@ -74,7 +72,6 @@ class Exchange:
         self.peers = self.everyone = Peers(process_group)
         self.name, self.block_size = name, block_size
         self.statistics: VoteStatistics | None = None
-        self.use: Use | None = None
         self.verify_every_n_steps = 0
         self.adversary: Adversary | None = None
         self._names = parameter_names
@@ -95,7 +92,6 @@ class Exchange:
         """
         self.keep_own(segments)
         for segment in segments:
-            segment.present = segment.present and (self.use is None or segment.parameter in self.use)
             if self.adversary is not None and segment.present:
                 segment.lie(self.adversary)
         if not segments:
@@ -105,7 +101,7 @@ class Exchange:
             self._step(segments, voted, present, zeros, step)
         self._close(segments, voted, step)
 
-    def agree(self, segments: Sequence[Segment], statement: list[str]) -> Tensor:
+    def agree(self, segments: Sequence[Segment], statement: list[str], purpose: Purpose = Purpose.VOTE) -> Tensor:
         """Make sure that all ranks have the same parameters and settings.
 
         Returns:
@@ -119,7 +115,7 @@ class Exchange:
         lines += statement
         lines += [describe(self._names.get(id(s.parameter), "a parameter"), s.parameter) for s in segments]
         here = torch.tensor([segment.present for segment in segments], dtype=torch.bool)
-        return agree(self.everyone, lines, here, self.everyone.wire(segments[0].parameter.device))
+        return agree(self.everyone, lines, here, self.everyone.wire(segments[0].parameter.device), purpose)
 
     def traffic(self) -> tuple[int, float]:
         """Return how many bytes of payload this rank has sent to other workers, and how many seconds it has waited."""
@@ -127,7 +123,9 @@ class Exchange:
 
     def gather_counts(self, row: Tensor) -> Tensor:
         """Return what each worker counted, of what each rank did: shape (workers, counts), on the CPU."""
-        return self.peers.gather(row.to(self.peers.wire(row.device)), "gathered the monitor's figures").cpu()
+        wire = self.everyone.wire(row.device)
+        meet(self.everyone, Purpose.FIGURES, wire)
+        return self.everyone.gather(row.to(wire), Message.FIGURES).cpu()
 
     def keep_own(self, segments: Sequence[Segment]) -> None:
         """Of momenta that are whole, as those that were loaded are, keep what this rank votes with: here all."""
@@ -157,8 +155,6 @@ class Exchange:
         """Finish what was voted on, and look at times whether the ranks are still the same."""
         for k in voted:
             segments[k].finish()
-        if self.use is not None:
-            self.use.forget()
         if self.verify_every_n_steps and (step + 1) % self.verify_every_n_steps == 0:
             shared = [(self._names.get(id(s.parameter), "a parameter"), s.shared()) for s in segments]
             verify(self.everyone, shared, step)
@@ -176,7 +172,7 @@ class Exchange:
         """Cast a block's ballots and send them on their way."""
         ballots = self._cast(segments, block, zeros, step)
         received = torch.zeros_like(ballots)  # what a rank leaves out counts as its own zeros, never as old memory
-        return _Ballots(block, ballots, received, self.peers.swap(ballots, received, "sent ballots"))
+        return _Ballots(block, ballots, received, self.peers.swap(ballots, received, Message.BALLOTS))
 
     def _tally_and_apply(
         self, segments: list[Segment], up: list[_Ballots], who: Tensor, zeros: Zeros, step: int
@@ -191,7 +187,7 @@ class Exchange:
             masks = self._masks(segments, present, block.lo + peers.rank * shard, shard)
             verdict = teller.verdict(received, zeros, step, masks)
             everyone = torch.zeros_like(received)
-            wait = peers.swap(verdict.expand_as(everyone), everyone, "sent verdicts")
+            wait = peers.swap(verdict.expand_as(everyone), everyone, Message.VERDICTS)
             down.append((block, everyone, wait, verdict))  # the verdict stays alive until it is sent
             if self.statistics is not None:
                 length = min(max(block.hi - block.lo - peers.rank * shard, 0), shard)

@@ -16,8 +16,10 @@ from torch.optim import Optimizer
 from signsgd_core.geometry import PROBES, Moments, density, sample
 from signsgd_core.geometry_report import GeometryReport, check_monitor
 
+from .agreement import Purpose, meet
 from .exchange import Exchange
-from .optimizer import Signum
+from .optimizer import Signum, see_through
+from .peers import Message
 
 
 class GeometryMonitor(Callback):
@@ -65,7 +67,7 @@ class GeometryMonitor(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Choose the coordinates."""
-        optimizer = trainer.optimizers[0]
+        optimizer = see_through(trainer.optimizers[0])
         self._optimizer, self._steps, self._rows = optimizer, 0, list[Tensor]()
         self._first = trainer.global_step
         self._parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
@@ -74,14 +76,13 @@ class GeometryMonitor(Callback):
             torch.from_numpy(chosen).to(p.device)
             for p, chosen in zip(self._parameters, sample(sizes, self.coordinates), strict=True)
         ]
-        voting = isinstance(optimizer, Signum) and optimizer.exchange is not None
-        self._exchange: Exchange | None = optimizer.exchange if voting else None  # type: ignore[attr-defined]
+        self._exchange: Exchange | None = optimizer.exchange if isinstance(optimizer, Signum) else None
         workers = self._exchange.everyone.world_size if self._exchange else 1
         self.report = GeometryReport(workers, sum(sizes), sum(map(len, self._chosen)))
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Look at the gradients."""
-        if optimizer is not self._optimizer:
+        if see_through(optimizer) is not self._optimizer:
             return
         if self._steps % self.every_n_steps < self.samples:
             self._rows.append(_taken(self._parameters, self._chosen) / _scale(trainer, optimizer))
@@ -126,7 +127,9 @@ class GeometryMonitor(Callback):
             return own
         row = torch.from_numpy(Moments.pack(own, self.report.coordinates))
         everyone = self._exchange.everyone
-        rows = everyone.gather(row.to(everyone.wire(self._parameters[0].device)), "gathered the monitor's moments")
+        wire = everyone.wire(self._parameters[0].device)
+        meet(everyone, Purpose.MOMENTS, wire)
+        rows = everyone.gather(row.to(wire), Message.FIGURES)
         return Moments.unpack(rows.cpu().numpy())
 
 

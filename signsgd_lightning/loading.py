@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -10,12 +10,16 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .segments import momentum_dtype
+from .torch_state_dict import called_by_torch
 
 OTHERS = "momenta_of_other_ranks"
 """Where a gathered state has them: parameter -> of shape (world_size − 1, *parameter.shape), rank 1 first."""
 
 SHARDS = "ranks_with_momentum_shards"
 """Where the state of a sharded checkpoint has how many ranks wrote their momenta beside it."""
+
+SAVED_BY = "momentum_of_worker"
+"""Where each parameter group of a state says whose momentum it has, where workers differ in it."""
 
 _ONLY_FIRST = (
     "this state holds the momenta of several ranks, of which rank 0's was loaded: to give every rank its own, load it "
@@ -25,6 +29,71 @@ _NO_MOMENTA = (
     "this state is of a sharded checkpoint and its momenta start from zero: to give every rank its own, resume from "
     "the directory under strategy='majority_vote'"
 )
+
+
+def check(state_dict: dict[str, Any]) -> None:
+    """Make sure that a state is one of `Signum`.
+
+    Raises:
+        ValueError: if it is another optimizer's, naming what it looks like, or something else altogether.
+    """
+    for name in ("state", "param_groups"):
+        if name not in state_dict:
+            has = ", ".join(map(repr, state_dict))
+            raise ValueError(f"this is no state of Signum: it has no {name!r}, only {has}")
+    for group in state_dict["param_groups"]:
+        if "zeros" not in group or "verdict_momentum" not in group:
+            raise ValueError(
+                f"this is the state of {_likely_optimizer(group)}, not of Signum: load the weights alone and let the "
+                "momentum start anew. Leave out optimizer.load_state_dict; in Lightning load the model by "
+                "load_from_checkpoint(path) and call fit without ckpt_path"
+            )
+
+
+def _likely_optimizer(group: dict[str, Any]) -> str:
+    """Return which of torch's optimizers have just the settings of a saved parameter group."""
+    settings = set(group) - {"params", "initial_lr", "param_names"}
+    names = []
+    for name, kind in vars(torch.optim).items():
+        if isinstance(kind, type) and issubclass(kind, Optimizer) and kind is not Optimizer:
+            with suppress(Exception):  # of one that takes other arguments
+                if set(kind([torch.zeros(1, 1)]).defaults) == settings:  # type: ignore[call-arg]
+                    names.append(name)
+    if names:
+        return " or ".join(names)
+    return f"an optimizer with the settings {', '.join(sorted(settings))}" if settings else "another optimizer"
+
+
+def sign(state_dict: dict[str, Any], worker: tuple[int, int]) -> dict[str, Any]:
+    """Return a state that says whose momentum it has: the worker's number, of how many."""
+    groups = [{**group, SAVED_BY: worker} for group in state_dict["param_groups"]]
+    return {**state_dict, "param_groups": groups}
+
+
+def unsign(state_dict: dict[str, Any]) -> tuple[dict[str, Any], tuple[int, int] | None]:
+    """Return a state without what `sign` put into it, and that."""
+    workers = {tuple(group[SAVED_BY]) for group in state_dict["param_groups"] if SAVED_BY in group}
+    groups = [{k: v for k, v in group.items() if k != SAVED_BY} for group in state_dict["param_groups"]]
+    return {**state_dict, "param_groups": groups}, next(iter(workers), None)
+
+
+def warn_of_lost(saved_by: tuple[int, int] | None, worker: tuple[int, int]) -> None:
+    """Say so where a state has one worker's momentum, of several, and another worker has loaded it.
+
+    Args:
+        saved_by: whose momentum was loaded, None if that is not known.
+        worker: whose it is now; each its number, of how many.
+    """
+    by_torch = called_by_torch("_load_optim_state_dict")  # keeps one rank's value of every tensor, here of any rank
+    if not by_torch and (saved_by is None or saved_by[1] == 1 or saved_by == worker):
+        return
+    whose = "some worker" if by_torch or saved_by is None else f"worker {saved_by[0]} of {saved_by[1]}"
+    warnings.warn(
+        f"worker {worker[0]} of {worker[1]} goes on with the momentum of {whose}, since its own was not saved: save "
+        "what signsgd_lightning.gather_state(optimizer) returns, and load it on every rank by "
+        "scatter_state(optimizer, state); in Lightning trainer.save_checkpoint and fit(ckpt_path=…) do that",
+        stacklevel=4,
+    )
 
 
 def warn_of_others(state_dict: dict[str, Any]) -> None:

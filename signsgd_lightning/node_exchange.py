@@ -9,9 +9,10 @@ from signsgd_core import Zeros, planes
 from signsgd_core.traffic import WORD_BITS
 
 from . import kernels
+from .agreement import Purpose
 from .exchange import BLOCK_SIZE, Exchange, _Block
 from .nodes import Nodes, Piece, cut
-from .peers import Peers
+from .peers import Message, Peers
 from .segments import Segment, cover, lay_out, momentum_dtype
 
 
@@ -54,9 +55,9 @@ class NodeExchange(Exchange):
         self.peers = Peers(nodes.counterparts, nodes.everyone)
         self.inside = Peers(nodes.inside, nodes.everyone)
 
-    def agree(self, segments: Sequence[Segment], statement: list[str]) -> Tensor:
+    def agree(self, segments: Sequence[Segment], statement: list[str], purpose: Purpose = Purpose.VOTE) -> Tensor:
         """As `Exchange.agree`, among all ranks; a node has a gradient where any of its ranks has one."""
-        present = super().agree(segments, statement)
+        present = super().agree(segments, statement, purpose)
         return present.view(self.peers.world_size, self.inside.world_size, -1).any(1)
 
     def traffic(self) -> tuple[int, float]:
@@ -68,7 +69,7 @@ class NodeExchange(Exchange):
 
     def gather_counts(self, row: Tensor) -> Tensor:
         """As `Exchange.gather_counts`: a node's ranks together."""
-        rows = self.everyone.gather(row.to(self.everyone.wire(row.device)), "gathered the monitor's figures").cpu()
+        rows = super().gather_counts(row)
         return rows.view(self.peers.world_size, self.inside.world_size, -1).sum(1)
 
     def keep_own(self, segments: Sequence[Segment]) -> None:
@@ -110,7 +111,7 @@ class NodeExchange(Exchange):
             momentum = segments[k].state.get(p, {}).get("momentum")
             if momentum is not None:
                 row[: momentum.numel()] = momentum.view(-1)
-            rows = self.inside.collect(row.to(self.inside.wire(p.device)), "gathered the momenta of their node")
+            rows = self.inside.collect(row.to(self.inside.wire(p.device)), Message.NODE_MOMENTA)
             if rows is None:
                 yield None
             else:
@@ -132,7 +133,7 @@ class NodeExchange(Exchange):
         self._bits = torch.zeros(planes(zeros), width, dtype=torch.uint8, device=self.inside.wire(device))
         if own:
             self._run(own, present[:, numbers], zeros, step)
-        everyone = self.inside.gather(self._bits, "gathered the verdicts in their node").to(device)
+        everyone = self.inside.gather(self._bits, Message.NODE_VERDICTS).to(device)
         kernel = kernels.for_device(device)
         for shard, length, bits in zip(parts, lengths, everyone, strict=True):
             for block in self._blocks(length):
@@ -187,4 +188,4 @@ class NodeExchange(Exchange):
                     torch.nan_to_num(gradient, nan=0.0, posinf=0.0, neginf=0.0, out=place)
         rows = rows.to(self.inside.wire(rows.device))
         received = torch.empty_like(rows)
-        return self.inside.swap(rows, received, "averaged their gradients"), received
+        return self.inside.swap(rows, received, Message.MEAN), received

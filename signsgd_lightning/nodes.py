@@ -9,8 +9,8 @@ from typing import Literal, NamedTuple
 import torch
 import torch.distributed as dist
 
-from .agreement import agree
-from .peers import Peers
+from .agreement import Purpose, agree
+from .peers import Message, Peers
 from .segments import Segment
 
 VoteBetween = Literal["ranks", "nodes"]
@@ -51,7 +51,7 @@ def find_nodes(
     place = int(os.environ.get("LOCAL_RANK", -1)) if local_rank is None else local_rank
     peers = Peers(group)
     row = torch.tensor([size, place, dist.get_world_size() == peers.world_size])
-    _check(peers.gather(row.to(peers.wire(device)), "looked for their nodes").tolist())
+    _check(peers.gather(row.to(peers.wire(device)), Message.PLACES).tolist())
     rank, ranks, timeout = peers.rank, range(peers.world_size), _timeout(group)
     first = rank - rank % size
     made = [
@@ -61,13 +61,14 @@ def find_nodes(
     return Nodes(group, *made)
 
 
-def agree_on_voters(group: dist.ProcessGroup, device: torch.device, vote_between: str) -> None:
-    """Make sure that all ranks want a vote of the same workers.
+def agree_on_voters(group: dist.ProcessGroup, device: torch.device, vote_between: str, optimizers: int) -> None:
+    """Make sure that all ranks want votes of the same workers, on as many optimizers.
 
     Args:
         group: of all ranks.
         device: of the model.
         vote_between: what this rank wants.
+        optimizers: how many it has.
 
     Raises:
         PeerLostError: if a rank does not answer.
@@ -76,7 +77,8 @@ def agree_on_voters(group: dist.ProcessGroup, device: torch.device, vote_between
     """
     check_voters(vote_between)
     peers = Peers(group)
-    agree(peers, [f"vote_between={vote_between!r}"], torch.ones(0, dtype=torch.bool), peers.wire(device))
+    lines, device = [f"vote_between={vote_between!r}", f"optimizers: {optimizers}"], peers.wire(device)
+    agree(peers, lines, torch.ones(0, dtype=torch.bool), device, Purpose.ENABLE)
 
 
 def check_voters(vote_between: str) -> None:

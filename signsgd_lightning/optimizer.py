@@ -11,10 +11,11 @@ from torch.optim.optimizer import ParamsT
 import signsgd_core as core
 from signsgd_core import WarmupSteps, Zeros
 
-from . import kernels
+from . import kernels, loading
 from .exchange import Exchange
-from .loading import uncast, warn_of_others
+from .memory import check_memory
 from .segments import Segment
+from .torch_state_dict import called_by_torch
 
 
 class Signum(Optimizer):
@@ -75,10 +76,8 @@ class Signum(Optimizer):
     _step_supports_amp_scaling = True
     """Tells a gradient scaler to leave unscaling and overflows to `step`, so that no rank skips a vote alone."""
 
-    exchange: Exchange | None = None
+    exchange: Exchange | None
     """How this rank's ballots meet the others'; None where it is the only worker."""
-
-    _lost_exchange = False  # of a copy of an optimizer that votes
 
     def __init__(
         self,
@@ -105,6 +104,9 @@ class Signum(Optimizer):
             "step": 0,
         }
         _check_settings(defaults)
+        # No attributes of the class: a wrapper that looks like one of its instances would find those before its own.
+        self.exchange, self._lost_exchange = None, False
+        self._saved_by: tuple[int, int] | None = None
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -113,6 +115,7 @@ class Signum(Optimizer):
         Raises:
             ValueError: if a setting is outside its range, `zeros` differs from the other groups', or a parameter is
                 complex; then the optimizer is as before.
+            TypeError: if a parameter has no memory of its own, as a sharded one; likewise.
         """
         if isinstance(param_group, dict):  # else torch says what is wrong
             if "betas" in param_group:
@@ -125,10 +128,14 @@ class Signum(Optimizer):
                     f"zeros must be the same in all parameter groups, got {zeros!r} beside {others.pop()!r}"
                 )
         super().add_param_group(param_group)
-        for p in self.param_groups[-1]["params"]:
-            if not p.is_floating_point():
-                self.param_groups.pop()
-                raise ValueError(f"parameters must be real floating point, got {p.dtype}")
+        try:
+            for k, p in enumerate(self.param_groups[-1]["params"]):
+                if not p.is_floating_point():
+                    raise ValueError(f"parameters must be real floating point, got {p.dtype}")
+                check_memory(p, f"parameter {k} of group {len(self.param_groups) - 1}")
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -144,6 +151,9 @@ class Signum(Optimizer):
             RuntimeError: if a gradient is sparse; under a vote, if a rank was lost or the ranks disagree about the
                 model or the settings.
         """
+        if self._is_dummy_step():
+            self._create_state()
+            return None
         if self._lost_exchange and self.exchange is None:
             raise RuntimeError(
                 "this is a copy of an optimizer that votes and would step alone: pass it to enable_majority_vote, or "
@@ -162,21 +172,50 @@ class Signum(Optimizer):
             group["step"] += 1
         return loss
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Reset the gradients; what the backward passes before used is forgotten with them."""
-        super().zero_grad(set_to_none)
-        if self.exchange is not None and self.exchange.use is not None:
-            self.exchange.use.forget()
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of this rank; under a vote it says whose momentum it has."""
+        state: dict[str, Any] = super().state_dict()
+        return state if self._worker is None else loading.sign(state, self._worker)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` returned; momenta come back bit for bit, in the dtype that they were saved in."""
-        warn_of_others(state_dict)
-        with uncast(self):
+        """Load what `state_dict` returned; momenta come back bit for bit, in the dtype that they were saved in.
+
+        Raises:
+            ValueError: if it is another optimizer's; then nothing was loaded.
+        """
+        inner = find_signum(self)
+        if inner is not self:  # a wrapper that looks like one: torch would set the state of the wrapper
+            inner.load_state_dict(state_dict)
+            return
+        loading.check(state_dict)
+        loading.warn_of_others(state_dict)
+        state_dict, self._saved_by = loading.unsign(state_dict)
+        with loading.uncast(self):
             super().load_state_dict(state_dict)
+        self.warn_of_lost()
+
+    def warn_of_lost(self) -> None:
+        """Say so, once a vote is enabled, where the momentum that was loaded is another worker's."""
+        if self._worker is not None:
+            loading.warn_of_lost(self._saved_by, self._worker)
+            self._saved_by = None
+
+    @property
+    def _worker(self) -> tuple[int, int] | None:
+        """The number of this worker and how many there are, where each has a momentum of its own; else None."""
+        if self.exchange is None or not any(group["betas"][0] > 0 for group in self.param_groups):
+            return None
+        return self.exchange.peers.rank, self.exchange.peers.world_size
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy takes along: not the process group, but that there was one."""
         return {**super().__getstate__(), "_lost_exchange": self.exchange is not None or self._lost_exchange}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take what `__getstate__` returned."""
+        super().__setstate__(state)
+        for name, value in (("exchange", None), ("_lost_exchange", False), ("_saved_by", None)):
+            self.__dict__.setdefault(name, value)
 
     @property
     def t(self) -> int:
@@ -203,16 +242,25 @@ class Signum(Optimizer):
         """Return all parameters in the order of the groups, as `Exchange.vote` takes them."""
         scale = getattr(self, "grad_scale", None)  # set by a gradient scaler for the time of this step
         inverse_scale = None if scale is None else scale.reciprocal()
-        segments = []
+        segments: list[Segment] = []
         for group in self.param_groups:
             for p in group["params"]:
-                if p.grad is not None and p.grad.layout is not torch.strided:
-                    raise RuntimeError(
-                        "Signum does not support sparse gradients: a coordinate without an entry would still have to "
-                        "vote. Build the embedding with sparse=False."
-                    )
+                check_memory(p, f"parameter {len(segments)}")
+                if p.grad is not None:
+                    _check_gradient(p.grad, len(segments))
                 segments.append(Segment(p, group, self.state, p.grad is not None, inverse_scale))
         return segments
+
+    def _is_dummy_step(self) -> bool:
+        """Whether torch only wants the state to be there: it steps with zeros for gradients and for every lr."""
+        dummy = not self.state and all(float(group["lr"]) == 0 for group in self.param_groups)
+        return dummy and called_by_torch("_init_optim_state")
+
+    def _create_state(self) -> None:
+        """Create the momenta that the settings need, as zeros."""
+        for segment in self.segments():
+            if segment.present:
+                _ = segment.kept_momentum, segment.kept_average
 
     def _step_alone(self, segments: Iterable[Segment]) -> None:
         by_kernel: dict[kernels.Kernel, list[Segment]] = {}
@@ -222,6 +270,49 @@ class Signum(Optimizer):
             kernel.alone(own, self.zeros, self.t)
             for segment in own:
                 segment.finish()
+
+
+def see_through(optimizer: Any) -> Any:
+    """Return the innermost of the optimizers that wrappers hold in `optimizer`; itself where it wraps none."""
+    seen = list[object]()
+    while hasattr(optimizer, "optimizer") and not any(optimizer is one for one in seen):
+        seen.append(optimizer)
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def find_signum(optimizer: object, number: int = 0) -> Signum:
+    """Return the `Signum` that wrappers hold in `optimizer`, as Lightning's, Fabric's and Accelerate's do.
+
+    Args:
+        optimizer: itself, or wrapped however often.
+        number: of the optimizer, for the error.
+
+    Raises:
+        TypeError: if it is another optimizer, or a wrapper that cannot be seen through.
+    """
+    inner = see_through(optimizer)
+    kind = type(inner).__name__
+    if not isinstance(inner, Signum):
+        raise TypeError(
+            f"a majority vote needs signsgd_lightning.Signum, optimizer {number} is {kind}: replace it, or train with "
+            "plain DDP (in Lightning: strategy='ddp')"
+        )
+    if "param_groups" not in vars(inner):
+        raise TypeError(
+            f"optimizer {number} is a {kind} that looks like a Signum and holds one where it cannot be found: pass the "
+            "Signum itself, or give the wrapper an attribute `optimizer` that returns it"
+        )
+    return inner
+
+
+def _check_gradient(gradient: Tensor, number: int) -> None:
+    check_memory(gradient, f"the gradient of parameter {number}")
+    if gradient.layout is not torch.strided:
+        raise RuntimeError(
+            "Signum does not support sparse gradients: a coordinate without an entry would still have to vote. Build "
+            "the embedding with sparse=False."
+        )
 
 
 def _check_settings(settings: dict[str, Any]) -> None:

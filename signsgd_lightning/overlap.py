@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.variable import Variable
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.hooks import RemovableHandle
 
 from signsgd_core import Zeros
 from signsgd_core.adversaries import Adversary
@@ -81,9 +82,9 @@ class OverlapExchange(Exchange):
             if exchange := me():
                 exchange.arrive(parameter)
 
-        for segment in optimizer.segments():
-            if segment.parameter.requires_grad:
-                segment.parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+        parameters = [segment.parameter for segment in optimizer.segments() if segment.parameter.requires_grad]
+        handles = [p.register_post_accumulate_grad_hook(hook) for p in parameters]  # type: ignore[no-untyped-call]
+        weakref.finalize(self, _remove, handles)
 
     @torch.no_grad()
     def arrive(self, parameter: Tensor) -> None:
@@ -94,8 +95,8 @@ class OverlapExchange(Exchange):
             RuntimeError: if the ranks disagree; if the last vote's gradients were final and `step` was not called.
         """
         model, optimizer = self._model(), self._optimizer()
-        if model is None or optimizer is None or not model.require_backward_grad_sync:
-            return
+        if model is None or optimizer is None or not model.require_backward_grad_sync or parameter.grad is None:
+            return  # hooks fire for undefined gradients, too
         if self._ongoing is None:
             segments = optimizer.segments()
             for segment in segments:
@@ -196,6 +197,11 @@ class OverlapExchange(Exchange):
 
     def _name(self, parameter: Tensor) -> str:
         return self._names.get(id(parameter), "a parameter")
+
+
+def _remove(handles: Iterable[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()
 
 
 def check_overlap(

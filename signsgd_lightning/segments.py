@@ -13,6 +13,8 @@ from torch import Tensor
 import signsgd_core as core
 from signsgd_core.adversaries import Adversary
 
+from .memory import is_plain, plain
+
 
 @dataclass
 class Segment:
@@ -46,17 +48,17 @@ class Segment:
         """The parameter, flat: a view where its memory is row-major, else a copy."""
         return self.parameter.detach().reshape(-1)
 
-    @property
+    @cached_property
     def raw_gradient(self) -> Tensor:
-        """The gradient as it is, of the parameter's shape or flat; an adversary's is what it sent."""
+        """The gradient in memory that holds its value, of the parameter's shape or flat; an adversary's is its lie."""
         gradient = self.parameter.grad if self.sent is None else self.sent
         assert gradient is not None
-        return gradient
+        return plain(gradient.detach())
 
     @cached_property
     def flat_gradient(self) -> Tensor:
         """The gradient as it is, flat."""
-        return self.raw_gradient.detach().reshape(-1)
+        return self.raw_gradient.reshape(-1)
 
     def lie(self, adversary: Adversary) -> None:
         """Put what an adversary sends in the gradient's place; without anything to send it abstains."""
@@ -64,7 +66,7 @@ class Segment:
         self.present = sent is not None
         if sent is not None:
             self.sent = torch.from_numpy(np.array(sent)).to(self.parameter.device)
-            del self.flat_gradient
+            del self.flat_gradient, self.raw_gradient
 
     def part(self, first: int, last: int) -> "Segment":
         """Return its coordinates [first, last) as a segment of their own, on the same memory, without the momentum."""
@@ -164,8 +166,8 @@ class Segment:
                 f"the {name} of a parameter of shape {tuple(self.parameter.shape)} must have its shape, got "
                 f"{tuple(value.shape)}: load what gather_state returned, not the state_dict() of one rank of a node"
             )
-        elif value.dtype is not dtype or not value.is_contiguous():
-            value = state[name] = value.to(dtype).contiguous()
+        elif value.dtype is not dtype or not value.is_contiguous() or not is_plain(value):
+            value = state[name] = plain(value, f"the {name} of a parameter").to(dtype).contiguous()
         return value
 
 

@@ -22,7 +22,9 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 import signsgd_core as core
 
+from .agreement import Purpose, meet
 from .loading import SHARDS
+from .peers import Peers
 
 META = "meta.pt"
 """What rank 0 writes: everything but the momenta, as in a checkpoint that is one file."""
@@ -44,11 +46,13 @@ def save_shards(checkpoint: dict[str, Any], path: str) -> None:
         path: of a directory that all ranks see, the same on all.
 
     Raises:
-        RuntimeError: on all ranks, if one could not write, or if something else than a checkpoint has that name.
+        RuntimeError: on all ranks, if one could not write, if something else than a checkpoint has that name, or if
+            the ranks do different things.
 
     Example:
         >>> save_shards({"optimizer_states": [optimizer.state_dict()]}, "epoch=3.ckpt")  # doctest: +SKIP
     """
+    _meet(Purpose.SAVE)
     rank, part, failed = dist.get_rank(), f"{path}{PART}", f"could not save {path}: "
     rest, momenta = _part(checkpoint, rank, dist.get_world_size())
 
@@ -105,6 +109,7 @@ def load_shards(
                 checkpoint["optimizer_states"][k]["state"].setdefault(key, {})["momentum"] = momentum
         return checkpoint
 
+    _meet(Purpose.LOAD)
     return _together(work)
 
 
@@ -202,6 +207,13 @@ def _read_index(path: str) -> Metadata:
     if not isinstance(index, Metadata):
         raise pickle.UnpicklingError(f"its {_INDEX} holds {type(index).__name__}")
     return index
+
+
+def _meet(purpose: Purpose) -> None:
+    world = dist.group.WORLD
+    assert world is not None
+    peers = Peers(world)
+    meet(peers, purpose, peers.wire(torch.device("cuda")))
 
 
 def _together(work: Callable[[], T], failed: str = "") -> T:

@@ -18,8 +18,10 @@ from signsgd_core.adversaries import Adversary
 
 from .checkpoint import gather_state, scatter_state
 from .ddp import agree_on_model, let_vote
+from .loading import check
+from .local_gradients import release
 from .nodes import VoteBetween, check_voters
-from .optimizer import Signum
+from .optimizer import Signum, see_through
 from .overlap import check_overlap
 from .peers import explain
 from .shards import PART, check_target, load_shards, remove_directory, replace, save_shards
@@ -131,13 +133,33 @@ class MajorityVoteStrategy(DDPStrategy):
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
         """Return an optimizer's state with the momenta of all ranks, or this rank's where each saves its own."""
-        optimizer = getattr(optimizer, "_optimizer", optimizer)  # of a LightningOptimizer
-        gather = isinstance(optimizer, Signum) and self.state_dict_type == "full"
-        return gather_state(optimizer) if gather else super().optimizer_state(optimizer)
+        inner = see_through(optimizer)
+        gather = isinstance(inner, Signum) and self.state_dict_type == "full" and not self._interrupted
+        return gather_state(inner) if gather else super().optimizer_state(optimizer)
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Load the weights, once the optimizers' states are sure to be of `Signum`, where they are wanted, too."""
+        assert self.lightning_module is not None
+        if self.lightning_module.trainer.state.fn == TrainerFn.FITTING:
+            for state in checkpoint.get("optimizer_states", ()):
+                check(state)
+        super().load_model_state_dict(checkpoint, strict)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Give every rank its own momentum back, also where there are more ranks now or fewer."""
-        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+        """Give every rank its own momentum back, also where there are more ranks now or fewer.
+
+        Raises:
+            ValueError: if there are not as many states as optimizers. None at all is fine: `on_load_checkpoint` may
+                have thrown them away.
+        """
+        states = checkpoint["optimizer_states"]
+        if states and len(states) != len(self.optimizers):
+            raise ValueError(
+                f"the checkpoint has the states of {len(states)} optimizers, and {len(self.optimizers)} are to go on: "
+                "return as many from configure_optimizers, or set checkpoint['optimizer_states'] = [] in "
+                "on_load_checkpoint to start their momentum anew"
+            )
+        for optimizer, state in zip(self.optimizers, states, strict=False):
             scatter_state(optimizer, state)  # type: ignore[arg-type]
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any = None) -> None:
@@ -148,7 +170,7 @@ class MajorityVoteStrategy(DDPStrategy):
             ValueError: for a sharded checkpoint that is not to be on a local or mounted file system.
         """
         local = _is_local_file_protocol(filepath)
-        if self.state_dict_type == "sharded":
+        if self.state_dict_type == "sharded" and not self._interrupted:
             if not local or storage_options is not None:
                 raise ValueError(
                     "a sharded checkpoint must be a directory on a file system, without storage_options, got "
@@ -195,6 +217,31 @@ class MajorityVoteStrategy(DDPStrategy):
             remove_directory(os.fspath(filepath))
         else:
             super().remove_checkpoint(filepath)
+
+    @property
+    def _interrupted(self) -> bool:
+        """Whether an exception ended the training on this rank: the others may be alive, and elsewhere."""
+        module = self.lightning_module
+        return module is not None and module._trainer is not None and module._trainer.interrupted
+
+    def barrier(self, *args: Any, **kwargs: Any) -> None:
+        """Wait for all ranks; after an exception for none."""
+        if not self._interrupted:
+            super().barrier(*args, **kwargs)
+
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        """Return what rank `src` has; after an exception what this one has."""
+        return obj if self._interrupted else super().broadcast(obj, src)
+
+    def reduce(self, tensor: Any, *args: Any, **kwargs: Any) -> Any:
+        """Reduce a tensor over all ranks; after an exception over this one."""
+        return tensor if self._interrupted else super().reduce(tensor, *args, **kwargs)
+
+    def teardown(self) -> None:
+        """Let other optimizers have the model."""
+        if isinstance(self.model, DistributedDataParallel):
+            release(self.model)
+        super().teardown()
 
     def on_exception(self, exception: BaseException) -> None:
         """Name the rank that was lost; let Lightning add its advice, and put this strategy's names into it."""

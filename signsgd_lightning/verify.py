@@ -8,7 +8,9 @@ from torch import Tensor
 
 from signsgd_core.digests import DIGEST_BYTES, digest, first_difference
 
-from .peers import Peers
+from .agreement import Purpose, meet
+from .memory import plain
+from .peers import Message, Peers
 
 
 class RanksDifferError(RuntimeError):
@@ -44,10 +46,11 @@ def verify(peers: Peers, tensors: Sequence[tuple[str, Sequence[Tensor]]], step: 
     digests = [_digest(values) for _, values in tensors]
     device = peers.wire(tensors[0][1][0].device)
     whole = digest([np.frombuffer(b"".join(digests), np.uint8)])
-    rows = peers.gather(_row(whole, device), "compared their parameters")
-    if (rows == rows[0]).all():
+    headers = meet(peers, Purpose.VERIFY, device, whole)
+    if (headers == headers[0]).all():
         return
-    rows = peers.gather(_row(b"".join(digests), device), "looked for the first difference")
+    row = torch.frombuffer(bytearray(b"".join(digests)), dtype=torch.uint8)
+    rows = peers.gather(row.to(device), Message.DIGESTS)
     found = first_difference(rows.view(peers.world_size, len(tensors), DIGEST_BYTES).cpu().numpy())
     assert found is not None
     k, ranks = found
@@ -55,8 +58,5 @@ def verify(peers: Peers, tensors: Sequence[tuple[str, Sequence[Tensor]]], step: 
 
 
 def _digest(values: Sequence[Tensor]) -> bytes:
-    return digest(v.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy() for v in values)
-
-
-def _row(data: bytes, device: torch.device) -> Tensor:
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device)
+    memory = (plain(v.detach()).cpu().contiguous() for v in values)
+    return digest(v.reshape(-1).view(torch.uint8).numpy() for v in memory)

@@ -17,11 +17,15 @@ class Workers:
     """`size` processes; `run` lets the first few of them call a function as the ranks of one process group."""
 
     def __init__(self, size: int) -> None:
+        self.size = size
+        self._start()
+
+    def _start(self) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["signsgd_lightning"])  # imported once, so that a fresh worker starts at once
         self._ends: list[Any] = []
         self.processes = []
-        for _ in range(size):
+        for _ in range(self.size):
             end, other = context.Pipe()
             process = context.Process(target=_serve, args=(other,), daemon=True)
             process.start()
@@ -41,8 +45,26 @@ class Workers:
     ) -> list[Any]:
         """Return what `function(*args)` returned on each rank; None for the ranks that are expected to get `lost`.
 
-        All are on one node, or so many of them in turn on each.
+        All are on one node, or so many of them in turn on each. After a failure the processes are new ones.
         """
+        try:
+            return self._run(world_size, function, args, lost, group_timeout, timeout, ranks_per_node)
+        except (AssertionError, TimeoutError, OSError, EOFError):
+            if not lost:  # else the processes are the test's own, which looks at them
+                self.close()
+                self._start()
+            raise
+
+    def _run(
+        self,
+        world_size: int,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        lost: tuple[int, ...],
+        group_timeout: float,
+        timeout: float,
+        ranks_per_node: int | None,
+    ) -> list[Any]:
         port = free_port()
         for rank, end in enumerate(self._ends[:world_size]):
             end.send((rank, world_size, ranks_per_node, port, group_timeout, function, args))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from signsgd_core.demo import load
+from signsgd_core.images import LAYOUT
 
 Batch = tuple[Tensor, Tensor]
 
@@ -217,7 +218,7 @@ def shared_task(kind: str, options: argparse.Namespace, batches: int = 1) -> tup
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add where the data is."""
     parser.add_argument("--text", type=Path, help="a text file; without it a source file of Python's own")
-    parser.add_argument("--images", type=Path, help="folder with train/CLASS/*.jpg and test/CLASS/*.jpg; or the digits")
+    parser.add_argument("--images", type=Path, help=f"folder with {LAYOUT}; or the digits")
 
 
 def text_of(options: argparse.Namespace) -> Path:

@@ -14,6 +14,7 @@ from torch import Tensor
 import signsgd_core as core
 from signsgd_core import Zeros
 
+from ..memory import is_plain
 from ..segments import Segment, cover
 from . import triton_loops as loops
 from . import triton_tally as tally
@@ -196,7 +197,7 @@ def _gradient(segment: Segment) -> Tensor:
 
 
 def _is_fast(x: Tensor) -> bool:
-    return x.dtype in _TYPES and x.is_contiguous()
+    return x.dtype in _TYPES and x.is_contiguous() and is_plain(x)
 
 
 def _words(ballot: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 import signsgd_core as core
 from signsgd_core import Zeros
 
+from ..memory import is_plain
 from ..segments import Segment, cover
 from .cpu import NumpyKernel
 from .staged import Note
@@ -179,7 +180,7 @@ os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not come alo
 
 
 def _is_fast(values: Tensor) -> bool:
-    return values.dtype is torch.float32 and values.is_contiguous()
+    return values.dtype is torch.float32 and values.is_contiguous() and is_plain(values)
 
 
 def _zero(zeros: Zeros, step: int, worker: int) -> int:

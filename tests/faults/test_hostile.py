@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from signsgd_lightning import Signum, enable_majority_vote
+from signsgd_lightning.peers import Message
 from tests.workers import Workers, fresh_workers
 
 from .conftest import Fault
@@ -36,13 +37,13 @@ def _garbled(garble: Callable[[int, Tensor], Tensor]) -> tuple[str, list[float],
     assert optimizer.exchange is not None
     peers, count = optimizer.exchange.peers, 0
 
-    def garbled(outgoing: Tensor, incoming: Tensor, doing: str) -> Callable[[], None]:
+    def garbled(outgoing: Tensor, incoming: Tensor, message: Message) -> Callable[[], None]:
         nonlocal count
         count += 1
         rows = garble(count, outgoing.contiguous())
         others = [rank for rank in range(RANKS) if rank != HOSTILE]
-        works = [dist.isend(rows[rank].contiguous(), rank) for rank in others]
-        works += [dist.irecv(incoming[rank], rank) for rank in others]
+        works = [dist.isend(rows[rank].contiguous(), rank, tag=message.tag) for rank in others]
+        works += [dist.irecv(incoming[rank], rank, tag=message.tag) for rank in others]
         if rows.shape == outgoing.shape:
             incoming[HOSTILE].copy_(rows[HOSTILE])  # so that it goes the way that the others go
 
@@ -66,12 +67,17 @@ def _garbled(garble: Callable[[int, Tensor], Tensor]) -> tuple[str, list[float],
     return message, weight.detach().flatten().tolist(), grown
 
 
+def _garbage(rows: Tensor) -> Tensor:
+    """Bytes that no purpose has; one that others take for another purpose ends the vote, too, but in other words."""
+    return torch.randint(128, 256, rows.shape, dtype=torch.uint8)
+
+
 def _header(count: int, rows: Tensor) -> Tensor:
-    return torch.randint(0, 256, rows.shape, dtype=torch.uint8) if count == 1 else rows
+    return _garbage(rows) if count == 1 else rows
 
 
 def _header_and_text(count: int, rows: Tensor) -> Tensor:
-    return torch.randint(0, 256, rows.shape, dtype=torch.uint8) if count in (1, 3) else rows
+    return _garbage(rows) if count in (1, 3) else rows
 
 
 def _boasting(count: int, rows: Tensor) -> Tensor:

@@ -79,7 +79,7 @@ def _blame(suspects: tuple[int | None, ...], victim: int, signal_number: int) ->
     if rank == victim:
         os.kill(os.getpid(), signal_number)
     time.sleep(0.2)
-    return first_lost(torch.distributed.distributed_c10d._get_default_group(), suspects[rank])
+    return first_lost(torch.distributed.distributed_c10d._get_default_group(), suspects[rank])[0]
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
 from signsgd_lightning import Signum, enable_majority_vote, exchange
@@ -172,13 +173,12 @@ def _one_optimizer_less() -> str:
 
 
 def test_ranks_with_different_numbers_of_optimizers(workers: Workers) -> None:
-    last = "block_size=4194304, overlap=False"
-    message = _disagreement(f"optimizer 1: {last}", 1, f"optimizer 0: {last}")
+    message = _disagreement("optimizers: 2", 1, "optimizers: 1")
     assert workers.run(2, _one_optimizer_less, group_timeout=10) == [message] * 2
 
 
-def _misuse(kind: str) -> tuple[str, str, str]:
-    """Misuse it, then use the same model well."""
+def _misuse(kind: str) -> tuple[str, str]:
+    """Misuse it, then use the same model well, twice."""
     net = nn.Sequential(nn.EmbeddingBag(5, 4, sparse=True, mode="sum"), nn.Linear(4, 1))
     ddp = DistributedDataParallel(net if kind == "sparse" else small_net())
     good = Signum(ddp.parameters())
@@ -197,11 +197,8 @@ def _misuse(kind: str) -> tuple[str, str, str]:
     if kind == "sparse":
         net[0].sparse = False  # type: ignore[assignment]
     enable_majority_vote(ddp, good)
-    try:
-        enable_majority_vote(ddp, good)
-    except RuntimeError as error:
-        return *refused, str(error)
-    return *refused, "no error"
+    enable_majority_vote(ddp, good)
+    return refused
 
 
 MISUSES = {
@@ -210,14 +207,55 @@ MISUSES = {
     "no optimizer": "ValueError: enable_majority_vote needs the optimizers that are to vote, got none",
     "other class": "TypeError: a majority vote needs signsgd_lightning.Signum, optimizer 1 is AdamW: replace it, or "
     "train with plain DDP (in Lightning: strategy='ddp')",
-    "foreign parameter": "ValueError: optimizer 0 holds a parameter that is not the DDP model's: it would start "
-    "different on every rank",
+    "foreign parameter": "ValueError: optimizer 0 holds parameters that are not the model's: 1, the first of shape "
+    "(1,). Let the model have them, as a parameter or submodule; or, if they are another model's, make one optimizer "
+    "for each model and enable each with its own",
     "sparse": "ValueError: 0 (EmbeddingBag) has sparse gradients, which cannot vote; use sparse=False",
 }
 
 
 @pytest.mark.parametrize("kind", MISUSES)
 def test_misuse(kind: str, workers: Workers) -> None:
-    for name, message, again in workers.run(2, _misuse, kind):
+    for name, message in workers.run(2, _misuse, kind):
         assert f"{name}: {message}" == MISUSES[kind]
-        assert "can only be called once" in again
+
+
+def _uneven(early: bool, enable: bool) -> str:
+    """Train in DDP's own context for ranks that have different numbers of batches; return the error."""
+    model = DistributedDataParallel(small_net())
+    optimizer = Signum(model.parameters(), lr=0.1)
+    enable_majority_vote(model, optimizer)
+    try:
+        with model.join(enable=enable, throw_on_early_termination=early):
+            for t in range(5 if dist.get_rank() == 0 and enable else 3):
+                _backward(model, t)
+                optimizer.step()
+    except RuntimeError as error:
+        return f"step {optimizer.t}: {error}"
+    return f"step {optimizer.t}"
+
+
+def test_join_is_refused_at_the_first_vote(workers: Workers) -> None:
+    for message in workers.run(2, _uneven, False, True, group_timeout=10):
+        assert message.startswith(
+            "step 0: DDP.join() cannot be used with a majority vote: a rank that is through would "
+        )
+    first, second = workers.run(2, _uneven, True, True, group_timeout=10)  # torch's own error, on all ranks at once
+    assert first == "step 3: Detected at least one rank that exhausted inputs. Throwing across all ranks."
+    assert second == "step 3: Rank 1 exhausted all inputs."
+    assert workers.run(2, _uneven, False, False, group_timeout=10) == ["step 3"] * 2
+
+
+def _hooked() -> str:
+    model = DistributedDataParallel(small_net())
+    model.register_comm_hook(None, default_hooks.allreduce_hook)
+    try:
+        enable_majority_vote(model, Signum(model.parameters()))
+    except RuntimeError as error:
+        return str(error)
+    return "no error"
+
+
+def test_another_communication_hook_is_refused(workers: Workers) -> None:
+    for message in workers.run(2, _hooked):
+        assert message.startswith("a majority vote takes the place of DDP's communication hook, and this model has one")

@@ -65,7 +65,9 @@ MODELS: dict[str, tuple[Any, str]] = {
     ),
     "foreign parameter": (
         partial(_Optimized, "foreign"),
-        "ValueError: optimizer 0 holds a parameter that is not the DDP model's: it would start different on every rank",
+        "ValueError: optimizer 0 holds parameters that are not the model's: 1, the first of shape (1,). Let the model "
+        "have them, as a parameter or submodule; or, if they are another model's, make one optimizer for each model "
+        "and enable each with its own",
     ),
     "sparse embedding": (
         _Embedding,

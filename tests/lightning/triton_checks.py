@@ -65,6 +65,24 @@ def test_a_step_alone(chosen: dict[str, Any], dtype: torch.dtype, zeros: Any) ->
     assert outcomes[0] == outcomes[1]
 
 
+@pytest.mark.parametrize("of", ["gradient", "parameter"])
+@torch.no_grad()
+def test_memory_that_is_not_the_value(of: str) -> None:
+    """A negative bit: the loops are launched on a copy, or not at all."""
+    values, chosen = torch.linspace(-1, 1, 2_100), group(0, betas=(0.9, 0.99), verdict_momentum=0.5)
+    for kernel, device in ((TritonKernel(), DEVICE), (NumpyKernel(), "cpu")):
+        lazy = torch.complex(torch.zeros(2_100), -values).conj().imag.to(device)
+        p = nn.Parameter(lazy if of == "parameter" else torch.ones(2_100, device=device))
+        p.grad = lazy if of == "gradient" else torch.ones(2_100, device=device)
+        segment = Segment(p, chosen, defaultdict[Tensor, dict[str, Tensor]](dict), True)
+        lay_out([segment])
+        start = p.detach().clone()
+        kernel.alone([segment], "abstain", 0)
+        segment.finish()
+        expected = start.cpu() - chosen["lr"] * 0.5 * (values.sign() if of == "gradient" else 1.0)
+        assert torch.equal(p.detach().cpu().resolve_neg(), expected)
+
+
 def some(device: str, first: int, chosen: dict[str, Any]) -> tuple[list[Segment], Any]:
     """A tensor of several blocks, of which the first has bit `first`, and a small one behind it."""
     random, state, segments = np.random.default_rng(first), defaultdict[Tensor, dict[str, Tensor]](dict), []
