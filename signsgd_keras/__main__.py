@@ -40,7 +40,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if keras.backend.backend() != "tensorflow":
         parser.error(f"needs Keras' TensorFlow backend, got {keras.backend.backend()!r}: set KERAS_BACKEND=tensorflow")
     demo.settle(parser, options, default_workers(options.processes))
-    demo.load(options.data, options.out)  # before the workers start: they find a folder decoded
+    try:  # before the workers start: they find a folder decoded, and what was skipped said
+        demo.load(options.data, options.out, tell=PARENT not in os.environ)
+    except ValueError as error:
+        parser.error(str(error))
     if not options.processes:
         run(mirrored(options), options)
     elif "TF_CONFIG" not in os.environ:
@@ -58,7 +61,7 @@ def run(strategy: Any, options: Any) -> None:
     from . import Signum
     from .demo import Adam, is_first, train
 
-    data = demo.load(options.data, options.out)
+    data = demo.load(options.data, options.out, tell=False)
     workers, zeros = strategy.num_replicas_in_sync, options.zeros
     rule = zeros or default_zeros(workers)
     adam_lr, signum_lr, verdict_lr = options.lr

@@ -40,24 +40,24 @@ _COLUMNS = (
     (f"settings ({', '.join(SETTINGS)})", 2),
     ("learning rates", 1),
     ("numbers of steps taken", 2),
-    ("models (names and shapes of the variables)", 2),
+    ("models (names, shapes, weight decay and constraints of the variables)", 2),
 )
 """What the words say, and how many it takes."""
 
 
-def agree(ops: Any, settings: dict[str, Any], shapes: list[Any]) -> None:
+def agree(ops: Any, settings: dict[str, Any], variables: list[str]) -> None:
     """Make sure that all workers have the same wire version, settings and model, before any of them creates a variable.
 
     Args:
         ops: of all workers, a `CollectiveAllReduce`.
         settings: the optimizer's `SETTINGS` by name.
-        shapes: names and shapes of the variables, in their order.
+        variables: what they are and hold, in words.
 
     Raises:
         ValueError: if not, on all workers, naming the first difference.
     """
     lines = [f"wire version {WIRE_VERSION}", *(f"{name}={value!r}" for name, value in settings.items())]
-    lines += [f"{name}: shape {tuple(shape)}" for name, *shape in shapes]
+    lines += variables
     text = "\n".join(lines).encode()
     summaries = internals.gather_now(ops, np.array([len(text), *_digest(lines)], np.int32))
     if (summaries == summaries[0]).all():
@@ -66,16 +66,16 @@ def agree(ops: Any, settings: dict[str, Any], shapes: list[Any]) -> None:
     everyone = [row.tobytes().decode().rstrip().split("\n") for row in internals.gather_now(ops, words)]
     raise ValueError(
         f"the workers disagree and cannot vote: {core.disagreement(everyone, 'worker')}. Build the same model and the "
-        "same optimizer, with the same settings, on every worker."
+        "same optimizer, with the same settings, on every worker. Where values differ, load them on all, not on one."
     )
 
 
-def terms(settings: dict[str, Any], shapes: list[Any], learning_rate: Tensor, iterations: Tensor) -> Tensor:
+def terms(settings: dict[str, Any], variables: list[str], learning_rate: Tensor, iterations: Tensor) -> Tensor:
     """Return this replica's terms.
 
     Args:
         settings: the optimizer's `SETTINGS` by name.
-        shapes: names and shapes of the variables that are voted on, in their order.
+        variables: that are voted on, in words, in their order.
         learning_rate: float32 scalar.
         iterations: int64 scalar.
 
@@ -85,7 +85,7 @@ def terms(settings: dict[str, Any], shapes: list[Any], learning_rate: Tensor, it
     fixed = tf.constant([WIRE_VERSION, *_digest(settings)], tf.int32)
     rate = tf.bitcast(tf.cast(learning_rate, tf.float32), tf.int32)[None]
     step = tf.bitcast(tf.cast(iterations, tf.int64), tf.int32)
-    return tf.concat([fixed, rate, step, tf.constant(_digest(shapes), tf.int32)], axis=0)
+    return tf.concat([fixed, rate, step, tf.constant(_digest(variables), tf.int32)], axis=0)
 
 
 def check(rows: Tensor) -> list[Any]:

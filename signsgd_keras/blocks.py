@@ -1,6 +1,7 @@
 """What is done with variables and blocks of them: where a framework runs operation by operation, block by block."""
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import keras
@@ -35,10 +36,64 @@ def split(*arrays: Any) -> Iterator[tuple[Any, ...]]:
         yield tuple(None if tensor is None else tensor[lo : lo + BLOCK] for tensor in flat)
 
 
+def path(variable: Variable) -> str:
+    """Return the path of a Keras variable, the name of TensorFlow's."""
+    return str(variable.path if isinstance(variable, keras.Variable) else variable.name)
+
+
+def check_real(variables: Sequence[Variable]) -> None:
+    """Make sure that all variables are real: a complex number has no sign.
+
+    Raises:
+        ValueError: if not.
+    """
+    for variable in variables:
+        dtype = keras.backend.standardize_dtype(variable.dtype)
+        if dtype.startswith("complex"):
+            raise ValueError(
+                f"{path(variable)} is {dtype}, and a complex number has no sign: make two "
+                "variables of its real and its imaginary part"
+            )
+
+
+def warn_of_means(name: str) -> None:
+    """Warn where an optimizer's devices have one gradient, the mean of theirs.
+
+    Args:
+        name: of the optimizer.
+    """
+    shared = keras.distribution.distribution()
+    if shared is not None and shared.device_mesh.devices.size > 1:
+        warnings.warn(
+            f"{name!r} is one worker under keras.distribution.{type(shared).__name__}, whose "
+            f"{shared.device_mesh.devices.size} devices take the sign of one mean gradient: nobody votes. A vote needs "
+            "KERAS_BACKEND=tensorflow and tf.distribute",
+            stacklevel=3,
+        )
+
+
+def check_shapes(gradients: Sequence[Tensor], variables: Sequence[Variable]) -> None:
+    """Make sure that gradients have their variables' shapes, as far as these are known: ballots go by coordinates.
+
+    Raises:
+        ValueError: if not.
+    """
+    for gradient, variable in zip(gradients, variables, strict=True):
+        found, shape = gradient.shape, variable.shape
+        if not (found.is_compatible_with(shape) if hasattr(found, "is_compatible_with") else tuple(found) == shape):
+            raise ValueError(
+                f"the gradient of {path(variable)} has shape {tuple(found)} and the variable "
+                f"{tuple(shape)}: hand apply() gradients in the order of their variables, and let a custom gradient "
+                "return what it is a gradient of"
+            )
+
+
 def dense(gradient: Tensor, variable: Variable) -> Tensor:
     """Return a gradient with an entry for every coordinate; an embedding's has some rows only."""
     if not hasattr(gradient, "dense_shape"):  # TensorFlow's IndexedSlices
-        return ops.convert_to_tensor(gradient, sparse=False)
+        tensor = ops.convert_to_tensor(gradient, sparse=False)
+        known = getattr(tensor.shape, "is_fully_defined", lambda: True)()  # TensorFlow learns some when it runs
+        return tensor if known else ops.reshape(tensor, variable.shape)
     return ops.scatter(ops.expand_dims(gradient.indices, -1), gradient.values, variable.shape)
 
 

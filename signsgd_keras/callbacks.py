@@ -66,7 +66,9 @@ def voting_optimizer(model: Any, complaint: str) -> Signum:
     Raises:
         RuntimeError: if none does.
     """
-    optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)  # of a LossScaleOptimizer
+    optimizer = model.optimizer
+    while optimizer is not None and not isinstance(optimizer, Signum):  # a LossScaleOptimizer, or another one around it
+        optimizer = getattr(optimizer, "inner_optimizer", getattr(optimizer, "optimizer", None))
     if not isinstance(optimizer, Signum) or optimizer.replicas == 1:
         raise RuntimeError(f"{complaint}: it needs Signum and several replicas")
     if not optimizer.built:

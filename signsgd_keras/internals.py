@@ -1,14 +1,19 @@
-"""The one place that touches private names of TensorFlow; `tests/keras/test_internals.py` fails if one moves."""
+"""The one place that touches private names of Keras' files and TensorFlow; `tests/keras/test_internals.py` tells."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
-import tensorflow as tf
-from tensorflow.python.distribute.collective_all_reduce_strategy import CollectiveAllReduceExtended
-from tensorflow.python.distribute.cross_device_ops import CollectiveAllReduce
-from tensorflow.python.distribute.distribute_utils import regroup
-from tensorflow.python.ops import collective_ops, control_flow_util
+import keras
+
+if keras.backend.backend() == "tensorflow":  # on the others only Keras' own names are asked for
+    import tensorflow as tf
+    from tensorflow.core.protobuf.trackable_object_graph_pb2 import TrackableObjectGraph
+    from tensorflow.python.checkpoint import tensor_callable
+    from tensorflow.python.distribute.collective_all_reduce_strategy import CollectiveAllReduceExtended
+    from tensorflow.python.distribute.cross_device_ops import CollectiveAllReduce
+    from tensorflow.python.distribute.distribute_utils import regroup
+    from tensorflow.python.ops import collective_ops, control_flow_util
 
 Tensor = Any
 
@@ -21,8 +26,40 @@ __all__ = [
     "gather_now",
     "in_keras_loop",
     "in_xla",
+    "later",
     "per_replica",
+    "saved_name",
+    "saved_variables",
 ]
+
+
+def saved_name(store: Any, child: str = "") -> str | None:
+    """Return the name of the optimizer that wrote a group of Keras' h5 file; other stores keep none.
+
+    Args:
+        store: what Keras hands to `load_own_variables`.
+        child: where it is the name of an optimizer within that one, under which attribute.
+    """
+    group = getattr(store, "_h5_entry_group", None)
+    if child:
+        group = getattr(store, "h5_file", {}).get(f"{getattr(store, '_h5_entry_path', '')}/{child}/vars")
+    name = getattr(group, "attrs", {}).get("name")
+    return None if name is None else str(name)
+
+
+def saved_variables(checkpoint: str) -> list[list[str]]:
+    """Return the full names of the variables of every optimizer in a file of `tf.train.Checkpoint`.
+
+    Args:
+        checkpoint: its path, as `tf.train.Checkpoint.restore` has it.
+    """
+    reader, key = tf.train.load_checkpoint(checkpoint), "_CHECKPOINTABLE_OBJECT_GRAPH"
+    if not reader.has_tensor(key):
+        return []
+    nodes = TrackableObjectGraph.FromString(reader.get_tensor(key)).nodes
+    children = [{child.local_name: child.node_id for child in node.children} for node in nodes]
+    lists = [children[own["_variables"]].values() for own in children if own.keys() >= {"_variables", "_iterations"}]
+    return [[nodes[k].attributes[0].full_name for k in numbers if nodes[k].attributes] for numbers in lists]
 
 
 def cross_device_ops(strategy: Any) -> Any:
@@ -34,6 +71,11 @@ def cross_device_ops(strategy: Any) -> Any:
 def per_replica(values: Sequence[Any]) -> Any:
     """Return one value for each replica of this worker as `tf.distribute.DistributedValues`."""
     return regroup(tuple(values))
+
+
+def later(read: Callable[[], Tensor], variable: Any) -> Any:
+    """Return what TensorFlow writes of a variable, read when it is written: it asks for it to restore it, too."""
+    return tensor_callable.Callable(read, variable.dtype, variable.device)
 
 
 def in_xla() -> bool:
@@ -51,7 +93,7 @@ def in_keras_loop() -> bool:
     return looped
 
 
-def all_to_all(ops: CollectiveAllReduce, device: int, rows: Tensor) -> Tensor:
+def all_to_all(ops: "CollectiveAllReduce", device: int, rows: Tensor) -> Tensor:
     """Send row `i` to replica `i`; row `j` of the result is what replica `j` sent here.
 
     Args:
@@ -62,12 +104,12 @@ def all_to_all(ops: CollectiveAllReduce, device: int, rows: Tensor) -> Tensor:
     return _launch(collective_ops.all_to_all_v2, ops, device, rows)
 
 
-def all_gather(ops: CollectiveAllReduce, device: int, rows: Tensor) -> Tensor:
+def all_gather(ops: "CollectiveAllReduce", device: int, rows: Tensor) -> Tensor:
     """Return the rows of all replicas, int32, one replica's after the other's."""
     return _launch(collective_ops.all_gather_v2, ops, device, rows)
 
 
-def gather_now(ops: CollectiveAllReduce, row: Any) -> Any:
+def gather_now(ops: "CollectiveAllReduce", row: Any) -> Any:
     """Return the row, int32, of every worker, shape (workers, …), also while a function is being traced."""
     with tf.init_scope():
         rows = _gatherer(ops)(tf.constant(row))
@@ -75,7 +117,7 @@ def gather_now(ops: CollectiveAllReduce, row: Any) -> Any:
 
 
 @cache
-def _gatherer(ops: CollectiveAllReduce) -> Any:
+def _gatherer(ops: "CollectiveAllReduce") -> Any:
     """Once for all, since a new function for every call would be traced anew and kept."""
 
     @tf.function  # type: ignore[untyped-decorator]
@@ -85,7 +127,7 @@ def _gatherer(ops: CollectiveAllReduce) -> Any:
     return gather
 
 
-def _launch(collective: Any, ops: CollectiveAllReduce, device: int, value: Tensor) -> Tensor:
+def _launch(collective: Any, ops: "CollectiveAllReduce", device: int, value: Tensor) -> Tensor:
     launcher = ops._launchers[device]
     with tf.device(launcher._device):
         return collective(

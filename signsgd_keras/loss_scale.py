@@ -6,7 +6,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from . import state
+from . import internals, origin, state
 from .optimizer import Signum
 
 Tensor = Any
@@ -14,6 +14,11 @@ Variable = Any
 
 _OWN = ("step_counter", "dynamic_scale")
 """What each replica has its own."""
+
+_NO_SCALE = (
+    "the saved optimizer had no LossScaleOptimizer around it: load its state into what is within this one; nothing was "
+    "loaded into the optimizer"
+)
 
 
 @keras.saving.register_keras_serializable(package="signsgd")
@@ -82,14 +87,15 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):  # type: ignore[m
     ) -> Variable:
         """Add a variable of which each replica has its own; the arguments are Keras' own."""
         with keras.name_scope(self.name, caller=self):
-            variable = keras.Variable(
+            variable = state.own(
+                self.inner_optimizer.replicas,
+                np.resize,  # a mean would be no power of two
                 initializer=keras.initializers.get(initializer),
                 shape=shape,
                 dtype=dtype,
                 trainable=False,
                 layout=layout,
                 name=name,
-                **state.placement(private=self.inner_optimizer.replicas > 1),
             )
         self._track_variable(variable)
         return variable
@@ -117,6 +123,14 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):  # type: ignore[m
             self, optimizer_variables, grads, trainable_variables
         )
 
+    def _checkpoint_adapter(self, path: str) -> Any:
+        """Make sure, before `tf.train.Checkpoint` restores anything, that it is the state of such a pair."""
+        origin.check_checkpoint(self.inner_optimizer, path)
+        saved = [kind for names in internals.saved_variables(path) for kind in map(origin.kind, names)]
+        if saved and "dynamic_scale" not in saved:
+            raise ValueError(_NO_SCALE)
+        return super()._checkpoint_adapter(path)
+
     def _adapt(self, finite: Tensor, scale: Tensor) -> None:
         grown = ops.logical_and(finite, ops.greater_equal(self.step_counter, self.dynamic_growth_steps - 1))
         lowest, highest = min(1.0, self.initial_scale), 2.0**127
@@ -129,18 +143,26 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):  # type: ignore[m
     def save_own_variables(self, store: Any) -> None:
         """Write the scale and its counter, as rows of all replicas; the inner optimizer writes its own state."""
         for name in _OWN:
-            store[name] = state.read(self.inner_optimizer, getattr(self, name))
+            store[name] = state.read(getattr(self, name))
 
     def load_own_variables(self, store: Any) -> None:
-        """Read them, also of another number of replicas, or from a file of Keras' own `LossScaleOptimizer`."""
+        """Read them, also of another number of replicas, or from a file of Keras' own `LossScaleOptimizer`.
+
+        Raises:
+            ValueError: if the file is another optimizer's, or has another's within.
+        """
+        for child in ("", "inner_optimizer"):
+            origin.check_name(self.inner_optimizer, internals.saved_name(store, child))
         if set(store.keys()) == set(_OWN):
             saved = dict(zip(_OWN, _OWN, strict=True))
         elif len(store.keys()) == len(self.variables):
             places = [id(variable) for variable in self._variables]
             saved = {name: str(places.index(id(getattr(self, name)))) for name in _OWN}
+            if any(np.ndim(store[key]) for key in saved.values()):
+                raise ValueError(_NO_SCALE)
         else:
             super().load_own_variables(store)  # says what is wrong
             return
         for name, key in saved.items():
-            rows = np.resize(np.asarray(store[key]), self.inner_optimizer.replicas)  # a mean would be no power of two
-            state.write(self.inner_optimizer, getattr(self, name), rows)
+            rows = np.resize(np.asarray(store[key]), self.inner_optimizer.replicas)
+            state.write(getattr(self, name), rows)

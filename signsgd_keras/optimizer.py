@@ -8,7 +8,7 @@ from keras import ops
 import signsgd_core as core
 from signsgd_core import WarmupSteps, Zeros
 
-from . import blocks, state
+from . import blocks, origin, state
 
 Tensor = Any
 Variable = Any
@@ -62,8 +62,8 @@ class Signum(keras.optimizers.Optimizer):  # type: ignore[misc]
         name: String. The name of the optimizer.
 
     Raises:
-        ValueError: if a setting is outside its range, or, at the first step, if the optimizer was not made in the
-            scope of the strategy that runs it, or that strategy cannot vote.
+        ValueError: if a setting is outside its range, or, at the first step, if optimizer or variables were not made in
+            the scope of the strategy that runs them, it cannot vote, or a gradient has another shape than its variable.
 
     References:
         - [signSGD, Signum, momentum warmup](https://arxiv.org/abs/1802.04434)
@@ -136,8 +136,11 @@ class Signum(keras.optimizers.Optimizer):  # type: ignore[misc]
         """
         if self.built:
             return
+        blocks.check_real(variables)
         if keras.backend.backend() == "tensorflow":
             self.voter.check_scope()
+        else:
+            blocks.warn_of_means(self.name)
         if self.replicas > 1:
             self.voter.agree(variables)
         super().build(variables)
@@ -179,7 +182,15 @@ class Signum(keras.optimizers.Optimizer):  # type: ignore[misc]
             gradient: of the variable's shape.
             variable: `x`.
             learning_rate: `lr`.
+
+        Raises:
+            ValueError: among several replicas, where this would be no vote.
         """
+        if self.replicas > 1:
+            raise ValueError(
+                f"update_step() is the step of one worker alone, and {self.name!r} votes among {self.replicas} "
+                "replicas: call apply() of it, also from an optimizer around it"
+            )
         bit = core.zero_bit(self.zero_rule, ops.cast(self.iterations, "int32"))
         for x, g, m, u in blocks.split(variable, blocks.dense(gradient, variable), *self.state_of(variable)):
             c = self.direction(g, m)
@@ -249,10 +260,22 @@ class Signum(keras.optimizers.Optimizer):  # type: ignore[misc]
 
     def load_own_variables(self, store: Any) -> None:
         """Read the state, also of another number of replicas, by the rule of `signsgd_core.redistribute`."""
-        if len(store.keys()) != len(self.variables):
-            super().load_own_variables(store)  # says what is wrong
-        else:
-            state.load(self, store)
+        state.load(self, store)
+
+    def set_weights(self, weights: list[Any]) -> None:
+        """Set the state; of what each replica has its own from rows of all replicas, or from one for all.
+
+        Args:
+            weights: of all variables, in their order.
+        """
+        if not self.built:
+            super().set_weights(weights)  # says what is wrong
+        state.set_weights(self, [ops.convert_to_numpy(weight) for weight in weights])
+
+    def _checkpoint_adapter(self, path: str) -> Any:
+        """Make sure, before `tf.train.Checkpoint` restores anything, that it is a Signum's state."""
+        origin.check_checkpoint(self, path)
+        return super()._checkpoint_adapter(path)
 
     @property
     def voter(self) -> Any:
@@ -262,6 +285,9 @@ class Signum(keras.optimizers.Optimizer):  # type: ignore[misc]
         return Voter(self)
 
     def _backend_apply_gradients(self, grads: list[Tensor], trainable_variables: list[Variable]) -> None:
+        blocks.check_shapes(grads, trainable_variables)
+        if keras.backend.backend() == "tensorflow":
+            self.voter.check_scope()
         if self.replicas == 1:
             super()._backend_apply_gradients(grads, trainable_variables)
         else:

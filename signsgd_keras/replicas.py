@@ -1,19 +1,22 @@
 """Signum among the replicas of a `tf.distribute` strategy: cast, vote, apply."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import keras
 import numpy as np
-import numpy.typing as npt
 import tensorflow as tf
 
 import signsgd_core as core
 from signsgd_core.adversaries import check_adversaries
+from signsgd_core.digests import digest
 
 from . import agreement, internals
 from .adversaries import lie
 from .ballots import pack, unpack
+from .blocks import path
 from .cross_device_ops import MajorityVote, width
 from .own import accumulate, mean_gradients, own_number
 from .statistics import count_nonfinite
@@ -63,21 +66,30 @@ class Voter:
                 "without a vote: make model, optimizer and compile() within `with strategy.scope():`"
             )
         votes = (tf.distribute.MirroredStrategy, tf.distribute.MultiWorkerMirroredStrategy)
-        if self.optimizer.replicas > 1 and not isinstance(self.strategy, votes):
+        if tf.distribute.has_strategy() and not isinstance(current, (*votes, tf.distribute.OneDeviceStrategy)):
             raise ValueError(
                 f"Signum cannot vote under {_name(self.strategy)}: take tf.distribute.MirroredStrategy on one machine "
                 "or signsgd_keras.MultiWorkerMajorityVoteStrategy on several"
             )
 
     def agree(self, variables: list[Variable]) -> None:
-        """Make sure that all workers have the same settings and variables to vote on, and that those who lie are there.
+        """Make sure that all replicas have the variables and their votes, and that those who lie are there.
 
         Raises:
-            ValueError: if not, on all workers.
+            ValueError: if a variable was made elsewhere, or, on all workers, if they differ in settings, variables or
+                their values.
         """
         check_adversaries(self.op.adversaries, self.optimizer.replicas, "replica")
+        for variable in variables:
+            if not self.strategy.extended.variable_created_in_scope(_raw(variable)):
+                raise ValueError(
+                    f"{path(variable)} was made outside of the {_name(self.strategy)} that Signum votes in, whose "
+                    "replicas have no copies of it: make the model, too, within `with strategy.scope():`"
+                )
         if isinstance(self.op.wrapped, internals.CollectiveAllReduce):
-            agreement.agree(self.op.wrapped, _settings(self.optimizer), _shapes(variables))
+            agreement.agree(
+                self.op.wrapped, _settings(self.optimizer), [*_terms(self.optimizer, variables), *_values(variables)]
+            )
 
     def apply(self, gradients: list[Tensor], variables: list[Variable]) -> None:
         """Take one step, in replica context: accumulate, or clip, cast, vote and move.
@@ -89,7 +101,6 @@ class Voter:
         Raises:
             ValueError: outside of `strategy.run`, where the vote cannot work, or if replicas lack different gradients.
         """
-        self.check_scope()
         context = tf.distribute.get_replica_context()
         if context is None:
             raise ValueError("Signum votes among replicas: call apply() within strategy.run(), or take model.fit()")
@@ -117,9 +128,10 @@ class Voter:
         steps = optimizer.gradient_accumulation_steps
         if steps:
             sums = [optimizer._accumulated_gradients[k] for k in keys[0]]
+            others = [s for k, s in enumerate(optimizer._accumulated_gradients) if k not in keys[0]]
             tf.cond(
                 tf.equal((optimizer._iterations.value + 1) % steps, 0),
-                lambda: self._vote(mean_gradients(strategy, gradients, sums, steps), keys[0]),
+                lambda: self._vote(mean_gradients(strategy, gradients, sums, others, steps), keys[0]),
                 lambda: accumulate(strategy, gradients, sums),
             )
         else:
@@ -153,7 +165,7 @@ class Voter:
 
         cast_all, nonfinite = strategy.extended.call_for_each_replica(cast)
         ballots = strategy.experimental_local_results(cast_all)
-        terms = agreement.terms(_settings(optimizer), _shapes(variables), lr, t)
+        terms = agreement.terms(_settings(optimizer), _terms(optimizer, variables), lr, t)
         if optimizer.statistics is None:
             verdicts = self.op.vote(ballots, rule, parity, terms)
         else:
@@ -208,7 +220,7 @@ class Voter:
             optimizer.move(x, tf.reshape(unpack(bits, length), variable.shape), u, lr, decay)
 
         average = None if average is None else average.value
-        self.strategy.extended.update(variable.value, move, args=(verdict, average), group=False)
+        self.strategy.extended.update(_raw(variable), move, args=(verdict, average), group=False)
 
     def _average(self) -> None:
         """Keras' moving average of the variables, and where asked for the variables from it."""
@@ -221,22 +233,41 @@ class Voter:
                 lambda: None,
             )
 
-    def gather(self, variable: Variable) -> npt.NDArray[Any]:
-        """Return a variable of which each replica has its own, shape (replicas, …); all workers must call it."""
-        rows = self.strategy.run(lambda: tf.identity(variable.value)[None])
-        return self.strategy.gather(rows, axis=0).numpy()  # type: ignore[no-any-return]
-
-    def scatter(self, variable: Variable, rows: npt.NDArray[Any]) -> None:
-        """Set a variable of which each replica has its own from the rows of all replicas."""
-        self.strategy.run(lambda: variable.assign(rows[own_number(self.strategy)[0]]))
-
 
 def _settings(optimizer: "Signum") -> dict[str, Any]:
     return {name: getattr(optimizer, name) for name in agreement.SETTINGS}
 
 
-def _shapes(variables: list[Variable]) -> list[Any]:
-    return [[v.path, *v.shape] for v in variables]
+def _terms(optimizer: "Signum", variables: list[Variable]) -> list[str]:
+    """Return what all workers must do alike with each variable, in words."""
+    words = []
+    for variable in variables:
+        text, constraint = f"{path(variable)}: shape {tuple(variable.shape)}", getattr(variable, "constraint", None)
+        if optimizer.decay(variable) != (optimizer.weight_decay or 0.0):
+            text += ", no weight decay"
+        if constraint is not None:
+            config: Any = getattr(constraint, "get_config", dict)()
+            text += f", constraint {getattr(constraint, '__name__', type(constraint).__name__)} "
+            text += json.dumps(config, sort_keys=True, default=lambda value: type(value).__name__)
+        words.append(text)
+    return words
+
+
+def _values(variables: list[Variable]) -> list[str]:
+    """Return what stands for the values of variables, as far as they have any by now."""
+    words = []
+    with tf.init_scope():
+        for variable in variables:
+            try:
+                words.append(f"{path(variable)}: initial values {digest([variable.numpy()]).hex()}")
+            except tf.errors.FailedPreconditionError:  # a layer that is built in the graph
+                words.append(f"{path(variable)}: no values yet")
+    return words
+
+
+def _raw(variable: Variable) -> Any:
+    """Return TensorFlow's variable of Keras', which may be one already."""
+    return variable.value if isinstance(variable, keras.Variable) else variable
 
 
 def _bytes(variable: Variable) -> int:

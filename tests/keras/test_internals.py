@@ -9,6 +9,7 @@ from typing import Any
 import keras
 import pytest
 import tensorflow as tf
+from tensorflow.python.checkpoint import tensor_callable
 from tensorflow.python.distribute import (
     collective_all_reduce_strategy,
     cross_device_ops,
@@ -46,6 +47,19 @@ FUNCTIONS: dict[str, tuple[Any, str, str]] = {
         "self, trainable_variables",
         "replicas.Voter's EMA",
     ),
+    "Optimizer._checkpoint_adapter": (
+        BASE,
+        "self, path",
+        "Signum and LossScaleOptimizer override it to look into a checkpoint before it is restored",
+    ),
+    "Variable._trackable_children": (
+        keras.Variable,
+        "self, save_type, cache, kwargs",
+        "own.Own, which a SavedModel asks",
+    ),
+    "Variable._serialize_to_tensors": (keras.Variable, "self", "own.Own writes the rows of all replicas"),
+    "Variable._restore_from_tensors": (keras.Variable, "self, restored_tensors", "own.Own reads them"),
+    "tensor_callable.Callable": (tensor_callable, "tensor_callable, dtype, device", "internals.later"),
     "Optimizer.add_variable_from_reference": (
         BASE,
         "self, reference_variable, name, initializer",
@@ -105,6 +119,7 @@ def attributes() -> Iterator[tuple[str, Any, str, str]]:
         "_trainable_variables": "replicas.Voter",
         "_accumulated_gradients": "replicas.Voter, each replica's own sums",
         "_variables": "Signum.variables and LossScaleOptimizer",
+        "_momentums": "the names in a checkpoint, which are ours",
     }.items():
         yield "an optimizer", optimizer, name, needed_by
     yield "MirroredStrategy.extended", mirrored(2).extended, "_cross_device_ops", "internals.cross_device_ops"
@@ -128,6 +143,45 @@ def test_attributes() -> None:
         if not hasattr(owner, name)
     ]
     assert not gone, f"gone from Keras {keras.__version__} or TensorFlow {tf.__version__}: {gone}"
+
+
+@pytest.mark.parametrize("shards", [None, 1e-6])
+def test_saved_name(shards: float | None, tmp_path: Path) -> None:
+    """Of the optimizer, of one within it, and of what Keras' h5 files hold no group of; shards are of one kilobyte."""
+    names: list[str | None] = []
+
+    class Asks(keras.optimizers.LossScaleOptimizer):  # type: ignore[misc]
+        def load_own_variables(self, store: Any) -> None:
+            names.extend(internals.saved_name(store, child) for child in ("", "inner_optimizer", "none"))
+
+    for around in (keras.optimizers.LossScaleOptimizer, Asks):
+        model = net()
+        model.compile(around(keras.optimizers.Adam(name="inner"), name="outer"), "mse")
+        model.optimizer.build(model.trainable_variables)
+        if around is Asks:
+            model.load_weights(tmp_path / f"a.weights.{'json' if shards else 'h5'}")
+        else:
+            model.save_weights(tmp_path / f"a.weights.{'json' if shards else 'h5'}", max_shard_size=shards)
+    assert names == ["outer", "inner", None]
+    assert internals.saved_name({}) is None
+
+
+def test_saved_variables(tmp_path: Path) -> None:
+    optimizer, model = keras.optimizers.Adam(name="theirs"), net()
+    optimizer.build(model.trainable_variables[:1])
+    path = tf.train.Checkpoint(model=model, a=optimizer, b=Signum(0.5, name="ours")).save(tmp_path / "a")
+    assert internals.saved_variables(path) == [
+        [
+            "theirs/iteration",
+            "theirs/learning_rate",
+            *(f"theirs/net_one_kernel_{of}" for of in ("momentum", "velocity")),
+        ],
+        ["ours/iteration", "ours/learning_rate"],
+    ]
+    assert internals.saved_variables(tf.train.Checkpoint(model=model).save(tmp_path / "b")) == []
+    with tf.Graph().as_default(), tf.compat.v1.Session() as session:  # by names, without a graph of objects
+        session.run(tf.compat.v1.get_variable("x", initializer=1.0).initializer)
+        assert internals.saved_variables(tf.compat.v1.train.Saver().save(session, str(tmp_path / "c"))) == []
 
 
 def test_what_the_names_stand_for() -> None:

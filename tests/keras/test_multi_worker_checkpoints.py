@@ -77,6 +77,58 @@ def _resume(folder: Path) -> dict[str, list[Array]]:
     return states
 
 
+ALL = (
+    "each worker alone has its momentum: all of them must save, at the same step, each to a file of its own, and not "
+    "the chief alone"
+)
+
+
+def _late(folder: Path) -> tuple[list[str], list[Array]]:
+    """Save on all workers, on the second one three seconds late."""
+    import time
+    import warnings
+
+    from signsgd_keras import own
+
+    made, late = _model(), strategy().cluster_resolver.task_id == 1
+    _fit(made, 1)
+    own.PATIENCE = 1.0
+    time.sleep(3.0 * late)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        made.save_weights(folder / f"{int(late)}.weights.h5")
+    other = _model()
+    other.load_weights(folder / f"{int(late)}.weights.h5")
+    assert same(_state(other), _state(made))
+    return [str(warning.message) for warning in caught if "waits" in str(warning.message)], []
+
+
+def test_a_worker_that_waits_for_the_others_says_so(tmp_path: Path, fresh_cluster: Callable[[int], Cluster]) -> None:
+    """Where they never save, this is all that is seen."""
+    (first, _), (second, _) = fresh_cluster(2).run(_late, tmp_path)
+    assert first == [f"this worker waits for the others to save: {ALL}"]
+    assert second == []
+
+
+def _chief_alone(folder: Path) -> str:
+    import keras
+    import tensorflow as tf
+
+    chief = strategy().cluster_resolver.task_id == 0
+    try:
+        _fit(_model(), 3, *([keras.callbacks.ModelCheckpoint(folder / "a.keras")] if chief else []))
+    except (RuntimeError, tf.errors.OpError) as error:
+        return str(error)
+    return "no error"
+
+
+def test_the_chief_alone_cannot_save(tmp_path: Path, fresh_cluster: Callable[[int], Cluster]) -> None:
+    """As it may with Adam, whose state is the same on all; both end, and the chief knows why."""
+    chief, other = fresh_cluster(2).run(_chief_alone, tmp_path)
+    assert chief == f"the other workers did something else while this one saved: {ALL}"
+    assert "Collective ops is aborted" in other
+
+
 def _elsewhere(file: Path) -> list[Array]:
     """The momenta of this worker where a file of another number of workers is opened."""
     import keras

@@ -74,6 +74,57 @@ def _models(order: list[str]) -> str:
     return "no error"
 
 
+def _variables(kind: str) -> str:
+    """Worker 1 alone does something else with a variable, which every worker moves by itself."""
+    import keras
+
+    from signsgd_keras import Signum
+
+    second = strategy().cluster_resolver.task_id == 1
+
+    def make() -> Any:
+        model = net()
+        if second and kind == "constraint":
+            model.layers[0].kernel.constraint = keras.constraints.MaxNorm(2)
+        return model
+
+    with strategy().scope():
+        optimizer = Signum(0.125, weight_decay=0.5)
+        if second and kind == "weight decay":
+            optimizer.exclude_from_weight_decay(var_names=["bias"])
+        model = compiled(optimizer, make)
+    if second and kind == "initial values":
+        model.layers[1].kernel.assign(-model.layers[1].kernel)
+    before = arrays(model.trainable_variables)
+    try:
+        model.fit(*data(12), batch_size=6, verbose=0)
+    except ValueError as error:
+        assert same(arrays(model.trainable_variables), before)
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.parametrize(
+    ("kind", "sentence"),
+    [
+        (
+            "weight decay",
+            "0 has «net/one/bias: shape (3,)» where worker 1 has «net/one/bias: shape (3,), no weight decay»",
+        ),
+        (
+            "constraint",
+            "0 has «net/one/kernel: shape (4, 3)» where worker 1 has «net/one/kernel: shape (4, 3), constraint M",
+        ),
+        ("initial values", "worker 0 has «net/two/kernel: initial values "),
+    ],
+)
+def test_what_workers_do_with_a_variable(kind: str, sentence: str, cluster: Callable[[int], Cluster]) -> None:
+    """They drifted apart, and nothing was said: weights that one worker alone loads, above all."""
+    for message in cluster(2).run(_variables, kind):
+        assert sentence in message
+        assert "Where values differ, load them on all, not on one." in message
+
+
 def _versions() -> str:
     from signsgd_keras import Signum, agreement
 

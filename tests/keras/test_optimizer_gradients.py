@@ -1,5 +1,6 @@
 """What `Signum` makes of odd gradients (not finite, missing, sparse, of half precision), and which state it keeps."""
 
+import re
 from typing import Any
 
 import keras
@@ -126,3 +127,20 @@ def test_half_variables_round_once_and_keep_float32_momenta(dtype: str) -> None:
     assert {keras.backend.standardize_dtype(v.dtype) for v in (momentum, average)} == {"float32"}
     np.testing.assert_allclose(numbers(average), u, rtol=1e-6)
     assert_equal([numbers(momentum)], [m])
+
+
+@everywhere
+@pytest.mark.parametrize("shape", [(1,), (3, 2), (6,)])
+def test_a_gradient_of_another_shape_alone(shape: tuple[int, ...]) -> None:
+    x, optimizer = keras.Variable(np.ones((2, 3), np.float32), name="x"), signum()
+    with pytest.raises(ValueError, match=re.escape(f"the gradient of x has shape {shape} and the variable (2, 3)")):
+        optimizer.apply([keras.ops.ones(shape)], [x])
+    assert (numbers(x) == 1).all()
+
+
+@everywhere
+def test_a_complex_variable() -> None:
+    """Its imaginary part was dropped."""
+    x = keras.Variable(np.ones(2, np.complex64), dtype="complex64", name="x")
+    with pytest.raises(ValueError, match="x is complex64, and a complex number has no sign"):
+        signum().build([x])
