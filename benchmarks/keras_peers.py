@@ -138,7 +138,7 @@ def bytes_per_step(strategy: Any, optimizer: Any) -> float:
     import keras
     import tensorflow as tf
 
-    from signsgd_core.traffic import sent_since, socket_bytes
+    from signsgd_core.network.traffic import sent_since, socket_bytes
 
     gradient = tf.constant(np.random.default_rng(index()).standard_normal(PARAMETERS, np.float32))
     with strategy.scope():

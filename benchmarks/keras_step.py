@@ -104,26 +104,23 @@ def compiled(optimizer: Any, gradients: list[Any], backend: str, mode: str) -> S
 
 
 def voted(gradients: list[Any], settings: dict[str, Any]) -> Step:
-    """Return one step of a replica as `Voter` takes it, with a vote that hands its ballot back as the verdict."""
+    """Return one step of a replica as `Vote` takes it, without an exchange: its ballot comes back as the verdict."""
     import keras
     import tensorflow as tf
 
-    from signsgd_keras import MajorityVote, Signum
+    from signsgd_keras import Signum
 
-    class NoExchange(MajorityVote):
-        def vote(self, ballots: Any, zeros: Any, step: Any, terms: Any, tallies: Any = None) -> Any:
-            return list(ballots)
-
-    strategy = tf.distribute.MirroredStrategy(["CPU:0"], cross_device_ops=NoExchange())
+    strategy = tf.distribute.MirroredStrategy(["CPU:0"])
     with strategy.scope():
         variables = [keras.Variable(x) for x in arrays(0)]
         optimizer = Signum(1e-3, zeros="alternate", **settings)
-        optimizer.replicas = 2  # so that its momentum is this replica's own
+        optimizer.workers.count = 2  # so that its momentum is this replica's own
         optimizer.build(variables)
+        optimizer.vote._exchange = lambda given, ballots: (list(ballots), [])
 
     @tf.function  # type: ignore[untyped-decorator]
     def step(grads: Any) -> None:
-        optimizer.voter._vote([grads], list(range(len(variables))))
+        optimizer._step_together([grads], list(range(len(variables))))
         optimizer.iterations.assign_add(1)
 
     def run() -> None:
@@ -134,15 +131,15 @@ def voted(gradients: list[Any], settings: dict[str, Any]) -> Step:
 
 
 def tally(replicas: int) -> Step:
-    """Return the tellers' work for all coordinates: where the workers are other machines each does one share of it."""
+    """Return the count of all coordinates; where the workers are other machines, each counts one shard of them."""
     import tensorflow as tf
 
-    from signsgd_keras.cross_device_ops import _verdict
+    from signsgd_keras.vote.ballots import count_words, verdict
 
     random = np.random.default_rng(2)
     size = (1, SIDE * SIDE * TENSORS // 8)
     ballots = [tf.constant(random.integers(0, 256, size, np.uint8)) for _ in range(replicas)]
-    step = tf.function(lambda cast, parity: _verdict(cast, "alternate", parity))
+    step = tf.function(lambda cast, parity: verdict(count_words(cast), "alternate", parity))
     return lambda: step(ballots, tf.constant(1, tf.uint8))
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.keras_cluster import Cluster, index, is_worker, tell, wait_for_go
-from signsgd_core.traffic import majority_vote, ring_all_reduce, sent_since, socket_bytes
+from signsgd_core.network.traffic import majority_vote, ring_all_reduce, sent_since, socket_bytes
 
 TENSORS, WARMUP = 10, 3
 METHODS = {"fp32": "SGD, fp32 reduction", "vote": "Signum, vote"}
@@ -102,8 +102,8 @@ def enter_namespace() -> bool:
 
 def print_rows(workers: int, parameters: int, steps: int, inside: bool) -> None:
     formulas = {
-        "fp32": ring_all_reduce(parameters, workers, bits=32).worker,
-        "vote": majority_vote(parameters, workers).worker,
+        "fp32": ring_all_reduce(parameters, workers, bits=32),
+        "vote": majority_vote(parameters, workers),
     }
     results: dict[str, Any] = {m: measure(workers, m, parameters, steps) for m in METHODS}
     first = results["fp32"]

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from signsgd_lightning import Signum
 from signsgd_lightning.kernels import DEVICE, Kernel, NativeKernel, NumpyKernel, build, for_device
-from signsgd_lightning.segments import Segment, lay_out
+from signsgd_lightning.views import FlatView, lay_out
 
 WORKERS = 8
 GROUP: dict[str, Any] = {
@@ -59,7 +59,7 @@ Clock = Callable[[Callable[[], Any]], float]
 
 def parts(kernel: Kernel, size: int, device: torch.device) -> Jobs:
     """What a voted step does but for the exchange, each as a function of no arguments."""
-    segments = {}
+    views = {}
     kinds: dict[str, dict[str, Any]] = {
         "Signum": {},
         "signSGD": {"betas": (0.0, 0.0), "weight_decay": 0.0},
@@ -69,16 +69,16 @@ def parts(kernel: Kernel, size: int, device: torch.device) -> Jobs:
     for name, chosen in kinds.items():
         p = nn.Parameter(torch.randn(size, device=device))
         p.grad = torch.randn_like(p)
-        segments[name] = [Segment(p, GROUP | chosen, {p: {}}, True)]
-        lay_out(segments[name])
+        views[name] = [FlatView(p, GROUP | chosen, {p: {}}, True)]
+        lay_out(views[name])
     ballot = torch.zeros(1, -(-size // 64) * 8, dtype=torch.uint8, device=device)
     ballots = torch.randint(0, 256, (WORKERS, *ballot.shape), dtype=torch.uint8, device=device)
 
     def cast(name: str) -> Callable[[], None]:
-        return lambda: kernel.cast(segments[name], 0, size, "alternate", 0, 0, ballot.zero_())
+        return lambda: kernel.cast(views[name], 0, size, "alternate", 0, 0, ballot.zero_())
 
     def apply(name: str) -> Callable[[], None]:
-        return lambda: kernel.apply(segments[name], 0, size, ballot)
+        return lambda: kernel.apply(views[name], 0, size, ballot)
 
     return {
         "gradient to ballot, no momentum": cast("signSGD"),

@@ -22,9 +22,9 @@ from statistics import median
 import torch
 import torch.distributed as dist
 
+from benchmarks.network import Network, available
 from benchmarks.wire_worker import LIMIT, NONE, TakeStep, averaging, measure, square_layers, voting
-from signsgd_core.traffic import majority_vote
-from tests.faults.network import Network, available
+from signsgd_core.network.traffic import majority_vote
 
 ROOT = Path(__file__).parents[1]
 WARMUP = 2
@@ -69,7 +69,7 @@ def work(options: argparse.Namespace) -> None:
             alone = took / median(seconds[NONE])
             lines.append(f"{name:<22}{1e3 * took:>9.0f}{alone:>9.2f}{median(sent[name]) / 1e6:>20.3f}")
         count = sum(p.numel() for p in square_layers(options.parameters).parameters())
-        formula = majority_vote(count, ranks // options.ranks).worker
+        formula = majority_vote(count, ranks // options.ranks)
         share = median(sent[BETWEEN_NODES]) / formula
         lines.append(f"between nodes {share:.4f} of the formula's {formula:,} bytes of one worker a node")
         Path(options.found).write_text("\n".join(lines))

@@ -18,8 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from signsgd_core import by_nodes, flat
-from signsgd_core.costs import OURS, SCHEMES
+from signsgd_core.network.costs import OURS, SCHEMES, by_nodes, flat
 
 NONE, WITHIN = "no exchange", 0.15
 RANKS = 8

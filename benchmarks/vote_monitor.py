@@ -30,20 +30,21 @@ def worker(rank: int, workers: int, batch: int, store: str, results: mp.SimpleQu
     )
     optimizer = Signum(model.parameters(), lr=1e-3)
     enable_majority_vote(model, optimizer)
-    exchange = optimizer.exchange
-    assert exchange is not None
+    vote = optimizer.vote
+    assert vote is not None
     seconds: dict[bool, list[float]] = {False: [], True: []}
     processor: dict[bool, list[float]] = {False: [], True: []}
     for _ in range(ROUNDS):
         for counting in (False, True):
-            exchange.statistics = VoteStatistics() if counting else None
+            stop = vote.observe(VoteStatistics()) if counting else lambda: None
             begin, busy = time.perf_counter(), time.process_time()
             for _ in range(STEPS):
                 optimizer.zero_grad()
                 model(torch.randn(batch, 64)).square().mean().backward()
                 optimizer.step()
             if counting:  # what the callback gathers each time it logs
-                exchange.gather_counts(torch.zeros(9, dtype=torch.float64))
+                vote.gather_counts(torch.zeros(9, dtype=torch.float64))
+            stop()
             seconds[counting].append((time.perf_counter() - begin) / STEPS)
             processor[counting].append((time.process_time() - busy) / STEPS)
     if rank == 0:

@@ -22,9 +22,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.network import Network, available
 from benchmarks.wire_worker import NONE, OURS, ROUNDS, SLOW, SLOW_ROUNDS
-from signsgd_core.traffic import majority_vote
-from tests.faults.network import Network, available
+from signsgd_core.network.traffic import majority_vote
 
 ROOT = Path(__file__).parents[1]
 LIMIT = 900
@@ -99,7 +99,7 @@ def work(cell: Cell, module: Sequence[str], title: str, limit: float) -> dict[st
 def table(cell: Cell, found: dict[str, Any]) -> str:
     """Return the lines of one cell; the floor is a step without exchange and the vote's bytes at full rate."""
     rows: Row = found["schemes"]
-    alone, formula = rows[NONE]["seconds"], majority_vote(found["parameters"], cell.workers).worker
+    alone, formula = rows[NONE]["seconds"], majority_vote(found["parameters"], cell.workers)
     floor = alone + 8 * formula / (cell.mbits * 1e6)
     lines = [f"{cell.title()}; round trip {1e3 * found['round_trip']:.2f} ms, floor {1e3 * floor:.0f} ms"]
     lines.append(f"{'':<28}{'ms':>9}{'/alone':>9}{'/floor':>9}{'ours/it':>9}{'MB sent':>10}")

@@ -3,7 +3,7 @@
 import argparse
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from statistics import median
@@ -16,12 +16,11 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from signsgd_core import Zeros
+from benchmarks.network import Network
 from signsgd_lightning import Signum, enable_majority_vote, kernels
-from signsgd_lightning.exchange import Exchange
-from signsgd_lightning.nodes import VoteBetween
-from signsgd_lightning.segments import Segment, lay_out
-from tests.faults.network import Network
+from signsgd_lightning.views import lay_out
+from signsgd_lightning.vote import StepInput
+from signsgd_lightning.vote.options import VoteBetween
 
 NONE, OURS, OVERLAPPED = "no exchange", "majority vote (ours)", "ours, overlap=True"
 WIDTH, LR = 1000, 1e-4
@@ -78,20 +77,21 @@ def power_sgd(model: nn.Module, rank: int) -> TakeStep:
     return averaging(model, powerSGD_hook.powerSGD_hook, state, bucket_cap_mb=1 << 12)
 
 
-class Gathering(Exchange):
+class Gathering:
     """The vote without shards: every worker gets every ballot and counts all."""
 
-    def vote(self, segments: Sequence[Segment], statement: list[str], zeros: Zeros, step: int) -> None:
-        """As `Exchange.vote`."""
-        length, device = lay_out(segments), segments[0].parameter.device
+    def step(self, given: StepInput) -> None:
+        """Take one step by the majority's verdict."""
+        views, _, zeros, step = given
+        length, device = lay_out(views), views[0].parameter.device
         kernel = kernels.for_device(device)
         ballot = torch.zeros(1, -(-length // 64) * 8, dtype=torch.uint8, device=device)
-        kernel.cast(segments, 0, length, zeros, step, dist.get_rank(), ballot)
+        kernel.cast(views, 0, length, zeros, step, dist.get_rank(), ballot)
         ballots = torch.zeros(dist.get_world_size(), *ballot.shape, dtype=torch.uint8)
         dist.all_gather(list(ballots), ballot.cpu())
-        kernel.apply(segments, 0, length, kernel.verdict(ballots.to(device), zeros, step, None))
-        for segment in segments:
-            segment.finish()
+        kernel.apply(views, 0, length, kernel.verdict(ballots.to(device), zeros, step, None))
+        for view in views:
+            view.finish()
 
 
 def voting(
@@ -102,7 +102,7 @@ def voting(
     optimizer = Signum(model.parameters(), lr=LR, zeros="alternate")
     enable_majority_vote(ddp, optimizer, vote_between=vote_between, overlap=overlap)
     if not sharded:
-        optimizer.exchange = Gathering(ddp.process_group, {})
+        optimizer.vote = Gathering()  # type: ignore[assignment]
 
     def take_step(x: Tensor) -> None:
         optimizer.zero_grad()

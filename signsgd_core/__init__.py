@@ -15,19 +15,7 @@ Our words and the papers' symbols (arXiv 1802.04434 and 1810.05291):
 """
 
 from .ballots import BLOCK, Zeros, check_zeros, default_zeros, pack, planes, unpack, zero_bit
-from .costs import Cost, break_even, by_nodes, fastest, flat, vote_work
-from .momentum import (
-    decayed,
-    direction,
-    finite,
-    inherited,
-    predecessors,
-    redistribute,
-    update_momentum,
-    update_parameters,
-    update_verdict_momentum,
-    warmup_steps,
-)
+from .membership import inherited, predecessors, redistribute
 from .reference import Reference
 from .settings import (
     WarmupSteps,
@@ -36,18 +24,23 @@ from .settings import (
     check_share,
     check_size,
     check_warmup_steps,
-    disagreement,
+)
+from .update import (
+    decayed,
+    direction,
+    finite,
+    update_momentum,
+    update_parameters,
+    update_verdict_momentum,
+    warmup_steps,
 )
 from .vote import majority, tally, verdict
 
 __all__ = [
     "BLOCK",
-    "Cost",
     "Reference",
     "WarmupSteps",
     "Zeros",
-    "break_even",
-    "by_nodes",
     "check_betas",
     "check_settings",
     "check_share",
@@ -57,10 +50,7 @@ __all__ = [
     "decayed",
     "default_zeros",
     "direction",
-    "disagreement",
-    "fastest",
     "finite",
-    "flat",
     "inherited",
     "majority",
     "pack",
@@ -73,7 +63,6 @@ __all__ = [
     "update_parameters",
     "update_verdict_momentum",
     "verdict",
-    "vote_work",
     "warmup_steps",
     "zero_bit",
 ]

@@ -12,14 +12,14 @@ import numpy.typing as npt
 
 from .adversaries import Adversary, check_adversaries
 from .ballots import Zeros, default_zeros, zero_bit
-from .momentum import (
+from .settings import WarmupSteps, check_settings, check_warmup_steps
+from .update import (
     direction,
     finite,
     update_momentum,
     update_parameters,
     update_verdict_momentum,
 )
-from .settings import WarmupSteps, check_settings, check_warmup_steps
 
 Array = npt.NDArray[Any]
 

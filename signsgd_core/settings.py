@@ -1,12 +1,11 @@
 """What each setting may be: one check for the reference and every front end."""
 
-from collections.abc import Iterable, Sequence
-from itertools import zip_longest
+from collections.abc import Iterable
 from numbers import Integral
 from typing import Any, Literal
 
 from .ballots import Zeros, check_zeros
-from .momentum import warmup_steps as recommended_warmup_steps
+from .update import warmup_steps as recommended_warmup_steps
 
 WarmupSteps = int | Literal["auto"]
 """How many warmup steps, or "auto" for C(β2)."""
@@ -79,23 +78,6 @@ def check_settings(
     if zeros is not None:
         check_zeros(zeros)
     check_warmup_steps(warmup_steps, beta2)
-
-
-def disagreement(everyone: Sequence[Sequence[str]], worker: str) -> str:
-    """Return in words where workers first differ that should all say the same, line by line.
-
-    Args:
-        everyone: each worker's lines; not all the same.
-        worker: what a worker is called: "rank" or "worker".
-
-    Example:
-        >>> disagreement([["a=1", "b=2"], ["a=1", "b=3"]], "rank")
-        'rank 0 has «b=2» where rank 1 has «b=3»'
-    """
-    other = next(k for k, theirs in enumerate(everyone) if list(theirs) != list(everyone[0]))
-    pairs = zip_longest(everyone[0], everyone[other], fillvalue="nothing")
-    first, second = next((a, b) for a, b in pairs if a != b)
-    return f"{worker} 0 has «{first}» where {worker} {other} has «{second}»"
 
 
 def _is_number(value: object) -> bool:

@@ -2,22 +2,22 @@
 
 import os
 import sys
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if sys.argv[:1] == ["-m"] and __name__ in sys.orig_argv:  # the demo, which would come too late: Python asks us first
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-import keras
-
-from .geometry import GeometryMonitor
+from . import backend
 from .loss_scale import LossScaleOptimizer
+from .monitor.geometry_monitor import GeometryMonitor
 from .optimizer import Signum
 
 if TYPE_CHECKING:
-    from .callbacks import VoteMonitor
-    from .cross_device_ops import MajorityVote
+    from .monitor.verify_replicas import VerifyReplicas
+    from .monitor.vote_monitor import VoteMonitor
     from .strategy import MultiWorkerMajorityVoteStrategy
-    from .verify import ReplicasDifferError, VerifyReplicas
+    from .vote import MajorityVote, ReplicasDifferError
 
 __all__ = [
     "GeometryMonitor",
@@ -30,25 +30,23 @@ __all__ = [
     "VoteMonitor",
 ]
 
-_HOMES = {
-    "MajorityVote": "cross_device_ops",
+_MODULES = {
+    "MajorityVote": "vote",
     "MultiWorkerMajorityVoteStrategy": "strategy",
-    "ReplicasDifferError": "verify",
-    "VerifyReplicas": "verify",
-    "VoteMonitor": "callbacks",
+    "ReplicasDifferError": "vote",
+    "VerifyReplicas": "monitor.verify_replicas",
+    "VoteMonitor": "monitor.vote_monitor",
 }
-"""What needs TensorFlow, and is therefore imported when first asked for."""
+"""Name -> its module, for names that need TensorFlow: they are imported when first asked for."""
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    backend = keras.backend.backend()
-    if backend != "tensorflow":
+    found = backend.current()
+    if not found.can_vote:
         raise ImportError(
-            f"{name} works under tf.distribute and needs Keras' TensorFlow backend, got {backend!r}: set "
+            f"{name} works under tf.distribute and needs Keras' TensorFlow backend, got {found.name!r}: set "
             "KERAS_BACKEND=tensorflow before keras is imported"
         )
-    from importlib import import_module
-
-    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    return getattr(import_module(f".{_MODULES[name]}", __name__), name)

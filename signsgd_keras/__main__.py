@@ -14,7 +14,10 @@ from typing import Any
 
 import keras
 
-from signsgd_core import default_zeros, demo, traffic
+from signsgd_core import default_zeros, demo
+from signsgd_core.network import traffic
+
+from . import backend
 
 LEARNING_RATES = {"Adam": 2e-3, "Signum": 4e-4, "verdict momentum": 2e-3}
 """The best of a small grid on the digits."""
@@ -37,8 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = demo.parser(program, __doc__.splitlines()[0], workers, LEARNING_RATES)
     parser.add_argument("--processes", action="store_true", help="start the workers as processes, on the CPU")
     options = parser.parse_args(arguments)
-    if keras.backend.backend() != "tensorflow":
-        parser.error(f"needs Keras' TensorFlow backend, got {keras.backend.backend()!r}: set KERAS_BACKEND=tensorflow")
+    if not backend.current().can_vote:
+        parser.error(f"needs Keras' TensorFlow backend, got {backend.current().name!r}: set KERAS_BACKEND=tensorflow")
     demo.settle(parser, options, default_workers(options.processes))
     try:  # before the workers start: they find a folder decoded, and what was skipped said
         demo.load(options.data, options.out, tell=PARENT not in os.environ)
@@ -80,10 +83,10 @@ def run(strategy: Any, options: Any) -> None:
         return Signum(cosine(verdict_lr, steps), 0.0, 0.0, gamma, zeros=zeros)
 
     def averaged(parameters: int) -> int:
-        return traffic.ring_all_reduce(parameters, workers, bits=32).worker
+        return traffic.ring_all_reduce(parameters, workers, bits=32)
 
     def voted(parameters: int) -> int:
-        return traffic.majority_vote(parameters, workers, rule).worker
+        return traffic.majority_vote(parameters, workers, rule)
 
     means, votes = (None, None) if options.processes else (averaged, voted)
     results = [

@@ -1,6 +1,5 @@
 """What the demo trains, and what it notes on the way."""
 
-import hashlib
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -9,15 +8,16 @@ from typing import Any
 
 import keras
 import numpy as np
-import numpy.typing as npt
 import tensorflow as tf
 from keras import layers, ops
 
-from signsgd_core import demo, traffic
+from signsgd_core import demo
 from signsgd_core.adversaries import Adversary
+from signsgd_core.network import traffic
 
-from .adversaries import lie
-from .own import own_number
+from .replicas import Replicas
+from .vote.adversaries import lie
+from .vote.verification import digests
 
 BATCH_SIZE = 32
 EVALUATIONS = 8
@@ -79,7 +79,7 @@ class Adam(keras.optimizers.Adam):  # type: ignore[misc]
 
     def apply(self, grads: Any, trainable_variables: Any = None) -> None:
         """Take one step with the mean of what all replicas hand on."""
-        adversary = self._adversary(own_number(self._distribution_strategy)[0])
+        adversary = self._adversary(Replicas(tf.distribute.get_strategy()).current()[0])
         super().apply(grads if adversary is None else lie(adversary, grads), trainable_variables)
 
 
@@ -125,12 +125,9 @@ class Recorder(keras.callbacks.Callback):  # type: ignore[misc]
 
     def result(self, method: str) -> demo.Result:
         """Return what all workers saw; all of them must call it."""
-        strategy = self.model.distribute_strategy
-        local = [np.array([self.sent, *digest], np.int64) for digest in _digests(self.model, strategy)]
-        values = strategy.experimental_distribute_values_from_function(
-            lambda context: tf.constant(local[context.replica_id_in_sync_group % len(local)][None])
-        )
-        everyone = strategy.gather(values, axis=0).numpy()
+        replicas = Replicas(self.model.distribute_strategy)
+        local = digests(replicas, self.model.trainable_variables).view(np.int64)
+        everyone = replicas.gather([np.array([self.sent, *digest]) for digest in local])
         sent = float(everyone[:, 0].mean()) / len(self.seconds)
         identical = len(np.unique(everyone[:, 1:], axis=0)) == 1
         return demo.Result(method, self.curve[-1][1], sent or None, median(self.seconds), identical, self.curve)
@@ -184,14 +181,3 @@ def train(
 def is_first(strategy: Any) -> bool:
     """Tell whether this process is the one that prints."""
     return strategy.cluster_resolver is None or strategy.cluster_resolver.task_id in (None, 0)
-
-
-def _digests(model: Any, strategy: Any) -> list[npt.NDArray[np.int64]]:
-    """Return a digest of the parameters of every replica of this process, int64 of shape (4,)."""
-    digests = []
-    for replica in range(len(strategy.extended.worker_devices)):
-        digest = hashlib.sha256()
-        for variable in model.trainable_variables:
-            digest.update(strategy.experimental_local_results(variable.value)[replica].numpy().tobytes())
-        digests.append(np.frombuffer(digest.digest(), np.int64))
-    return digests

@@ -1,4 +1,4 @@
-"""LossScaleOptimizer: under float16 every replica scales its own loss, and none waits for another."""
+"""LossScaleOptimizer: under float16 every replica scales its loss by itself, and none waits for another."""
 
 from typing import Any
 
@@ -6,14 +6,12 @@ import keras
 import numpy as np
 from keras import ops
 
-from . import internals, origin, state
+from . import _compat, backend, state
+from .checkpoints import origin
 from .optimizer import Signum
 
 Tensor = Any
 Variable = Any
-
-_OWN = ("step_counter", "dynamic_scale")
-"""What each replica has its own."""
 
 _NO_SCALE = (
     "the saved optimizer had no LossScaleOptimizer around it: load its state into what is within this one; nothing was "
@@ -23,9 +21,9 @@ _NO_SCALE = (
 
 @keras.saving.register_keras_serializable(package="signsgd")
 class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):  # type: ignore[misc]
-    """Dynamic loss scale for `Signum`: each replica has its own, and no step is skipped.
+    """Scale the loss of a `Signum` dynamically: each replica has its own scale, and no step is skipped.
 
-    Keras' own `LossScaleOptimizer` takes gradients to be the same on all replicas and drops the step of all where the
+    Keras' own ``LossScaleOptimizer`` takes gradients to be the same on all replicas and drops the step of all where the
     first replica's overflow. Gradients that are voted on differ: here an overflow halves the scale of the replica that
     had it, whose entries that are not finite count as 0 in its vote, and everybody takes the step. After
     `dynamic_growth_steps` steps in a row without an overflow a replica's scale is doubled. Gradients are divided by the
@@ -85,15 +83,18 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):  # type: ignore[m
         layout: Any = None,
         name: str | None = None,
     ) -> Variable:
-        """Add a variable of which each replica has its own; the arguments are Keras' own."""
+        """Add a variable, private to each replica where the table of the state says so; arguments as in Keras."""
+        entry = state.named(name, state.LOSS_SCALE)
+        if entry is None:
+            return super().add_variable(shape, initializer, dtype, aggregation, layout, name)
         with keras.name_scope(self.name, caller=self):
-            variable = state.own(
-                self.inner_optimizer.replicas,
-                np.resize,  # a mean would be no power of two
+            variable = state.create(
+                backend.current(),
+                self.inner_optimizer.workers,
+                entry,
                 initializer=keras.initializers.get(initializer),
                 shape=shape,
                 dtype=dtype,
-                trainable=False,
                 layout=layout,
                 name=name,
             )
@@ -126,8 +127,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):  # type: ignore[m
     def _checkpoint_adapter(self, path: str) -> Any:
         """Make sure, before `tf.train.Checkpoint` restores anything, that it is the state of such a pair."""
         origin.check_checkpoint(self.inner_optimizer, path)
-        saved = [kind for names in internals.saved_variables(path) for kind in map(origin.kind, names)]
-        if saved and "dynamic_scale" not in saved:
+        if not origin.has_loss_scale(path):
             raise ValueError(_NO_SCALE)
         return super()._checkpoint_adapter(path)
 
@@ -142,8 +142,8 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):  # type: ignore[m
 
     def save_own_variables(self, store: Any) -> None:
         """Write the scale and its counter, as rows of all replicas; the inner optimizer writes its own state."""
-        for name in _OWN:
-            store[name] = state.read(getattr(self, name))
+        for entry in state.LOSS_SCALE:
+            store[entry.name] = backend.current().read(getattr(self, entry.name))
 
     def load_own_variables(self, store: Any) -> None:
         """Read them, also of another number of replicas, or from a file of Keras' own `LossScaleOptimizer`.
@@ -152,17 +152,18 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):  # type: ignore[m
             ValueError: if the file is another optimizer's, or has another's within.
         """
         for child in ("", "inner_optimizer"):
-            origin.check_name(self.inner_optimizer, internals.saved_name(store, child))
-        if set(store.keys()) == set(_OWN):
-            saved = dict(zip(_OWN, _OWN, strict=True))
+            origin.check_name(self.inner_optimizer, _compat.saved_name(store, child))
+        names = [entry.name for entry in state.LOSS_SCALE]
+        if set(store.keys()) == set(names):
+            saved = dict(zip(names, names, strict=True))
         elif len(store.keys()) == len(self.variables):
             places = [id(variable) for variable in self._variables]
-            saved = {name: str(places.index(id(getattr(self, name)))) for name in _OWN}
+            saved = {name: str(places.index(id(getattr(self, name)))) for name in names}
             if any(np.ndim(store[key]) for key in saved.values()):
                 raise ValueError(_NO_SCALE)
         else:
             super().load_own_variables(store)  # says what is wrong
             return
-        for name, key in saved.items():
-            rows = np.resize(np.asarray(store[key]), self.inner_optimizer.replicas)
-            state.write(getattr(self, name), rows)
+        for entry in state.LOSS_SCALE:
+            rows = np.atleast_1d(np.asarray(store[saved[entry.name]]))
+            backend.current().inherit(getattr(self, entry.name), rows, entry.inherit)

@@ -8,15 +8,37 @@ from keras import ops
 import signsgd_core as core
 from signsgd_core import WarmupSteps, Zeros
 
-from . import blocks, origin, state
+from . import backend, state
+from .checkpoints import origin, saving
+from .state import Slot
+from .step import Accumulation, StepInput
+from .update import Update
+from .variables import check_real, check_shapes
 
 Tensor = Any
 Variable = Any
 
+AGREED = (
+    "beta_1",
+    "beta_2",
+    "verdict_momentum",
+    "zero_rule",
+    "warmup_steps",
+    "weight_decay",
+    "clipnorm",
+    "clipvalue",
+    "global_clipnorm",
+    "gradient_accumulation_steps",
+    "use_ema",
+    "ema_momentum",
+    "ema_overwrite_frequency",
+)
+"""The settings that all workers must have in common, in the order of error messages."""
+
 
 @keras.saving.register_keras_serializable(package="signsgd")
 class Signum(keras.optimizers.Optimizer):  # type: ignore[misc]
-    """Sign momentum: signSGD, Signum, Lion, and voted signSGD with verdict momentum, by their settings.
+    """Train by sign momentum: signSGD, Signum, Lion, or voted signSGD with verdict momentum, by its settings.
 
     ```
     c_i = β1·m_i + (1−β1)·g_i        m_i ← β2·m_i + (1−β2)·g_i        V = majority_i(sign c_i)
@@ -119,9 +141,14 @@ class Signum(keras.optimizers.Optimizer):  # type: ignore[misc]
         )
         self.beta_1, self.beta_2, self.verdict_momentum = float(beta_1), float(beta_2), float(verdict_momentum)
         self.zeros, self.warmup_steps, self._warmup = zeros, warmup_steps, warmup
-        self.statistics: Any = None
-        strategy = getattr(self, "_distribution_strategy", None)  # the TensorFlow backend's
-        self.replicas: int = 1 if strategy is None else strategy.num_replicas_in_sync
+        self._backend = backend.current()
+        self.workers: Any = self._backend.workers(self)
+        self.vote: Any = None  # among several replicas a `signsgd_keras.vote.Vote`, once this is built
+
+    @property
+    def replicas(self) -> int:
+        """How many replicas there are, on all workers."""
+        return int(self.workers.count)
 
     @property
     def zero_rule(self) -> Zeros:
@@ -136,47 +163,51 @@ class Signum(keras.optimizers.Optimizer):  # type: ignore[misc]
         """
         if self.built:
             return
-        blocks.check_real(variables)
-        if keras.backend.backend() == "tensorflow":
-            self.voter.check_scope()
-        else:
-            blocks.warn_of_means(self.name)
+        check_real(variables)
+        self.workers.check_build(self.name)
         if self.replicas > 1:
-            self.voter.agree(variables)
+            from .vote import vote_among  # needs TensorFlow, which alone has replicas
+
+            self.vote = vote_among(self.workers)
+            slots = [Slot(v, {}, self._decay(v)) for v in variables]
+            self.vote.agree(slots, self._settings(), self.weight_decay)
         super().build(variables)
-        self._momentums = self._verdict_momentums = None
-        if self.beta_1 > 0:  # else c = g: a momentum would never be read
-            self._momentums = self.add_optimizer_variables(variables, "momentum")
-        if self.verdict_momentum > 0:
-            self._verdict_momentums = self.add_optimizer_variables(variables, "verdict_momentum")
+        for entry in state.MOMENTA:
+            needed = entry.needed(self)
+            setattr(self, entry.attribute, self.add_optimizer_variables(variables, entry.name) if needed else None)
 
     def add_variable_from_reference(
         self, reference_variable: Variable, name: str | None = None, initializer: Any = "zeros"
     ) -> Variable:
-        """Add an optimizer variable of a model variable's shape; momenta are float32, what a replica has alone its own.
+        """Add an optimizer variable of a model variable's shape, of the kind that the table of the state says.
 
         Args:
             reference_variable: the model variable.
-            name: what it is, e.g. "momentum".
+            name: of the entry, e.g. "momentum".
             initializer: of its value.
         """
-        if name not in state.NAMES:
+        entry = state.named(name)
+        if entry is None:
             return super().add_variable_from_reference(reference_variable, name, initializer)
         with keras.name_scope(self.name, caller=self):  # by caller: build() is in it already
-            variable = state.create(self, reference_variable, name, initializer)
+            variable = state.create_like(self._backend, self.workers, entry, reference_variable, initializer)
         self._track_variable(variable)
         return variable
 
     def state_of(self, variable: Variable) -> tuple[Variable | None, Variable | None]:
         """Return the momentum and the verdict momentum of a variable, each None where the settings need none."""
+        slot = self.slot(variable)
+        return slot.momentum, slot.verdict_momentum
+
+    def slot(self, variable: Variable) -> Slot:
+        """Return a variable with its state, as a step needs it."""
         i = self._get_variable_index(variable)
-        return (
-            None if self._momentums is None else self._momentums[i],
-            None if self._verdict_momentums is None else self._verdict_momentums[i],
-        )
+        lists = {entry.name: getattr(self, entry.attribute) for entry in state.MOMENTA}
+        found = {name: variables[i] for name, variables in lists.items() if variables is not None}
+        return Slot(variable, found, self._decay(variable))
 
     def update_step(self, gradient: Tensor, variable: Variable, learning_rate: Tensor) -> None:
-        """Take one step of one variable alone: steps 1-8 with a verdict that is the worker's own ballot.
+        """Take one step of one variable without a vote: steps 1-8 with the worker's ballot for a verdict.
 
         Args:
             gradient: of the variable's shape.
@@ -191,60 +222,11 @@ class Signum(keras.optimizers.Optimizer):  # type: ignore[misc]
                 f"update_step() is the step of one worker alone, and {self.name!r} votes among {self.replicas} "
                 "replicas: call apply() of it, also from an optimizer around it"
             )
-        bit = core.zero_bit(self.zero_rule, ops.cast(self.iterations, "int32"))
-        for x, g, m, u in blocks.split(variable, blocks.dense(gradient, variable), *self.state_of(variable)):
-            c = self.direction(g, m)
-            verdict = ops.sign(c)
-            if bit is not None:
-                verdict = ops.where(ops.equal(c, 0), 1 - 2 * ops.cast(bit, c.dtype), verdict)
-            self.move(x, verdict, u, learning_rate, self.decay(variable))
-
-    def direction(self, gradient: Tensor, momentum: Variable | None) -> Tensor:
-        """Take a gradient into the momentum and return what to vote with, float32: steps 1-3.
-
-        Args:
-            gradient: `g`, dense.
-            momentum: `m`, float32 of the same shape; None where β1 = 0.
-        """
-        g = blocks.finite(ops.cast(gradient, "float32"))
-        if momentum is None:
-            return g
-        c = core.direction(momentum, g, self.beta_1)
-        m = c if self.beta_1 == self.beta_2 else core.update_momentum(momentum, g, self.beta_2)
-        blocks.write(momentum, m)
-        if self._warmup == 0:
-            return c
-        return ops.cond(ops.less(self.iterations, self._warmup), lambda: g, lambda: c)
-
-    def move(self, x: Variable, verdict: Tensor, average: Variable | None, learning_rate: Tensor, decay: float) -> None:
-        """Move a variable by the verdict: steps 7 and 8.
-
-        Args:
-            x: the variable, or a block of it.
-            verdict: `V`, float32 of its shape.
-            average: `u`, float32 of its shape; None where γ = 0.
-            learning_rate: `lr`.
-            decay: λ.
-        """
-        u = verdict
-        if average is not None:
-            u = core.update_verdict_momentum(average, verdict, self.verdict_momentum)
-            blocks.write(average, u)
-        half = keras.backend.standardize_dtype(x.dtype) in ("float16", "bfloat16")
-        exact = "float32" if half else x.dtype  # half types round once, at the end
-        lr = ops.cast(learning_rate, exact)
-        if half:
-            moved = core.update_parameters(ops.cast(x, exact), u, lr, decay)
-            blocks.write(x, ops.cast(moved, x.dtype))
-        else:
-            blocks.descend(x, core.decayed(x, ops.cast(u, exact), decay), lr)
-
-    def decay(self, variable: Variable) -> float:
-        """Return λ of a variable, 0 where it is excluded from weight decay."""
-        return self.weight_decay if self.weight_decay and self._use_weight_decay(variable) else 0.0
+        slot, dense = self.slot(variable), self._backend.dense(gradient, variable)
+        self._update().alone(dense, slot, self.zero_rule, self.iterations, learning_rate)
 
     def get_config(self) -> dict[str, Any]:
-        """Return what makes the same optimizer, without its state."""
+        """Return the settings, which make the same optimizer without its state."""
         return {
             **super().get_config(),
             "beta_1": self.beta_1,
@@ -255,45 +237,77 @@ class Signum(keras.optimizers.Optimizer):  # type: ignore[misc]
         }
 
     def save_own_variables(self, store: Any) -> None:
-        """Write the state; what each replica has its own, as rows of all replicas."""
-        state.save(self, store)
+        """Write the state; of private variables the rows of all replicas."""
+        saving.save(self, store)
 
     def load_own_variables(self, store: Any) -> None:
         """Read the state, also of another number of replicas, by the rule of `signsgd_core.redistribute`."""
-        state.load(self, store)
+        saving.load(self, store)
 
     def set_weights(self, weights: list[Any]) -> None:
-        """Set the state; of what each replica has its own from rows of all replicas, or from one for all.
+        """Set the state; private variables from rows of all replicas, or from one value for all.
 
         Args:
             weights: of all variables, in their order.
         """
         if not self.built:
             super().set_weights(weights)  # says what is wrong
-        state.set_weights(self, [ops.convert_to_numpy(weight) for weight in weights])
+        saving.set_weights(self, [ops.convert_to_numpy(weight) for weight in weights])
 
     def _checkpoint_adapter(self, path: str) -> Any:
         """Make sure, before `tf.train.Checkpoint` restores anything, that it is a Signum's state."""
         origin.check_checkpoint(self, path)
         return super()._checkpoint_adapter(path)
 
-    @property
-    def voter(self) -> Any:
-        """This optimizer among several replicas; only the TensorFlow backend has them."""
-        from .replicas import Voter
-
-        return Voter(self)
-
     def _backend_apply_gradients(self, grads: list[Tensor], trainable_variables: list[Variable]) -> None:
-        blocks.check_shapes(grads, trainable_variables)
-        if keras.backend.backend() == "tensorflow":
-            self.voter.check_scope()
-        if self.replicas == 1:
+        """Take a step with this replica's gradients: alone as Keras does, among several by a vote."""
+        check_shapes(grads, trainable_variables)
+        self.workers.check_step()
+        if self.vote is None:
             super()._backend_apply_gradients(grads, trainable_variables)
-        else:
-            self.voter.apply(
-                [blocks.dense(g, v) for g, v in zip(grads, trainable_variables, strict=True)], trainable_variables
-            )
+            return
+        dense = [self._backend.dense(g, v) for g, v in zip(grads, trainable_variables, strict=True)]
+        self.vote.meet(dense, [self._get_variable_index(v) for v in trainable_variables], self._step_together)
 
     def _apply_weight_decay(self, variables: list[Variable]) -> None:
         """Do nothing: step 8 decays."""
+
+    def _step_together(self, gradients: Any, numbers: list[int]) -> None:
+        """Do for all replicas, in cross-replica context, what Keras' `_backend_apply_gradients` does for one."""
+        steps, accumulation = self.gradient_accumulation_steps, None
+        if steps:
+            is_last = ops.equal((self._iterations + 1) % steps, 0)
+            accumulation = Accumulation(steps, is_last, self._accumulated_gradients, numbers)
+        self.vote.step(
+            StepInput(
+                gradients=gradients,
+                slots=[self.slot(self._trainable_variables[k]) for k in numbers],
+                update=self._update(),
+                clip=self._clip_gradients,
+                zeros=self.zero_rule,
+                step=self.iterations,
+                learning_rate=ops.convert_to_tensor(self.learning_rate),
+                weight_decay=self.weight_decay,
+                settings=self._settings(),
+                ballot_bytes=sum(self.slot(v).ballot_bytes for v in self._trainable_variables),
+                accumulation=accumulation,
+            )
+        )
+        if self.use_ema:
+            self._update_model_variables_moving_average(self._trainable_variables)
+            if self.ema_overwrite_frequency:
+                ops.cond(
+                    ops.equal((self.iterations + 1) % self.ema_overwrite_frequency, 0),
+                    lambda: self._overwrite_model_variables_with_average_value(self._trainable_variables),
+                    lambda: None,
+                )
+
+    def _update(self) -> Update:
+        return Update(self.beta_1, self.beta_2, self.verdict_momentum, self._warmup, self._backend)
+
+    def _decay(self, variable: Variable) -> float:
+        """Return λ of a variable, 0 where it is excluded from weight decay."""
+        return self.weight_decay if self.weight_decay and self._use_weight_decay(variable) else 0.0
+
+    def _settings(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in AGREED}

@@ -1,8 +1,12 @@
-"""The optimizer's state: what is the same on all replicas, and what each has its own; in memory and in a file."""
+"""The optimizers' state as one table: what there is, of which dtype, and whose it is.
 
-import warnings
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+Building, saving, the check of a file's origin, verification and the rule for another number of replicas read the table;
+none of them names an entry of its own.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
@@ -10,173 +14,170 @@ import numpy.typing as npt
 
 import signsgd_core as core
 
-from . import blocks, internals, origin
-
-if TYPE_CHECKING:
-    from .optimizer import Signum
+from .backend import Backend
+from .variables import path
 
 Variable = Any
 Array = npt.NDArray[Any]
 
-NAMES = ("momentum", "gradient_accumulator", "verdict_momentum")
-"""Of what there is of each model variable; the last is the same on all replicas."""
 
+@dataclass(frozen=True)
+class Entry:
+    """One kind of variable that an optimizer keeps.
 
-def create(optimizer: "Signum", reference: Variable, name: str, initializer: Any) -> Variable:
-    """Return a new variable of the optimizer, of a model variable's shape; momenta are float32 whatever its dtype.
-
-    Args:
-        optimizer: under construction.
-        reference: the model variable.
-        name: one of `NAMES`.
-        initializer: of its value.
-    """
-    options = {
-        "initializer": initializer,
-        "shape": reference.shape,
-        "dtype": reference.dtype if name == "gradient_accumulator" else "float32",
-        "trainable": False,
-        "name": f"{blocks.path(reference).replace('/', '_').replace(':', '_')}_{name}",
-        "layout": getattr(reference, "_layout", None),
-    }
-    return keras.Variable(**options) if name == "verdict_momentum" else own(optimizer.replicas, **options)
-
-
-def own(replicas: int, inherit: Any = core.redistribute, **options: Any) -> Variable:
-    """Return a new variable of which each replica has its own.
-
-    Args:
-        replicas: how many there are.
+    Attributes:
+        name: the end of the variables' paths.
+        private: whether each replica has its own; else it is the same on all.
+        dtype: what it is kept in; None is the dtype of the model variable that it belongs to, or what Keras asks for.
         inherit: rows of the old replicas, number of the new ones -> their rows.
+        bound: no value is larger than this in magnitude, which tells a foreign array.
+    """
+
+    name: str
+    private: bool = False
+    dtype: str | None = None
+    inherit: Callable[[Array, int], Array] = core.redistribute
+    bound: float = float("inf")
+
+
+@dataclass(frozen=True)
+class Momentum(Entry):
+    """An entry of each model variable that `Signum` makes itself, zeros at first.
+
+    Attributes:
+        attribute: of the optimizer, under which `tf.train.Checkpoint` keeps the list of them.
+        needed: optimizer -> whether its settings need it.
+    """
+
+    attribute: str = ""
+    needed: Callable[[Any], bool] = bool
+
+
+ITERATION, LEARNING_RATE, AVERAGE = Entry("iteration"), Entry("learning_rate"), Entry("average")
+"""Of Keras; `average` is the moving average of a model variable."""
+
+GRADIENT_ACCUMULATOR = Entry("gradient_accumulator", private=True)
+"""The sum of each replica's gradients since its last vote."""
+
+MOMENTUM = Momentum(
+    "momentum",
+    private=True,
+    dtype="float32",
+    attribute="_momentums",
+    needed=lambda signum: bool(signum.beta_1 > 0),  # else c = g, and it would never be read
+)
+"""`m`, each replica's own."""
+
+VERDICT_MOMENTUM = Momentum(
+    "verdict_momentum",
+    dtype="float32",
+    bound=1.0,
+    attribute="_verdict_momentums",
+    needed=lambda signum: bool(signum.verdict_momentum > 0),
+)
+"""`u`, the same on all."""
+
+MOMENTA = (MOMENTUM, VERDICT_MOMENTUM)
+SIGNUM = (ITERATION, LEARNING_RATE, AVERAGE, GRADIENT_ACCUMULATOR, *MOMENTA)
+"""All that a `Signum` may keep."""
+
+LOSS_SCALE = (
+    Entry("step_counter", private=True, inherit=np.resize),
+    Entry("dynamic_scale", private=True, inherit=np.resize),  # a mean would be no power of two
+)
+"""All that a `LossScaleOptimizer` keeps of its own: each replica's scale, and steps since it changed."""
+
+
+class Slot(NamedTuple):
+    """A model variable with the state that a step of it needs.
+
+    Attributes:
+        variable: `x`.
+        state: entry's name -> variable, of those `MOMENTA` that the settings need.
+        weight_decay: λ, 0 where the variable is excluded from it.
+    """
+
+    variable: Variable
+    state: Mapping[str, Variable]
+    weight_decay: float
+
+    @property
+    def momentum(self) -> Variable | None:
+        """`m`, None where the settings need none."""
+        return self.state.get(MOMENTUM.name)
+
+    @property
+    def verdict_momentum(self) -> Variable | None:
+        """`u`, None where the settings need none."""
+        return self.state.get(VERDICT_MOMENTUM.name)
+
+    @property
+    def shared(self) -> list[Variable]:
+        """What must be the same on all replicas: the variable, and of its state what is not private."""
+        return [self.variable, *(self.state[e.name] for e in MOMENTA if e.name in self.state and not e.private)]
+
+    @property
+    def size(self) -> int:
+        """The number of its coordinates."""
+        return int(np.prod(self.variable.shape))
+
+    @property
+    def ballot_bytes(self) -> int:
+        """The bytes that it takes of each plane of a ballot."""
+        return -(-self.size // 8)
+
+
+def named(name: str | None, entries: Sequence[Entry] = SIGNUM) -> Entry | None:
+    """Return the entry of a name, None where the table has none."""
+    return next((entry for entry in entries if entry.name == name), None)
+
+
+def find(path: str) -> Entry | None:
+    """Return the entry of a `Signum`'s variable, from its path; None where the table has none.
+
+    Example:
+        >>> [entry and entry.name for entry in map(find, ("signum/kernel_verdict_momentum", "nadam/u_product"))]
+        ['verdict_momentum', None]
+    """
+    last = path.rsplit("/", 1)[-1]
+    found = [entry for entry in SIGNUM if f"_{last}".endswith(f"_{entry.name}")]
+    return max(found, key=lambda entry: len(entry.name), default=None)
+
+
+def create(backend: Backend, workers: Any, entry: Entry, **options: Any) -> Variable:
+    """Return a new variable of an entry.
+
+    Args:
+        backend: of Keras.
+        workers: among whom it is private, where it is.
+        entry: of the table.
         **options: of `keras.Variable`.
     """
-    if keras.backend.backend() != "tensorflow":
-        return keras.Variable(**options)
-    from .own import Own
-
-    if replicas > 1:
-        options |= {"aggregation": "only_first_replica", "synchronization": "on_read"}
-    return Own(inherit, **options)
+    options |= {"trainable": False}
+    if entry.private:
+        return backend.private_variable(workers, entry.inherit, **options)
+    return keras.Variable(**options)
 
 
-def save(optimizer: "Signum", store: Any) -> None:
-    """Write the state; on several workers all of them must call it, since each has rows of its own.
-
-    Args:
-        optimizer: built.
-        store: where Keras wants it, number of the variable -> array.
-    """
-    for i, variable in enumerate(optimizer.variables):
-        store[str(i)] = read(variable)
-    store[origin.MARK] = origin.mark(optimizer)
-
-
-def load(optimizer: "Signum", store: Any) -> None:
-    """Read the state, also of another number of replicas, by the rule of `signsgd_core.redistribute`.
+def create_like(
+    backend: Backend, workers: Any, entry: Entry, reference: Variable, initializer: Any = "zeros"
+) -> Variable:
+    """Return a new variable of an entry, of a model variable's shape.
 
     Args:
-        optimizer: that has as many variables as were saved; else nothing is loaded, as Keras has it.
-        store: what `save` wrote, or an earlier version, which left no mark.
-
-    Raises:
-        ValueError: if it is another optimizer's state, a Signum's of other settings, or of a variable with another
-            shape; then nothing was loaded.
+        backend: of Keras.
+        workers: among whom it is private, where it is.
+        entry: of the table.
+        reference: the model variable.
+        initializer: of its value.
     """
-    try:
-        told = origin.check_store(optimizer, store)
-    except ValueError as error:
-        if _holds(optimizer, store):
-            raise ValueError(
-                f"{error}. But Keras' LossScaleOptimizer copies before it asks: make a new optimizer"
-            ) from error
-        raise
-    saved = len(store.keys()) - (origin.MARK in store.keys())  # noqa: SIM118  Keras' stores are no dicts
-    if saved != len(optimizer.variables):
-        why = (
-            "the saved one was built for other variables, or only one of the two has a LossScaleOptimizer around it"
-            if optimizer.built
-            else "it is not built yet: call optimizer.build(model.trainable_variables) before you load"
-        )
-        warnings.warn(
-            f"Skipping variable loading for optimizer '{optimizer.name}', because it has {len(optimizer.variables)} "
-            f"variables whereas the saved optimizer has {saved} variables: {why}",
-            stacklevel=3,
-        )
-        return
-    take(optimizer, [np.asarray(store[str(i)]) for i in range(saved)])
-    if not told:
-        origin.doubt(optimizer, internals.saved_name(store))
-
-
-def take(optimizer: "Signum", values: Sequence[Array]) -> None:
-    """Go on from the values of all variables, in their order.
-
-    Args:
-        optimizer: built.
-        values: of what each replica has its own also rows of any number of replicas.
-
-    Raises:
-        ValueError: if one does not fit; then nothing was changed.
-    """
-    origin.check_values(optimizer, values)
-    variables = optimizer.variables
-    rows = [_rows(i, variable, value) for i, (variable, value) in enumerate(zip(variables, values, strict=True))]
-    for variable, row in zip(variables, rows, strict=True):
-        write(variable, row)
-
-
-def set_weights(optimizer: "Signum", weights: Sequence[Array]) -> None:
-    """Set all variables, and warn where momenta of other replicas may be missing.
-
-    Args:
-        optimizer: built.
-        weights: of all variables, in their order; of what each replica has its own also rows of all.
-
-    Raises:
-        ValueError: if there are not as many as variables, or one does not fit; then nothing was changed.
-    """
-    if len(weights) != len(optimizer.variables):
-        raise ValueError(f"{optimizer.name!r} has {len(optimizer.variables)} variables, got {len(weights)} weights")
-    alone = [v.path for v, w in zip(optimizer.variables, weights, strict=True) if _is_private(v) and w.shape == v.shape]
-    take(optimizer, weights)
-    if alone:
-        warnings.warn(
-            f"set_weights() gives all replicas the one value that it got for {alone[0]}: if numpy() read it where "
-            "there were several, it is replica 0's, and the momenta of the others are lost. Files that end in .keras "
-            "or .weights.h5, and tf.train.Checkpoint, keep them",
-            stacklevel=3,
-        )
-
-
-def read(variable: Variable) -> Array:
-    """Return a variable's value, or the rows of all replicas where each has its own; all workers must call it."""
-    return variable.rows() if _is_private(variable) else variable.numpy()  # type: ignore[no-any-return]
-
-
-def write(variable: Variable, rows: Array) -> None:
-    """Set a variable to the first row, or where each replica has its own, each to the replica's row."""
-    if hasattr(variable, "take"):
-        variable.take(rows)
-    else:
-        variable.assign(core.redistribute(rows, 1)[0])
-
-
-def _rows(i: int, variable: Variable, saved: Array) -> Array:
-    """Return what was saved of a variable as rows of the replicas that saved it, one where it is the same on all."""
-    rows = saved if saved.ndim > len(variable.shape) else saved[None]
-    if rows.shape[1:] != tuple(variable.shape):
-        raise ValueError(
-            f"optimizer variable {i}, {variable.path}, has shape {tuple(variable.shape)} and the saved one "
-            f"{saved.shape}: build the model that was saved; nothing was loaded into the optimizer"
-        )
-    return rows
-
-
-def _holds(optimizer: "Signum", store: Any) -> bool:
-    """Tell whether an optimizer around this one has set the variables to what is stored, which Keras' own does."""
-    own = {str(i): variable.numpy() for i, variable in enumerate(optimizer.variables)}
-    return own.keys() == set(store.keys()) and all(np.array_equal(value, store[key]) for key, value in own.items())
-
-
-def _is_private(variable: Variable) -> bool:
-    return bool(variable.synchronization == "on_read")
+    return create(
+        backend,
+        workers,
+        entry,
+        initializer=initializer,
+        shape=reference.shape,
+        dtype=entry.dtype or reference.dtype,
+        name=f"{path(reference).replace('/', '_').replace(':', '_')}_{entry.name}",
+        layout=getattr(reference, "_layout", None),
+    )

@@ -8,11 +8,11 @@ import tensorflow as tf
 
 from signsgd_core.adversaries import Adversary, check_adversaries
 
-from .internals import CollectiveAllReduceExtended
+from ._compat import CollectiveAllReduceExtended
 
 
 class MultiWorkerMajorityVoteStrategy(tf.distribute.MultiWorkerMirroredStrategy):  # type: ignore[misc]
-    """Synchronous training on several machines in which `Signum` sends one bit per parameter each way.
+    """Train synchronously on several machines; `Signum` sends one bit per parameter each way.
 
     Ballots travel by TensorFlow's all-to-all, verdicts by its all-gather: ``2·(M−1)/M·d`` bits for each of `M` workers.
     Keras' own optimizers average gradients in full precision, as ever. `fit`, `evaluate` and `predict` work, which
@@ -27,8 +27,8 @@ class MultiWorkerMajorityVoteStrategy(tf.distribute.MultiWorkerMirroredStrategy)
             where left out.
         communication_options: a `tf.distribute.experimental.CommunicationOptions`. Its ``timeout_seconds`` bounds how
             long a worker waits in one exchange.
-        adversaries: replica, counted over all workers -> what it makes of its gradients before it votes, as
-            `MajorityVote` has it.
+        adversaries: replica, counted over all workers -> what it makes of its gradients before it votes, as in
+            `MajorityVote`.
 
     Raises:
         ValueError: if there is no such replica.

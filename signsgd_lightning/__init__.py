@@ -1,26 +1,50 @@
-"""signSGD with majority vote for PyTorch and Lightning; importing it registers ``strategy="majority_vote"``."""
+"""signSGD with majority vote for PyTorch and Lightning; importing it lets Lightning know ``strategy="majority_vote"``.
 
-from .callbacks import VoteMonitor
-from .checkpoint import gather_state, scatter_state
-from .ddp import enable_majority_vote
-from .exchange import Exchange
-from .geometry import GeometryMonitor
+Lightning itself is imported when a strategy or a callback is asked for.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from .checkpoint.gathered import gather_state, scatter_state
+from .enable import enable_majority_vote
 from .optimizer import Signum
-from .peers import PeerLostError
-from .statistics import VoteStatistics
-from .strategy import MajorityVoteStrategy
-from .verify import RanksDifferError
+from .registration import register_when_imported
+from .vote import PeerLostError, RanksDifferError
+
+if TYPE_CHECKING:
+    from .monitor.geometry_monitor import GeometryMonitor
+    from .monitor.vote_monitor import VoteMonitor
+    from .strategy import MajorityVoteStrategy
 
 __all__ = [
-    "Exchange",
     "GeometryMonitor",
     "MajorityVoteStrategy",
     "PeerLostError",
     "RanksDifferError",
     "Signum",
     "VoteMonitor",
-    "VoteStatistics",
     "enable_majority_vote",
     "gather_state",
     "scatter_state",
 ]
+
+_HOMES = {
+    "GeometryMonitor": "monitor.geometry_monitor",
+    "MajorityVoteStrategy": "strategy",
+    "VoteMonitor": "monitor.vote_monitor",
+}
+"""What needs Lightning."""
+
+register_when_imported()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "lightning":
+            raise
+        raise ImportError(f"{name} needs Lightning: pip install 'signsgd[lightning]'") from error

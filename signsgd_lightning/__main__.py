@@ -20,8 +20,9 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader, DistributedSampler, Subset, TensorDataset
 
-from signsgd_core import demo, traffic
+from signsgd_core import demo
 from signsgd_core.adversaries import Adversary
+from signsgd_core.network import traffic
 
 from . import MajorityVoteStrategy, Signum
 

@@ -3,9 +3,9 @@
 python -m signsgd_lightning.breakeven --bandwidth 1G --latency 0.1 --workers 8 --parameters 25e6 --step-ms 150
 
 The work of every exchange is measured here, on tensors of that size; the network is what the options say, and the step
-is measured unless given. `signsgd_core.costs` is the model. Of the other schemes' work only what they cannot do without
-is measured, so it errs in their favour; it says nothing about what each does to accuracy. Every worker is taken to have
-a machine like this one to itself, and PowerSGD to see layers 1,000 wide.
+is measured unless given. `signsgd_core.network.costs` is the model. Of the other schemes' work only what they cannot do
+without is measured, so it errs in their favour; it says nothing about what each does to accuracy. Every worker is taken
+to have a machine like this one to itself, and PowerSGD to see layers 1,000 wide.
 """
 
 import argparse
@@ -22,11 +22,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from signsgd_core import Cost, break_even, fastest, flat, vote_work
-from signsgd_core.costs import GATHER, OURS, SCHEMES
+from signsgd_core.network.costs import GATHER, OURS, SCHEMES, Cost, break_even, fastest, flat, vote_work
 
 from . import Signum, kernels
-from .segments import Segment, lay_out
+from .views import FlatView, lay_out
 
 LARGEST = 1 << 24
 """Parameters measured at most; the work of more is in proportion."""
@@ -43,16 +42,16 @@ def vote_jobs(size: int, workers: int) -> dict[str, Job]:
     x = nn.Parameter(torch.randn(size))
     x.grad = torch.randn(size)
     group = Signum([x], weight_decay=0.1).param_groups[0] | {"step": 0}
-    segments = [Segment(x, group, {x: {}}, True)]
-    lay_out(segments)
+    views = [FlatView(x, group, {x: {}}, True)]
+    lay_out(views)
     kernel, words = kernels.for_device(x.device), -(-size // 64)
     ballot = torch.zeros(1, 8 * words, dtype=torch.uint8)
     shard = -(-words // workers)
     ballots = torch.randint(0, 256, (workers, 1, 8 * shard), dtype=torch.uint8)
     return {
-        "cast": (lambda: kernel.cast(segments, 0, size, "alternate", 0, 0, ballot), size),
+        "cast": (lambda: kernel.cast(views, 0, size, "alternate", 0, 0, ballot), size),
         "tally": (lambda: kernel.verdict(ballots, "alternate", 0, None), workers * 64 * shard),
-        "apply": (lambda: kernel.apply(segments, 0, size, ballot), size),
+        "apply": (lambda: kernel.apply(views, 0, size, ballot), size),
     }
 
 

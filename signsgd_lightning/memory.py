@@ -3,16 +3,19 @@
 import torch
 from torch import Tensor
 
+from ._compat import is_wrapped_by_transform, is_zero_tensor
+
 
 def is_plain(tensor: Tensor) -> bool:
     """Tell whether a tensor's memory holds its value.
 
     Example:
+        >>> import torch
         >>> z = torch.complex(torch.zeros(2), torch.ones(2))
         >>> is_plain(z.imag), is_plain(z.conj().imag)  # the second has torch's negative bit
         (True, False)
     """
-    return not (tensor.is_neg() or tensor.is_conj() or tensor._is_zerotensor()) and _wrapper(tensor) is None
+    return not (tensor.is_neg() or tensor.is_conj() or is_zero_tensor(tensor)) and _wrapper(tensor) is None
 
 
 def plain(tensor: Tensor, name: str = "a tensor") -> Tensor:
@@ -26,9 +29,20 @@ def plain(tensor: Tensor, name: str = "a tensor") -> Tensor:
         TypeError: if it stands for values that are elsewhere: sharded, replicated on a mesh, nested, traced.
     """
     check_memory(tensor, name)
-    if tensor._is_zerotensor():
+    if is_zero_tensor(tensor):
         return tensor.clone()
     return tensor.resolve_conj().resolve_neg()
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    """Return a tensor's memory in row-major order as uint8, a copy where it is not so already.
+
+    Args:
+        tensor: plain.
+    """
+    flat = tensor.detach().reshape(-1).contiguous()
+    # Torch takes one element for contiguous with any stride, and views it by bytes only with a stride of 1.
+    return flat.as_strided((flat.numel(),), (1,)).view(torch.uint8)
 
 
 def check_memory(tensor: Tensor, name: str) -> None:
@@ -52,6 +66,6 @@ def _wrapper(tensor: Tensor) -> str | None:
         return type(tensor).__name__
     if tensor.is_nested:
         return "nested tensor"
-    if torch._is_functional_tensor(tensor) or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+    if is_wrapped_by_transform(tensor):
         return "tensor of a function transform"
     return None

@@ -11,20 +11,21 @@ from torch.optim.optimizer import ParamsT
 import signsgd_core as core
 from signsgd_core import WarmupSteps, Zeros
 
-from . import kernels, loading
-from .exchange import Exchange
+from . import kernels
+from ._compat import called_by_torch
+from .checkpoint import loading
 from .memory import check_memory
-from .segments import Segment
-from .torch_state_dict import called_by_torch
+from .state import ENTRIES, any_private
+from .views import FlatView
+from .vote import StepInput, Vote
 
 
 class Signum(Optimizer):
-    r"""Sign momentum: signSGD, Signum, Lion, and voted signSGD with verdict momentum, by their settings.
+    r"""Train by sign momentum: signSGD, Signum, Lion, or voted signSGD with verdict momentum, by its settings.
 
     .. math::
-        c_i = β_1 m_i + (1-β_1) g_i, \quad m_i ← β_2 m_i + (1-β_2) g_i, \quad
-        V = \mathrm{majority}_i(\mathrm{sign}\, c_i), \quad
-        u ← γ u + (1-γ) V, \quad x ← x - lr (u + λ x)
+        c_i = β_1 m_i + (1-β_1) g_i, \quad m_i ← β_2 m_i + (1-β_2) g_i, \\
+        V = \mathrm{majority}_i(\mathrm{sign}\, c_i), \quad u ← γ u + (1-γ) V, \quad x ← x - lr (u + λ x)
 
     | setting | is |
     |---|---|
@@ -76,7 +77,7 @@ class Signum(Optimizer):
     _step_supports_amp_scaling = True
     """Tells a gradient scaler to leave unscaling and overflows to `step`, so that no rank skips a vote alone."""
 
-    exchange: Exchange | None
+    vote: Vote | None
     """How this rank's ballots meet the others'; None where it is the only worker."""
 
     def __init__(
@@ -105,8 +106,9 @@ class Signum(Optimizer):
         }
         _check_settings(defaults)
         # No attributes of the class: a wrapper that looks like one of its instances would find those before its own.
-        self.exchange, self._lost_exchange = None, False
+        self.vote, self._lost_vote = None, False
         self._saved_by: tuple[int, int] | None = None
+        self._checked: list[tuple[Any, ...]] = []
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -130,13 +132,18 @@ class Signum(Optimizer):
         super().add_param_group(param_group)
         try:
             for k, p in enumerate(self.param_groups[-1]["params"]):
-                if not p.is_floating_point():
-                    raise ValueError(f"parameters must be real floating point, got {p.dtype}")
+                if not p.is_floating_point() or p.dtype.itemsize < 2:
+                    size = " of 2 bytes or more" if p.is_floating_point() else ""
+                    raise ValueError(f"parameters must be real floating point{size}, got {p.dtype}")
                 check_memory(p, f"parameter {k} of group {len(self.param_groups) - 1}")
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
+        self._checked.append(_settings_of(self.param_groups[-1]))
+        if self.vote is not None:
+            self.vote.verify_next()
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step: the worker's momentum, its ballots, the exchange, the verdict, the update.
@@ -154,7 +161,7 @@ class Signum(Optimizer):
         if self._is_dummy_step():
             self._create_state()
             return None
-        if self._lost_exchange and self.exchange is None:
+        if self._lost_vote and self.vote is None:
             raise RuntimeError(
                 "this is a copy of an optimizer that votes and would step alone: pass it to enable_majority_vote, or "
                 "load its state_dict() into a new Signum"
@@ -163,11 +170,16 @@ class Signum(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        segments = self.segments()
-        if self.exchange is None:
-            self._step_alone([segment for segment in segments if segment.present])
-        else:
-            self.exchange.vote(segments, self.statement(), self.zeros, self.t)
+        try:
+            self._check_groups()
+            given = self.step_input()
+            if self.vote is None:
+                self._step_alone([view for view in given.views if view.present])
+            else:
+                self.vote.step(given)
+        except BaseException:
+            self._forget_scaler()
+            raise
         for group in self.param_groups:
             group["step"] += 1
         return loss
@@ -192,6 +204,8 @@ class Signum(Optimizer):
         state_dict, self._saved_by = loading.unsign(state_dict)
         with loading.uncast(self):
             super().load_state_dict(state_dict)
+        if self.vote is not None:
+            self.vote.verify_next()
         self.warn_of_lost()
 
     def warn_of_lost(self) -> None:
@@ -203,18 +217,18 @@ class Signum(Optimizer):
     @property
     def _worker(self) -> tuple[int, int] | None:
         """The number of this worker and how many there are, where each has a momentum of its own; else None."""
-        if self.exchange is None or not any(group["betas"][0] > 0 for group in self.param_groups):
+        if self.vote is None or not any_private(self.param_groups):
             return None
-        return self.exchange.peers.rank, self.exchange.peers.world_size
+        return self.vote.topology.workers.rank, self.vote.topology.workers.world_size
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy takes along: not the process group, but that there was one."""
-        return {**super().__getstate__(), "_lost_exchange": self.exchange is not None or self._lost_exchange}
+        return {**super().__getstate__(), "_lost_vote": self.vote is not None or self._lost_vote}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take what `__getstate__` returned."""
         super().__setstate__(state)
-        for name, value in (("exchange", None), ("_lost_exchange", False), ("_saved_by", None)):
+        for name, value in (("vote", None), ("_lost_vote", False), ("_saved_by", None), ("_checked", [])):
             self.__dict__.setdefault(name, value)
 
     @property
@@ -226,30 +240,60 @@ class Signum(Optimizer):
     def zeros(self) -> Zeros:
         """The zero rule in force."""
         chosen: Zeros | None = self.param_groups[0]["zeros"]
-        return chosen or core.default_zeros(1 if self.exchange is None else self.exchange.peers.world_size)
+        return chosen or core.default_zeros(1 if self.vote is None else self.vote.topology.workers.world_size)
 
-    def statement(self) -> list[str]:
-        """Return in words what all ranks must have in common for a vote."""
+    def step_input(self) -> StepInput:
+        """Return what a step taken now is about."""
+        return StepInput(self.views(), self.settings_in_words(), self.zeros, self.t)
+
+    def settings_in_words(self) -> list[str]:
+        """Return what all ranks must have in common for a vote."""
         lines = [f"zeros={self.zeros!r}"]
         for k, group in enumerate(self.param_groups):
             settings = {name: value for name, value in group.items() if name in self.defaults and name != "zeros"}
-            settings["lr"] = float(settings["lr"])
-            settings["betas"] = tuple(settings["betas"])
+            for name in ("lr", "weight_decay", "verdict_momentum"):  # 0 and 0.0 are one value in several spellings
+                settings[name] = float(settings[name])
+            settings["betas"] = tuple(map(float, settings["betas"]))
             lines += [f"group {k}: {name}={value!r}" for name, value in settings.items()]
         return lines
 
-    def segments(self) -> list[Segment]:
-        """Return all parameters in the order of the groups, as `Exchange.vote` takes them."""
+    def views(self) -> list[FlatView]:
+        """Return all parameters in the order of the groups, as flat views."""
         scale = getattr(self, "grad_scale", None)  # set by a gradient scaler for the time of this step
         inverse_scale = None if scale is None else scale.reciprocal()
-        segments: list[Segment] = []
+        views: list[FlatView] = []
         for group in self.param_groups:
             for p in group["params"]:
-                check_memory(p, f"parameter {len(segments)}")
+                check_memory(p, f"parameter {len(views)}")
                 if p.grad is not None:
-                    _check_gradient(p.grad, len(segments))
-                segments.append(Segment(p, group, self.state, p.grad is not None, inverse_scale))
-        return segments
+                    _check_gradient(p.grad, p, len(views))
+                views.append(FlatView(p, group, self.state, p.grad is not None, inverse_scale))
+        return views
+
+    def _check_groups(self) -> None:
+        """Make sure that settings that were changed since the last step are in their range.
+
+        Raises:
+            ValueError: if one is not, or a schedule made a momentum of none.
+        """
+        settings = [_settings_of(group) for group in self.param_groups]
+        if settings == self._checked:
+            return
+        for k, group in enumerate(self.param_groups):
+            _check_settings(group)
+            before = dict(zip(_CHECKED, self._checked[k], strict=True)) if k < len(self._checked) else group
+            if before["betas"][0] == 0 < group["betas"][0] and group["betas"][1] == 0:
+                raise ValueError(
+                    f"betas were {before['betas']} and are {group['betas']} now, by which the last gradient votes "
+                    "instead of this one: tell a schedule that cycles momentum with the learning rate, as OneCycleLR, "
+                    "cycle_momentum=False"
+                )
+        self._checked = settings
+
+    def _forget_scaler(self) -> None:
+        """Remove what a gradient scaler set for the time of a step: torch does so only after one that returns."""
+        for name in ("grad_scale", "found_inf"):
+            self.__dict__.pop(name, None)
 
     def _is_dummy_step(self) -> bool:
         """Whether torch only wants the state to be there: it steps with zeros for gradients and for every lr."""
@@ -258,18 +302,18 @@ class Signum(Optimizer):
 
     def _create_state(self) -> None:
         """Create the momenta that the settings need, as zeros."""
-        for segment in self.segments():
-            if segment.present:
-                _ = segment.kept_momentum, segment.kept_average
+        for view in self.views():
+            for entry in ENTRIES if view.present else ():
+                view.entry(entry)
 
-    def _step_alone(self, segments: Iterable[Segment]) -> None:
-        by_kernel: dict[kernels.Kernel, list[Segment]] = {}
-        for segment in segments:
-            by_kernel.setdefault(kernels.for_device(segment.parameter.device), []).append(segment)
+    def _step_alone(self, views: Iterable[FlatView]) -> None:
+        by_kernel: dict[kernels.Kernel, list[FlatView]] = {}
+        for view in views:
+            by_kernel.setdefault(kernels.for_device(view.parameter.device), []).append(view)
         for kernel, own in by_kernel.items():
             kernel.alone(own, self.zeros, self.t)
-            for segment in own:
-                segment.finish()
+            for view in own:
+                view.finish()
 
 
 def see_through(optimizer: Any) -> Any:
@@ -306,7 +350,12 @@ def find_signum(optimizer: object, number: int = 0) -> Signum:
     return inner
 
 
-def _check_gradient(gradient: Tensor, number: int) -> None:
+def _check_gradient(gradient: Tensor, parameter: Tensor, number: int) -> None:
+    if gradient.shape != parameter.shape:
+        raise RuntimeError(
+            f"the gradient of parameter {number} must have its shape {tuple(parameter.shape)}, got "
+            f"{tuple(gradient.shape)}: call zero_grad() after a parameter got other data"
+        )
     check_memory(gradient, f"the gradient of parameter {number}")
     if gradient.layout is not torch.strided:
         raise RuntimeError(
@@ -315,13 +364,21 @@ def _check_gradient(gradient: Tensor, number: int) -> None:
         )
 
 
+_CHECKED = ("lr", "betas", "weight_decay", "verdict_momentum", "zeros", "warmup_steps", "momentum_dtype")
+
+
+def _settings_of(group: dict[str, Any]) -> tuple[Any, ...]:
+    """Return what a step checks of a group; what states of earlier versions lack has its default."""
+    return tuple(group.get(name) for name in _CHECKED)
+
+
 def _check_settings(settings: dict[str, Any]) -> None:
     lr = settings["lr"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError(f"lr must be a number or a tensor of one element, got a tensor of shape {tuple(lr.shape)}")
     names = ("betas", "weight_decay", "verdict_momentum", "zeros", "warmup_steps")
     core.check_settings(lr, *(settings[name] for name in names))
-    if settings["momentum_dtype"] not in (None, torch.bfloat16):
+    if settings.get("momentum_dtype") not in (None, torch.bfloat16):
         raise ValueError(
             f"momentum_dtype must be None, which is float32, or torch.bfloat16, got {settings['momentum_dtype']!r}"
         )

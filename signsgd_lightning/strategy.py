@@ -2,37 +2,36 @@
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch.distributed as dist
-from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
-from lightning.fabric.utilities.types import _PATH
-from lightning.pytorch.core.optimizer import _MockOptimizer  # stands for no optimizer
-from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.nn.parallel import DistributedDataParallel
 
 from signsgd_core.adversaries import Adversary
 
-from .checkpoint import gather_state, scatter_state
-from .ddp import agree_on_model, let_vote
-from .loading import check
-from .local_gradients import release
-from .nodes import VoteBetween, check_voters
+from . import _compat, registration
+from .checkpoint.atomic import PART, check_target, remove_directory, replace
+from .checkpoint.gathered import gather_state, scatter_state
+from .checkpoint.loading import check
+from .checkpoint.sharded import load_shards, save_shards
+from .enable import agree_on_model, let_vote
 from .optimizer import Signum, see_through
-from .overlap import check_overlap
-from .peers import explain
-from .shards import PART, check_target, load_shards, remove_directory, replace, save_shards
+from .vote import VoteOptions
+from .vote.failures import explain
+from .vote.local_gradients import release
+from .vote.options import VoteBetween
 
 if TYPE_CHECKING:
-    from lightning.fabric.strategies.registry import _StrategyRegistry
     from lightning.pytorch import Trainer
 
 
 class MajorityVoteStrategy(DDPStrategy):
-    """DDP that sends one bit per parameter each way: every `Signum` step is a majority vote of all ranks.
+    """Run DDP with a majority vote of all ranks at every `Signum` step: one bit per parameter each way.
 
     Args:
         verify_every_n_steps: how often all ranks make sure that they hold the same parameters and verdict momenta, bit
@@ -44,9 +43,9 @@ class MajorityVoteStrategy(DDPStrategy):
             other's. Either resumes from both.
         vote_between: "ranks", each of which is a worker; or "nodes", each of which is one worker whose gradient is the
             mean of its ranks', so that each rank keeps and votes on its share of the parameters
-            (`signsgd_lightning.node_exchange.NodeExchange`). Checkpoints then hold the momenta of nodes, and either
-            resumes from both.
-        overlap: let ballots travel while the backward pass goes on (`signsgd_lightning.overlap.OverlapExchange`);
+            (`signsgd_lightning.vote.topology.Nodes`). Checkpoints then hold the momenta of nodes, and either resumes
+            from both.
+        overlap: let ballots travel while the backward pass goes on (`signsgd_lightning.vote.schedule.DuringBackward`);
             excludes gradient clipping, gradient scalers, several optimizers and a vote between nodes.
         **kwargs: those of `lightning.pytorch.strategies.DDPStrategy`, but for communication hooks. ``timeout`` bounds
             how long a rank waits for a lost one. ``gradient_as_bucket_view`` is True unless given: DDP then neither
@@ -82,18 +81,14 @@ class MajorityVoteStrategy(DDPStrategy):
             raise ValueError(
                 f"state_dict_type must be 'full' (one file) or 'sharded' (one directory), got {state_dict_type!r}"
             )
-        check_voters(vote_between)
+        self.options = VoteOptions(verify_every_n_steps, adversaries, vote_between, overlap)
         if vote_between == "nodes" and state_dict_type == "sharded":
             raise ValueError(
                 "a vote between nodes saves one file: leave out state_dict_type='sharded' (it resumes from a sharded "
                 "checkpoint of a vote between ranks)"
             )
-        if overlap:
-            check_overlap(vote_between, adversaries)
         kwargs.setdefault("gradient_as_bucket_view", True)
         super().__init__(**kwargs)
-        self.vote_between, self.overlap = vote_between, overlap
-        self.verify_every_n_steps, self.adversaries = verify_every_n_steps, adversaries
         self.state_dict_type = state_dict_type
 
     def setup_environment(self) -> None:
@@ -115,21 +110,12 @@ class MajorityVoteStrategy(DDPStrategy):
 
     def setup(self, trainer: "Trainer") -> None:
         """Set up DDP and the optimizers, then let them vote."""
-        if self.overlap and trainer.gradient_clip_val:
-            raise ValueError("overlap=True excludes gradient_clip_val: leave out either")
+        self.options.exclude({"gradient_clip_val": bool(trainer.gradient_clip_val)})
         super().setup(trainer)
         if trainer.state.fn == TrainerFn.FITTING:
             assert isinstance(self.model, DistributedDataParallel)
-            optimizers = [optimizer for optimizer in self.optimizers if not isinstance(optimizer, _MockOptimizer)]
-            let_vote(
-                self.model,
-                optimizers,  # type: ignore[arg-type]
-                self.verify_every_n_steps,
-                self.adversaries,
-                self.vote_between,
-                self.overlap,
-                (self.num_processes, self.local_rank),
-            )
+            optimizers: Any = [o for o in self.optimizers if not _compat.stands_for_no_optimizer(o)]
+            let_vote(self.model, optimizers, self.options, place=(self.num_processes, self.local_rank))
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
         """Return an optimizer's state with the momenta of all ranks, or this rank's where each saves its own."""
@@ -162,14 +148,14 @@ class MajorityVoteStrategy(DDPStrategy):
         for optimizer, state in zip(self.optimizers, states, strict=False):
             scatter_state(optimizer, state)  # type: ignore[arg-type]
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any = None) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         """Write a checkpoint so that what has that name is always a whole one, whenever the run is killed.
 
         Raises:
             IsADirectoryError: if something else than a checkpoint has that name.
             ValueError: for a sharded checkpoint that is not to be on a local or mounted file system.
         """
-        local = _is_local_file_protocol(filepath)
+        local = _compat.is_local(filepath)
         if self.state_dict_type == "sharded" and not self._interrupted:
             if not local or storage_options is not None:
                 raise ValueError(
@@ -185,7 +171,7 @@ class MajorityVoteStrategy(DDPStrategy):
             super().save_checkpoint(checkpoint, part, storage_options)
             replace(part, os.fspath(filepath))
 
-    def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint, a file or a directory.
 
         Raises:
@@ -193,7 +179,7 @@ class MajorityVoteStrategy(DDPStrategy):
                 something else altogether; of a directory on all ranks, also if only one saw it.
         """
 
-        def read(path: _PATH) -> dict[str, Any]:
+        def read(path: str | Path) -> dict[str, Any]:
             return super(MajorityVoteStrategy, self).load_checkpoint(path, weights_only)
 
         try:
@@ -201,7 +187,7 @@ class MajorityVoteStrategy(DDPStrategy):
                 return read(checkpoint_path)
             assert self.lightning_module is not None
             fitting = self.lightning_module.trainer.state.fn == TrainerFn.FITTING
-            ranks = self.num_processes if self.vote_between == "nodes" else 1  # of a worker
+            ranks = self.num_processes if self.options.vote_between == "nodes" else 1  # of a worker
             worker, workers = self.global_rank // ranks, self.world_size // ranks
             return load_shards(os.fspath(checkpoint_path), read, worker, workers, momenta=fitting)
         except (EOFError, RuntimeError, UnpicklingError) as error:
@@ -211,7 +197,7 @@ class MajorityVoteStrategy(DDPStrategy):
                 f"nothing was loaded ({reason})"
             ) from error
 
-    def remove_checkpoint(self, filepath: _PATH) -> None:
+    def remove_checkpoint(self, filepath: str | Path) -> None:
         """Remove a checkpoint so that a half removed directory never has its name."""
         if self.is_global_zero and os.path.isdir(filepath):
             remove_directory(os.fspath(filepath))
@@ -222,7 +208,8 @@ class MajorityVoteStrategy(DDPStrategy):
     def _interrupted(self) -> bool:
         """Whether an exception ended the training on this rank: the others may be alive, and elsewhere."""
         module = self.lightning_module
-        return module is not None and module._trainer is not None and module._trainer.interrupted
+        trainer = None if module is None else _compat.trainer_of(module)
+        return trainer is not None and trainer.interrupted
 
     def barrier(self, *args: Any, **kwargs: Any) -> None:
         """Wait for all ranks; after an exception for none."""
@@ -254,17 +241,6 @@ class MajorityVoteStrategy(DDPStrategy):
             exception.args = (advice.replace("=DDPStrategy", f"={type(self).__name__}"), *exception.args[1:])
 
     @classmethod
-    def register_strategies(cls, strategy_registry: "_StrategyRegistry") -> None:
+    def register_strategies(cls, strategy_registry: Any) -> None:
         """Register "majority_vote" with the variants that DDP itself registers."""
-        for suffix, start_method in (("", "popen"), ("_spawn", "spawn"), ("_fork", "fork"), ("_notebook", "fork")):
-            for unused in (None, False, True):
-                name = cls.strategy_name + suffix
-                settings: dict[str, Any] = {"start_method": start_method}
-                if unused is not None:
-                    name += f"_find_unused_parameters_{str(unused).lower()}"
-                    settings["find_unused_parameters"] = unused
-                description = f"one-bit majority vote over DDP, start_method={start_method!r}"
-                strategy_registry.register(name, cls, description=description, override=True, **settings)
-
-
-MajorityVoteStrategy.register_strategies(StrategyRegistry)
+        registration.register(strategy_registry, cls)

@@ -1,6 +1,7 @@
 """Given gradients, and what a monitor must say of the votes on them, counted on plain ballots."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -45,3 +46,8 @@ def expected_figures(given: Sequence[Any], zeros: Zeros, every: int) -> list[Fig
         figures |= {"vote/flips": np.mean(flipped)} if flipped else {}
         rows.append({**figures, "vote/ties": np.mean(tied), "vote/nonfinite": nonfinite})
     return rows
+
+
+def set_bucket_size(optimizer: Any, bucket_size: int) -> None:
+    """Let ballots travel in smaller buckets, so that a small model takes several."""
+    optimizer.vote.options = replace(optimizer.vote.options, bucket_size=bucket_size)

@@ -12,6 +12,9 @@ from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+PRELOADED = ["signsgd_lightning.strategy", "signsgd_lightning.monitor.geometry_monitor"]
+"""Imported once, so that a fresh worker starts at once."""
+
 
 class Workers:
     """`size` processes; `run` lets the first few of them call a function as the ranks of one process group."""
@@ -22,7 +25,7 @@ class Workers:
 
     def _start(self) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["signsgd_lightning"])  # imported once, so that a fresh worker starts at once
+        context.set_forkserver_preload(PRELOADED)
         self._ends: list[Any] = []
         self.processes = []
         for _ in range(self.size):

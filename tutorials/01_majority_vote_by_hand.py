@@ -16,7 +16,8 @@
 import numpy as np
 from matplotlib import pyplot as plt
 
-from signsgd_core import Reference, adversaries, pack, planes, tally, traffic, unpack, verdict
+from signsgd_core import Reference, adversaries, pack, planes, tally, unpack, verdict
+from signsgd_core.network import costs, traffic
 
 plt.rcParams.update({"figure.dpi": 80, "figure.figsize": (6.5, 3.2), "figure.constrained_layout.use": True})
 
@@ -210,15 +211,16 @@ for name, adversary in kinds.items():
 
 # %%
 parameters, counts = 25_000_000, (2, 4, 8, 16, 64, 256)
-print(f"{'M =':24}", *(f"{workers:8}" for workers in counts), "   no gain from M =")
-for name, scheme in traffic.SCHEMES.items():
-    row = (f"{scheme(parameters, workers).busiest / 1e6:8.1f}" for workers in counts)
-    print(f"{name:24}", *row, f"{traffic.stops_paying(name, parameters) or 'never':>10}")
-ring, vote = traffic.ring_all_reduce(parameters, 8, 32).worker, traffic.majority_vote(parameters, 8).worker
+print(f"{'M =':24}", *(f"{workers:8}" for workers in counts))
+for name, scheme in costs.SCHEMES.items():
+    row = (f"{scheme.traffic(parameters, workers) / 1e6:8.1f}" for workers in counts)
+    print(f"{name:24}", *row)
+ring, vote = traffic.ring_all_reduce(parameters, 8, 32), traffic.majority_vote(parameters, 8)
 print(f"8 workers: the vote sends {ring / vote:.2f} times less than ring all-reduce in fp32")
 
 # %% [markdown]
-# Vote and ring level off as M grows; what goes through one server, or from everybody to everybody, grows with M.
+# Vote and ring level off as M grows; what goes from everybody to everybody grows with M, and from 64 workers on it
+# sends more than the ring does in fp32.
 #
 # ## What a vote loses
 #

@@ -43,7 +43,7 @@ from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader, TensorDataset
 
-from signsgd_core import traffic
+from signsgd_core.network import traffic
 from signsgd_lightning import MajorityVoteStrategy, Signum, VoteMonitor
 
 torch.set_num_threads(1)  # processes with running OpenMP threads are not safe to fork
@@ -111,7 +111,7 @@ count = sum(parameter.numel() for parameter in voted.parameters())
 sent = trainer.callback_metrics["vote/bytes_per_step"].item()
 for name, model in (("AdamW, plain DDP", adamw), ("verdict momentum, vote", voted), ("Signum, vote", signum)):
     print(f"{name:22}  test accuracy {model.accuracy():.1%}")
-ring = traffic.ring_all_reduce(count, 2, 32).worker
+ring = traffic.ring_all_reduce(count, 2, 32)
 print(f"{count:,} parameters; bytes per step and worker: vote {sent:,.0f}, DDP {ring:,} ({ring / sent:.0f} times that)")
 
 # %% [markdown]

@@ -12,10 +12,9 @@
 # Two changed lines make a training under `tf.distribute` vote:
 #
 # ```diff
-# +from signsgd_keras import MajorityVote, Signum
+# +from signsgd_keras import Signum
 #  …
-# -strategy = tf.distribute.MirroredStrategy(devices)
-# +strategy = tf.distribute.MirroredStrategy(devices, cross_device_ops=MajorityVote())
+#  strategy = tf.distribute.MirroredStrategy(devices)
 #  with strategy.scope():
 #      model = …
 # -    model.compile(keras.optimizers.Adam(0.04), loss)
@@ -35,6 +34,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 os.environ.update(KERAS_BACKEND="tensorflow", TF_CPP_MIN_LOG_LEVEL="3")  # no banners
+os.environ["TF_ENABLE_ONEDNN_OPTS"] = "0"  # figures that do not depend on the machine's CPU
 
 import keras
 import numpy as np
@@ -43,8 +43,8 @@ from keras.optimizers.schedules import CosineDecay
 from matplotlib import pyplot as plt
 from sklearn.datasets import load_digits
 
-from signsgd_core import traffic
-from signsgd_keras import MajorityVote, Signum, VoteMonitor
+from signsgd_core.network import traffic
+from signsgd_keras import Signum, VoteMonitor
 
 tf.get_logger().setLevel("ERROR")
 cpu, two = tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2
@@ -96,7 +96,7 @@ print(f"its optimizer: {type(again.optimizer).__name__}, step {int(again.optimiz
 #
 # ## Several replicas on one machine
 #
-# Adam under plain `MirroredStrategy`, the vote with verdict momentum, and the papers' Signum, each on two replicas,
+# Adam, whose gradients are averaged, the vote with verdict momentum, and the papers' Signum, each on two replicas,
 # from the same weights, over the same batches, of which every replica takes half. The learning rates are the best of a
 # small grid (factors of two) that we tried beforehand, with this seed and on these test images. The vote with verdict
 # momentum also gets a `VoteMonitor`, **first** among the callbacks, so that those behind it (`CSVLogger`,
@@ -104,11 +104,10 @@ print(f"its optimizer: {type(again.optimizer).__name__}, step {int(again.optimiz
 
 # %%
 devices = ["CPU:0", "CPU:1"]
-plain = tf.distribute.MirroredStrategy(devices)
-voting = tf.distribute.MirroredStrategy(devices, cross_device_ops=MajorityVote())
+strategy = tf.distribute.MirroredStrategy(devices)
 
 
-def fit(optimizer, strategy=voting, callbacks=(), **options):
+def fit(optimizer, callbacks=(), **options):
     with strategy.scope():
         model = compiled(optimizer(), **options)
     return model, train_on(model, callbacks=list(callbacks))
@@ -119,13 +118,13 @@ def by_verdict_momentum():
 
 
 save = keras.callbacks.ModelCheckpoint(Path(folder.name, "{epoch}.keras"))
-adam, _ = fit(lambda: keras.optimizers.Adam(CosineDecay(0.04, STEPS)), plain)
+adam, _ = fit(lambda: keras.optimizers.Adam(CosineDecay(0.04, STEPS)))
 voted, history = fit(by_verdict_momentum, callbacks=[VoteMonitor()])
 signum, _ = fit(lambda: Signum(CosineDecay(0.016, STEPS)), callbacks=[save])
 for name, model in (("Adam, plain", adam), ("verdict momentum, vote", voted), ("Signum, vote", signum)):
     print(f"{name:22}  test accuracy {accuracy(model):.1%}")
 count = voted.count_params()
-vote, ring = traffic.majority_vote(count, 2).worker, traffic.ring_all_reduce(count, 2, 32).worker
+vote, ring = traffic.majority_vote(count, 2), traffic.ring_all_reduce(count, 2, 32)
 print(f"{count:,} parameters; bytes per step and worker: vote {vote:,}, fp32 {ring:,} ({ring / vote:.0f} times that)")
 
 # %% [markdown]
@@ -156,7 +155,7 @@ plt.show()
 
 # %%
 def copies(variable):
-    return [copy.numpy() for copy in voting.experimental_local_results(variable.value)]
+    return [copy.numpy() for copy in strategy.experimental_local_results(variable.value)]
 
 
 momenta = [v for v in signum.optimizer.variables if v.path.endswith("_momentum")]
@@ -169,7 +168,7 @@ print(f"parameters bit-identical: {all(np.array_equal(*copies(v)) for v in signu
 # model as it was after the sixth, train it for the other two, and compare with the training that went through.
 
 # %%
-with voting.scope():
+with strategy.scope():
     resumed = keras.saving.load_model(Path(folder.name, "6.keras"))
 train_on(resumed, initial_epoch=6)
 same = all(map(np.array_equal, signum.get_weights(), resumed.get_weights()))

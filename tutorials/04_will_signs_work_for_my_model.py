@@ -34,7 +34,7 @@ from sklearn.datasets import load_breast_cancer
 from torch import nn
 
 import signsgd_keras
-from signsgd_core import advise
+from signsgd_core.analysis import advice
 from signsgd_lightning import GeometryMonitor, Signum
 
 torch.set_num_threads(1)
@@ -106,7 +106,7 @@ def fit(model, **options):
 #
 # A short run with any optimizer will do, here plain SGD with a small learning rate. `curvature_loss` is for `R1`;
 # without it the monitor goes by `R2` alone. At the end it writes `geometry.json` and a plot into the run's folder and
-# logs its advice; `python -m signsgd_core.advise geometry.json` prints it again.
+# logs its advice; `python -m signsgd_core.analysis.advice geometry.json` prints it again.
 
 
 # %%
@@ -118,7 +118,7 @@ for instruments in (broken_instrument, many_instruments):
     monitor = GeometryMonitor(curvature_loss=lambda module: module.loss(slice(TEST, None)), directory="geometry")
     fit(Regression(instruments, cautious, steps=200), callbacks=[monitor])
     print(f"{instruments.__name__}, {monitor.report.parameters:,} parameters:")
-    print("\n".join(advise.advise(monitor.report.records, workers=1)), end="\n\n")
+    print("\n".join(advice.advise(monitor.report.records, workers=1)), end="\n\n")
 
 # %% [markdown]
 # The broken instrument's weight has nearly all of the noise and little of the gradient: signs. With a thousand useless
@@ -164,7 +164,7 @@ model.compile(keras.optimizers.SGD(1e-5), keras.losses.BinaryCrossentropy(from_l
 monitor = signsgd_keras.GeometryMonitor(every_n_steps=50, samples=50, directory=None)
 keras.config.disable_interactive_logging()  # the advice would be printed by itself
 history = model.fit(inputs, labels[TEST:, None], batch_size=32, epochs=16, verbose=0, callbacks=[monitor])
-print(advise.advise(monitor.report.records, workers=1)[0])
+print(advice.advise(monitor.report.records, workers=1)[0])
 print(f"R2 in the logs of the last epoch: {history.history['geometry/noise_ratio'][-1]:.2f}")
 
 # %% [markdown]

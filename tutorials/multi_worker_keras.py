@@ -5,7 +5,7 @@ import numpy as np
 import tensorflow as tf
 from sklearn.datasets import load_digits
 
-from signsgd_core.traffic import ring_all_reduce, sent_since, socket_bytes
+from signsgd_core.network.traffic import ring_all_reduce, sent_since, socket_bytes
 from signsgd_keras import MultiWorkerMajorityVoteStrategy, Signum
 
 EPOCHS, BATCH = 6, 128  # of all workers together; Keras hands each its share
@@ -30,5 +30,5 @@ everyone = strategy.gather(tf.constant(flat[None]), axis=0).numpy()
 if chief:
     right = np.argmax(model(x[:450]), axis=1) == y[:450]
     print(f"test accuracy {np.mean(right):.3f} after {EPOCHS} epochs of {steps} steps")
-    print(f"{sent:,.0f} bytes sent per step; fp32 sends {ring_all_reduce(len(flat), workers, 32).worker:,}")
+    print(f"{sent:,.0f} bytes sent per step; fp32 sends {ring_all_reduce(len(flat), workers, 32):,}")
     print(f"parameters bit-identical on all {workers} workers: {bool((everyone == flat).all())}")

@@ -6,7 +6,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from signsgd_core.traffic import ring_all_reduce, sent_since, socket_bytes
+from signsgd_core.network.traffic import ring_all_reduce, sent_since, socket_bytes
 from signsgd_lightning import Signum, enable_majority_vote
 
 dist.init_process_group("gloo")
@@ -33,7 +33,7 @@ everyone = [torch.empty_like(flat) for _ in range(workers)]
 dist.all_gather(everyone, flat)
 if rank == 0:
     print(f"test accuracy {(model.module(x[test]).argmax(1) == y[test]).float().mean():.3f} after {steps} steps")
-    print(f"{sent:,.0f} bytes sent per step; DDP in fp32 sends {ring_all_reduce(len(flat), workers, 32).worker:,}")
+    print(f"{sent:,.0f} bytes sent per step; DDP in fp32 sends {ring_all_reduce(len(flat), workers, 32):,}")
     print(f"parameters bit-identical on all {workers} ranks: {all(torch.equal(flat, other) for other in everyone)}")
 del model, optimizer, schedule  # or they keep the group and its threads alive while Python shuts down (pytorch#190489)
 dist.destroy_process_group()

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from signsgd_core.adversaries import Adversary
-from signsgd_core.momentum import update_parameters
+from signsgd_core.update import update_parameters
 
 Array = npt.NDArray[Any]
 

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from signsgd_core.advise import advise
-from signsgd_core.geometry import Moments, density, figures
-from signsgd_lightning.geometry import hessian_diagonal, twice_differentiable
+from signsgd_core.analysis.advice import advise
+from signsgd_core.analysis.geometry import Moments, density, figures
+from signsgd_lightning.monitor.geometry_monitor import hessian_diagonal, twice_differentiable
 
 from .common import command_line, heading, publish
 from .tasks import Task, add_arguments, shared_task

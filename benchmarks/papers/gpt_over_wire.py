@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.network import available
 from benchmarks.wire import Cell, work
-from tests.faults.network import available
 
 from .common import command_line, heading, publish
 from .gpt_worker import METHODS

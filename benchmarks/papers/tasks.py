@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from signsgd_core.demo import load
-from signsgd_core.images import LAYOUT
+from signsgd_core.demo.images import LAYOUT
 
 Batch = tuple[Tensor, Tensor]
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from benchmarks.papers.common import Array, Averaging, Outcome, best, main, rate_text
 from signsgd_core import Reference
-from signsgd_core.geometry import density
+from signsgd_core.analysis.geometry import density
 
 DIMENSIONS = 100
 RATES = {

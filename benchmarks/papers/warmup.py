@@ -19,8 +19,8 @@ from tqdm import tqdm
 from benchmarks.papers import digits
 from benchmarks.papers.common import Array, Outcome, best, beyond, main, mean_std, rate_text
 from signsgd_core import Reference
-from signsgd_core.momentum import warmup_steps
 from signsgd_core.settings import WarmupSteps
+from signsgd_core.update import warmup_steps
 
 DIMENSIONS = 100
 BETAS, WORKERS = (0.9, 0.99), (1, 4)

@@ -15,7 +15,7 @@ import signsgd_core as core
 from signsgd_core import Zeros
 
 from ..memory import is_plain
-from ..segments import Segment, cover
+from ..views import FlatView, cover
 from . import triton_loops as loops
 from . import triton_tally as tally
 from .device import DeviceKernel
@@ -30,7 +30,7 @@ _KEPT = 1024
 """How many tables of each kind stay on the device for the next step: a vote's has one a block, group and dtype."""
 
 _Piece = tuple[int, ...]
-"""As triton_loops.py has them."""
+"""Those of triton_loops.py."""
 
 
 class TritonKernel(DeviceKernel):
@@ -41,7 +41,7 @@ class TritonKernel(DeviceKernel):
 
     def cast(
         self,
-        segments: Sequence[Segment],
+        views: Sequence[FlatView],
         lo: int,
         hi: int,
         zeros: Zeros,
@@ -53,47 +53,47 @@ class TritonKernel(DeviceKernel):
         """As `Kernel.cast`, in one pass over memory."""
         words = _words(out)
         batches = dict[Any, _Batch]()
-        for segment, a, b in cover(segments, lo, hi):
-            if segment.present:
-                g = _gradient(segment)
-                batch = batches.setdefault((id(segment.group), g.dtype), _Batch(segment))
-                batch.add((g, segment.momentum, None, None), segment.start - lo, a, b)
+        for view, a, b in cover(views, lo, hi):
+            if view.present:
+                g = _gradient(view)
+                batch = batches.setdefault((id(view.group), g.dtype), _Batch(view))
+                batch.add((g, view.momentum, None, None), view.start - lo, a, b)
                 if note is not None:
-                    note(segment.gradient(a, b))
+                    note(view.gradient(a, b))
         for batch in batches.values():
-            settings = {**_casting(batch.segment), "G": _TYPES[batch.dtype(0)], "ZERO": _zero(zeros, step, worker)}
+            settings = {**_casting(batch.view), "G": _TYPES[batch.dtype(0)], "ZERO": _zero(zeros, step, worker)}
             batch.launch(loops.cast, signs=words[0], votes=_votes(words), **settings)
         if words.data_ptr() != out.data_ptr():
             out.copy_(words.view(torch.uint8)[:, : out.shape[1]])
 
-    def apply(self, segments: Sequence[Segment], lo: int, hi: int, verdict: Tensor) -> None:
+    def apply(self, views: Sequence[FlatView], lo: int, hi: int, verdict: Tensor) -> None:
         """As `Kernel.apply`, in one pass over memory."""
         words = _words(verdict)
         batches = dict[Any, _Batch]()
-        for segment, a, b in cover(segments, lo, hi):
-            at = segment.start - lo
-            if _is_fast(segment.x):
-                batch = batches.setdefault((id(segment.group), segment.x.dtype), _Batch(segment))
-                batch.add((None, None, segment.x, segment.average), at, a, b)
+        for view, a, b in cover(views, lo, hi):
+            at = view.start - lo
+            if _is_fast(view.x):
+                batch = batches.setdefault((id(view.group), view.x.dtype), _Batch(view))
+                batch.add((None, None, view.x, view.verdict_momentum), at, a, b)
             else:
                 byte, skipped = divmod(at + a, 8)
-                segment.apply(a, b, self.unpack(verdict[:, byte:], skipped + b - a)[skipped:])
+                view.apply(a, b, self.unpack(verdict[:, byte:], skipped + b - a)[skipped:])
         for batch in batches.values():
-            settings = {**_moving(batch.segment), "X": _TYPES[batch.dtype(2)], "words": words.shape[1]}
+            settings = {**_moving(batch.view), "X": _TYPES[batch.dtype(2)], "words": words.shape[1]}
             batch.launch(loops.apply, signs=words[0], votes=_votes(words), **settings)
 
-    def alone(self, segments: Sequence[Segment], zeros: Zeros, step: int) -> None:
+    def alone(self, views: Sequence[FlatView], zeros: Zeros, step: int) -> None:
         """As `Kernel.alone`, in one pass over memory."""
-        batches, others = dict[Any, _Batch](), list[Segment]()
-        for segment in segments:
-            if not _is_fast(segment.x):
-                others.append(segment)
+        batches, others = dict[Any, _Batch](), list[FlatView]()
+        for view in views:
+            if not _is_fast(view.x):
+                others.append(view)
                 continue
-            x, g = segment.x, _gradient(segment)
-            batch = batches.setdefault((id(segment.group), x.device, x.dtype, g.dtype), _Batch(segment))
-            batch.add((g, segment.momentum, x, segment.average), 0, 0, x.numel())
+            x, g = view.x, _gradient(view)
+            batch = batches.setdefault((id(view.group), x.device, x.dtype, g.dtype), _Batch(view))
+            batch.add((g, view.momentum, x, view.verdict_momentum), 0, 0, x.numel())
         for batch in batches.values():
-            settings = {**_casting(batch.segment), **_moving(batch.segment), "ZERO": _zero(zeros, step, 0)}
+            settings = {**_casting(batch.view), **_moving(batch.view), "ZERO": _zero(zeros, step, 0)}
             batch.launch(loops.alone, **settings, G=_TYPES[batch.dtype(0)], X=_TYPES[batch.dtype(2)])
         super().alone(others, zeros, step)
 
@@ -114,9 +114,9 @@ class TritonKernel(DeviceKernel):
 
 @dataclass
 class _Batch:
-    """What one launch takes; its first segment has the settings of all."""
+    """What one launch takes; its first view has the settings of all."""
 
-    segment: Segment
+    view: FlatView
     tensors: list[tuple[Tensor | None, ...]] = field(default_factory=list)
     pieces: list[_Piece] = field(default_factory=list)
 
@@ -134,7 +134,7 @@ class _Batch:
     def launch(self, loop: Any, **settings: Any) -> None:
         if not self.pieces:
             return
-        device = self.segment.parameter.device
+        device = self.view.parameter.device
         stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
         pieces = _table(tuple(self.pieces), device, stream)
         programs = _programs(tuple(piece[-2:] for piece in self.pieces), device, stream)
@@ -168,31 +168,31 @@ def _launch(loop: Any, programs: int, device: torch.device, *args: Any, **settin
         loop[(programs,)](*args, **settings, **OPTIONS)
 
 
-def _casting(segment: Segment) -> dict[str, Any]:
+def _casting(view: FlatView) -> dict[str, Any]:
     """Return the settings of steps 1 to 4."""
-    (beta1, beta2), m, scale = segment.group["betas"], segment.kept_momentum, segment.inverse_scale
+    (beta1, beta2), m, scale = view.group["betas"], view.momentum, view.inverse_scale
     return {
-        "scale": None if scale is None else scale.to(segment.parameter.device, torch.float32),
+        "scale": None if scale is None else scale.to(view.parameter.device, torch.float32),
         "beta1": float(beta1),
         "rest1": 1.0 - beta1,
         "beta2": float(beta2),
         "rest2": 1.0 - beta2,
         "M": None if m is None else _TYPES[m.dtype],
         "SAME": beta1 == beta2,
-        "BY_GRADIENT": segment.by_gradient,
-        "DOWN": not segment.group["maximize"],
+        "BY_GRADIENT": view.by_gradient,
+        "DOWN": not view.group["maximize"],
     }
 
 
-def _moving(segment: Segment) -> dict[str, Any]:
+def _moving(view: FlatView) -> dict[str, Any]:
     """Return the settings of steps 7 and 8."""
-    lr, decay, gamma = (float(segment.group[name]) for name in ("lr", "weight_decay", "verdict_momentum"))
+    lr, decay, gamma = (float(view.group[name]) for name in ("lr", "weight_decay", "verdict_momentum"))
     numbers = {"lr": lr, "decay": decay, "gamma": gamma, "rest": 1.0 - gamma}
-    return {**numbers, "AVERAGED": segment.kept_average is not None, "DECAYED": decay != 0.0}
+    return {**numbers, "AVERAGED": view.verdict_momentum is not None, "DECAYED": decay != 0.0}
 
 
-def _gradient(segment: Segment) -> Tensor:
-    gradient = segment.flat_gradient
+def _gradient(view: FlatView) -> Tensor:
+    gradient = view.flat_gradient
     return (gradient if gradient.dtype in _TYPES else gradient.float()).contiguous()
 
 

@@ -15,7 +15,7 @@ import signsgd_core as core
 from signsgd_core import Zeros
 
 from ..memory import is_plain
-from ..segments import Segment, cover
+from ..views import FlatView, cover
 from .cpu import NumpyKernel
 from .staged import Note
 
@@ -49,7 +49,7 @@ class NativeKernel(NumpyKernel):
 
     def cast(
         self,
-        segments: Sequence[Segment],
+        views: Sequence[FlatView],
         lo: int,
         hi: int,
         zeros: Zeros,
@@ -61,55 +61,55 @@ class NativeKernel(NumpyKernel):
         """As `Kernel.cast`, in one pass over memory."""
         settings, pieces = _Settings(_zero(zeros, step, worker)), list[_Piece]()
         planes = _addresses(out)
-        for segment, a, b in cover(segments, lo, hi):
-            if not segment.present:
+        for view, a, b in cover(views, lo, hi):
+            if not view.present:
                 continue
-            at, m, chosen = segment.start - lo, segment.kept_momentum, settings.cast(segment)
-            if _is_fast(segment.raw_gradient):
-                g = _address(segment.raw_gradient, a)
+            at, m, chosen = view.start - lo, view.momentum, settings.cast(view)
+            if _is_fast(view.raw_gradient):
+                g = _address(view.raw_gradient, a)
                 pieces.append((b - a, at + a, g, _address(m, a), 0, 0, chosen, 0))
             else:
                 _share_out(self._library.cast, pieces, *planes)  # bits are written in order
                 pieces = []
                 for i in range(a, b, self.CHUNK):
-                    chunk = segment.flat_gradient[i : min(i + self.CHUNK, b)].float().contiguous()
+                    chunk = view.flat_gradient[i : min(i + self.CHUNK, b)].float().contiguous()
                     piece = (len(chunk), at + i, chunk.data_ptr(), _address(m, i), 0, 0, chosen, 0)
                     _share_out(self._library.cast, [piece], *planes)
             if note is not None:
                 for i in range(a, b, self.CHUNK):
-                    note(segment.gradient(i, min(i + self.CHUNK, b)))
+                    note(view.gradient(i, min(i + self.CHUNK, b)))
         _share_out(self._library.cast, pieces, *planes)
 
-    def apply(self, segments: Sequence[Segment], lo: int, hi: int, verdict: Tensor) -> None:
+    def apply(self, views: Sequence[FlatView], lo: int, hi: int, verdict: Tensor) -> None:
         """As `Kernel.apply`, in one pass over memory."""
         settings, pieces = _Settings(), list[_Piece]()
         planes = _addresses(verdict)
         add = _Move(lr=-1.0)  # 0 + V
-        for segment, a, b in cover(segments, lo, hi):
-            at = segment.start - lo
-            if _is_fast(segment.parameter):
-                x, u = _address(segment.parameter, a), _address(segment.kept_average, a)
-                pieces.append((b - a, at + a, 0, 0, x, u, 0, settings.move(segment)))
+        for view, a, b in cover(views, lo, hi):
+            at = view.start - lo
+            if _is_fast(view.parameter):
+                x, u = _address(view.parameter, a), _address(view.verdict_momentum, a)
+                pieces.append((b - a, at + a, 0, 0, x, u, 0, settings.move(view)))
                 continue
             for i in range(a, b, self.CHUNK):
-                v = torch.zeros(min(self.CHUNK, b - i))
+                v = torch.zeros(min(self.CHUNK, b - i), dtype=torch.float32, device=verdict.device)
                 piece = (len(v), at + i, 0, 0, v.data_ptr(), 0, 0, ctypes.addressof(add))
                 _share_out(self._library.apply, [piece], *planes)
-                segment.apply(i, i + len(v), v)
+                view.apply(i, i + len(v), v)
         _share_out(self._library.apply, pieces, *planes)
 
-    def alone(self, segments: Sequence[Segment], zeros: Zeros, step: int) -> None:
+    def alone(self, views: Sequence[FlatView], zeros: Zeros, step: int) -> None:
         """As `Kernel.alone`, in one pass over memory."""
         settings, pieces = _Settings(_zero(zeros, step, 0)), list[_Piece]()
-        others, first = list[Segment](), 0
-        for segment in segments:
-            p, gradient = segment.parameter, segment.raw_gradient
+        others, first = list[FlatView](), 0
+        for view in views:
+            p, gradient = view.parameter, view.raw_gradient
             n = p.numel()
             if not (_is_fast(p) and _is_fast(gradient)):
-                others.append(segment)
+                others.append(view)
             elif n:
-                g, m, x, u = map(_address, (gradient, segment.kept_momentum, p, segment.kept_average))
-                pieces.append((n, first, g, m, x, u, settings.cast(segment), settings.move(segment)))
+                g, m, x, u = map(_address, (gradient, view.momentum, p, view.verdict_momentum))
+                pieces.append((n, first, g, m, x, u, settings.cast(view), settings.move(view)))
                 first += n
         _share_out(self._library.alone, pieces)
         super().alone(others, zeros, step)
@@ -130,19 +130,19 @@ class _Settings:
         self._zero = zero
         self._casts, self._moves = dict[int, _Cast](), dict[int, _Move]()
 
-    def cast(self, segment: Segment) -> int:
+    def cast(self, view: FlatView) -> int:
         """Return the address of the settings of steps 1 to 4."""
-        group = segment.group
+        group = view.group
         if id(group) not in self._casts:
             beta1, beta2 = group["betas"]
-            m = segment.kept_momentum
-            kinds = beta1 == beta2, segment.by_gradient, self._zero, m is not None and m.dtype is torch.bfloat16
-            self._casts[id(group)] = _Cast(segment.factor, beta1, 1 - beta1, beta2, 1 - beta2, *kinds)
+            m = view.momentum
+            kinds = beta1 == beta2, view.by_gradient, self._zero, m is not None and m.dtype is torch.bfloat16
+            self._casts[id(group)] = _Cast(view.factor, beta1, 1 - beta1, beta2, 1 - beta2, *kinds)
         return ctypes.addressof(self._casts[id(group)])
 
-    def move(self, segment: Segment) -> int:
+    def move(self, view: FlatView) -> int:
         """Return the address of the settings of steps 7 and 8."""
-        group = segment.group
+        group = view.group
         if id(group) not in self._moves:
             gamma = group["verdict_momentum"]
             self._moves[id(group)] = _Move(float(group["lr"]), group["weight_decay"], gamma, 1 - gamma)

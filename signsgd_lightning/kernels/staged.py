@@ -9,7 +9,7 @@ from torch import Tensor
 import signsgd_core as core
 from signsgd_core import Zeros
 
-from ..segments import Segment, cover
+from ..views import FlatView, cover
 
 Note = Callable[[Tensor], None]
 """Is shown every gradient as it came."""
@@ -43,7 +43,7 @@ class Kernel(ABC):
 
     def cast(
         self,
-        segments: Sequence[Segment],
+        views: Sequence[FlatView],
         lo: int,
         hi: int,
         zeros: Zeros,
@@ -55,7 +55,7 @@ class Kernel(ABC):
         """Take gradients into momenta and write this worker's ballot: steps 1-4 of [lo, hi) of the long vector.
 
         Args:
-            segments: laid out; one without a gradient casts something that the teller masks.
+            views: laid out; one without a gradient casts bits that the tally masks.
             lo: first coordinate, a multiple of 8 after the ballot's own first.
             hi: the one after the last.
             zeros: the zero rule.
@@ -65,38 +65,38 @@ class Kernel(ABC):
             note: is shown every gradient.
         """
         chunk = min(self.CHUNK, hi - lo)
-        staging = torch.empty(chunk, device=out.device)
+        staging = torch.empty(chunk, dtype=torch.float32, device=out.device)
         for first in range(lo, hi, chunk):
             last = min(first + chunk, hi)
-            for segment, a, b in cover(segments, first, last):
-                place = staging[segment.start + a - first : segment.start + b - first]
-                if not segment.present:
+            for view, a, b in cover(views, first, last):
+                place = staging[view.start + a - first : view.start + b - first]
+                if not view.present:
                     place.zero_()
                     continue
-                c, gradient = segment.directions(a, b)
+                c, gradient = view.directions(a, b)
                 place.copy_(c)
                 if note is not None:
                     note(gradient)
             self.pack(staging[: last - first], zeros, step, worker, out[:, (first - lo) // 8 : -(-(last - lo) // 8)])
 
-    def apply(self, segments: Sequence[Segment], lo: int, hi: int, verdict: Tensor) -> None:
+    def apply(self, views: Sequence[FlatView], lo: int, hi: int, verdict: Tensor) -> None:
         """Move the parameters by a verdict, uint8 of shape (planes, bytes): steps 7 and 8 of [lo, hi)."""
         chunk = min(self.CHUNK, hi - lo)
         for first in range(lo, hi, chunk):
             last = min(first + chunk, hi)
             signs = self.unpack(verdict[:, (first - lo) // 8 :], last - first)
-            for segment, a, b in cover(segments, first, last):
-                segment.apply(a, b, signs[segment.start + a - first : segment.start + b - first])
+            for view, a, b in cover(views, first, last):
+                view.apply(a, b, signs[view.start + a - first : view.start + b - first])
 
-    def alone(self, segments: Sequence[Segment], zeros: Zeros, step: int) -> None:
-        """Take all steps of segments that have a gradient by their own ballot, as a worker without others does."""
+    def alone(self, views: Sequence[FlatView], zeros: Zeros, step: int) -> None:
+        """Take all steps of views that have a gradient by their own ballot, as a worker without others does."""
         bit = core.zero_bit(zeros, step)
-        for segment in segments:
-            length = segment.parameter.numel()
+        for view in views:
+            length = view.parameter.numel()
             for lo in range(0, length, min(self.CHUNK, max(length, 1))):
                 hi = min(lo + self.CHUNK, length)
-                c, _ = segment.directions(lo, hi)
+                c, _ = view.directions(lo, hi)
                 verdict = c.sign()
                 if bit is not None:
                     verdict = verdict.masked_fill(c == 0, 1 - 2 * bit)
-                segment.apply(lo, hi, verdict)
+                view.apply(lo, hi, verdict)

@@ -14,11 +14,11 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks.network import available
 from benchmarks.papers.densities import look
 from benchmarks.papers.tasks import Images, Task, Text
 from benchmarks.papers.training import PER_LAYER, VOTED, Job, Run, Store, best, schedule, train
 from signsgd_lightning import Signum
-from tests.faults.network import available
 
 ROOT = Path(__file__).parents[2]
 

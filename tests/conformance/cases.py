@@ -4,9 +4,11 @@ All numbers are dyadic (gradients in eighths, betas in halves and quarters, lr a
 exact in float32 and no order of operations can be told from another.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import product
-from typing import Literal
+from functools import cache
+from itertools import combinations, product, starmap
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +19,7 @@ Array = npt.NDArray[np.float32]
 Gradients = list[list[list[Array | None]]]  # [step][worker][tensor]
 Trajectory = list[list[Array]]  # [step][tensor]
 Absent = Literal["", "somewhere", "everywhere"]
+Pair = tuple[tuple[str, Any], tuple[str, Any]]  # two fields of a case, each a name and a value
 
 SHAPES: tuple[tuple[int, ...], ...] = ((3, 5), (), (0,), (701,), (2, 3, 4))
 STEPS = 5
@@ -88,33 +91,42 @@ class Case:
         return trajectory
 
 
-def cases() -> list[Case]:
-    """Every case, in a fixed order: all settings for one to four workers, the zero rules for up to eight."""
-    rules: tuple[Zeros, ...] = ("alternate", "abstain", "positive")
-    few, many = (1, 2, 3, 4), (5, 6, 7, 8)
-    betas = ((0.0, 0.0), (0.5, 0.5), (0.75, 0.25), (0.0, 0.5))
-    table = [Case(*settings) for settings in product(few, betas, rules)]
-    for workers, zeros in product(few, rules):
-        table += [
-            Case(workers, (0.0, 0.0), zeros, verdict_momentum=0.75),
-            Case(workers, zeros=zeros, weight_decay=0.5),
-            Case(workers, zeros=zeros, warmup_steps=2),
-        ]
-        for absent in _absences(workers):
-            table += [Case(workers, zeros=zeros, absent=absent), _everything(workers, zeros, absent)]
-    for workers in many:
-        table += [Case(workers, zeros=zeros) for zeros in rules]
-        table += [_everything(workers, rules[workers % 3], absent) for absent in _absences(workers)]
-    return table
+OPTIONS = (
+    tuple(range(1, 9)),  # workers
+    ((0.0, 0.0), (0.5, 0.5), (0.75, 0.25), (0.0, 0.5)),  # betas
+    ("alternate", "abstain", "positive"),  # zeros
+    (0.0, 0.5),  # verdict momentum
+    (0.0, 0.5),  # weight decay
+    (0, 2),  # warmup steps
+    ("", "somewhere", "everywhere"),  # absent; with one worker the last two are the same
+)
+"""What a `Case` can be, field by field."""
 
 
-def _everything(workers: int, zeros: Zeros, absent: Absent) -> Case:
-    return Case(workers, (0.5, 0.25), zeros, 0.5, 0.5, 1, absent)
+@cache
+def cases() -> tuple[Case, ...]:
+    """Every case that could be run, in a fixed order."""
+    return tuple(case for case in starmap(Case, product(*OPTIONS)) if (case.workers, case.absent) != (1, "somewhere"))
 
 
-def _absences(workers: int) -> tuple[Absent, ...]:
-    """With one worker both are the same."""
-    return ("everywhere",) if workers == 1 else ("somewhere", "everywhere")
+def pairs(case: Case) -> set[Pair]:
+    """Return every two fields of a case, with their values."""
+    fields = ((name, getattr(case, name)) for name in case.__dataclass_fields__)
+    return set(combinations(fields, 2))
+
+
+def covering(table: Iterable[Case]) -> list[Case]:
+    """Return few cases in which every pair of values is found that is found in a table; greedily, so always the same.
+
+    Faults come of one option, or of two that meet; every triple would take forty times as many cases.
+    """
+    by_case = {case: pairs(case) for case in table}
+    missing, chosen = set[Pair]().union(*by_case.values()), []
+    while missing:
+        best = max(by_case, key=lambda case: len(missing & by_case[case]))
+        missing -= by_case[best]
+        chosen.append(best)
+    return sorted(chosen, key=lambda case: case.workers)
 
 
 def _eighths(random: np.random.Generator, shape: tuple[int, ...], wild: float = 0.0) -> Array:

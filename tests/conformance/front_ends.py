@@ -2,16 +2,17 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 
-from signsgd_lightning import exchange
+from signsgd_core.wire import BUCKET_SIZE
 from tests.clusters import Cluster
 from tests.devices import mirrored
 from tests.workers import Workers
 
 from . import core_runs, keras_runs, lightning_runs, torch_runs
-from .cases import SHAPES, Case, Trajectory
+from .cases import SHAPES, Case, Trajectory, cases, covering
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,11 @@ class FrontEnd:
     covers: tuple[str, ...]
     skips: Callable[[Case], str | None] = lambda case: None
     without: Mapping[int, str] = field(default_factory=dict, hash=False)
+
+    @cached_property
+    def cases(self) -> list[Case]:
+        """Those that it runs: of all that it does not skip, so many that every pair of options is among them."""
+        return covering(case for case in cases() if self.skips(case) is None)
 
 
 def one_worker_only(case: Case) -> str | None:
@@ -85,13 +91,13 @@ def exact_in_bfloat16(case: Case) -> str | None:
 
 
 def _gloo(
-    block_size: int = 256,
+    bucket_size: int = 256,
     kernel: str | None = None,
     momentum_dtype: torch.dtype | None = None,
     overlap: bool = False,
 ) -> Run:
     """Blocks are small, so that a vector takes several."""
-    settings = block_size, kernel, momentum_dtype, overlap
+    settings = bucket_size, kernel, momentum_dtype, overlap
     return lambda cases, on: on.workers.run(cases[0].workers, torch_runs.vote, cases, *settings)
 
 
@@ -117,7 +123,7 @@ FRONT_ENDS: tuple[FrontEnd, ...] = (
     FrontEnd("core-packed", lambda cases, on: [core_runs.packed(cases)], ()),
     FrontEnd("torch-alone", lambda cases, on: [torch_runs.alone(cases)], (_SIGNUM,), one_worker_only),
     FrontEnd("torch-gloo", _gloo(), (_SIGNUM, _VOTE)),
-    FrontEnd("torch-gloo-one-block", _gloo(exchange.BLOCK_SIZE), (_SIGNUM, _VOTE), two_or_more),
+    FrontEnd("torch-gloo-one-bucket", _gloo(BUCKET_SIZE), (_SIGNUM, _VOTE), two_or_more),
     FrontEnd("torch-gloo-device-kernel", _gloo(kernel="DeviceKernel"), (_SIGNUM, _VOTE), two_or_more),
     FrontEnd("torch-gloo-numpy-kernel", _gloo(kernel="NumpyKernel"), (_SIGNUM, _VOTE), two_or_more),
     FrontEnd("torch-gloo-overlap", _gloo(overlap=True), (_SIGNUM, _VOTE), two_or_more),

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from signsgd_lightning import Signum, enable_majority_vote, kernels
+from tests.votes import set_bucket_size
 
 from .cases import LR, Case, Trajectory
 
@@ -57,7 +58,7 @@ class _Model(nn.Module):
 
 
 def vote(
-    cases: Sequence[Case], block_size: int, kernel: str | None, momentum_dtype: torch.dtype | None, overlap: bool
+    cases: Sequence[Case], bucket_size: int, kernel: str | None, momentum_dtype: torch.dtype | None, overlap: bool
 ) -> list[Trajectory]:
     """`Signum` over DDP and Gloo, on one rank; with a kernel by name: that of accelerators takes CPU tensors, too.
 
@@ -75,8 +76,8 @@ def vote(
             parameters = list(model.parameters())
             optimizer = signum(parameters, case, momentum_dtype)
             enable_majority_vote(model, optimizer, overlap=overlap)
-            if optimizer.exchange is not None:
-                optimizer.exchange.block_size = block_size
+            if optimizer.vote is not None:
+                set_bucket_size(optimizer, bucket_size)
             else:
                 assert case.workers == 1, "without an exchange there is no vote"
             trajectories.append(train(parameters, optimizer, case, rank, overlap and not case.absent))

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from signsgd_core.advise import advise
-from signsgd_core.geometry import NAMES, Moments
-from signsgd_core.geometry_report import GeometryReport
+from signsgd_core.analysis.advice import advise
+from signsgd_core.analysis.geometry import NAMES, Moments
+from signsgd_core.analysis.report import GeometryReport
 
 
 def told(gradients: np.ndarray, workers: int = 4, curvature: float = math.nan) -> list[str]:
@@ -109,7 +109,7 @@ def test_records_that_are_none() -> None:
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "signsgd_core.advise", *map(str, arguments)]
+    command = [sys.executable, "-m", "signsgd_core.analysis.advice", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True)
 
 

@@ -2,9 +2,19 @@
 
 import pytest
 
-from signsgd_core import Cost, break_even, by_nodes, fastest, flat, vote_work
-from signsgd_core.costs import GATHER, OURS, SCHEMES, VOTE_BLOCK
-from signsgd_core.traffic import majority_vote, power_sgd, ring_all_reduce, sign_all_gather
+from signsgd_core.network.costs import (
+    GATHER,
+    OURS,
+    SCHEMES,
+    Cost,
+    break_even,
+    by_nodes,
+    fastest,
+    flat,
+    vote_work,
+)
+from signsgd_core.network.traffic import majority_vote, power_sgd, ring_all_reduce, sign_all_gather
+from signsgd_core.wire import BUCKET_SIZE
 
 MILLION = 1_000_000
 
@@ -28,8 +38,8 @@ def test_a_step_by_hand() -> None:
         (OURS, 3, majority_vote(MILLION, 8)),
     ],
 )
-def test_rounds_and_bits(scheme: str, rounds: int, sent: tuple[int, int]) -> None:
-    assert flat(scheme, MILLION, 8, latency=1.0) == Cost(rounds, 8 * sent[1])
+def test_rounds_and_bits(scheme: str, rounds: int, sent: int) -> None:
+    assert flat(scheme, MILLION, 8, latency=1.0) == Cost(rounds, 8 * sent)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -38,11 +48,11 @@ def test_alone_a_worker_only_computes(scheme: str) -> None:
 
 
 def test_every_message_costs() -> None:
-    """A ring's are its rounds; a vote of two blocks tells 7 peers that it agrees, 2 ballots and 2 verdicts."""
+    """A ring's are its rounds; a vote of two buckets tells 7 peers that it agrees, 2 ballots and 2 verdicts."""
     assert flat("DDP fp32", 8, 8, per_message=1.0).fixed == 14
-    assert flat(OURS, VOTE_BLOCK, 8, per_message=1.0).fixed == 7 * 3
-    assert flat(OURS, VOTE_BLOCK + 1, 8, per_message=1.0, shared=2.0).fixed == 2 * 7 * 5
-    assert by_nodes(OURS, 2 * VOTE_BLOCK, 4, 2, 1e30, per_message=1.0).fixed == pytest.approx(2 + 3 * 3)
+    assert flat(OURS, BUCKET_SIZE, 8, per_message=1.0).fixed == 7 * 3
+    assert flat(OURS, BUCKET_SIZE + 1, 8, per_message=1.0, shared=2.0).fixed == 2 * 7 * 5
+    assert by_nodes(OURS, 2 * BUCKET_SIZE, 4, 2, 1e30, per_message=1.0).fixed == pytest.approx(2 + 3 * 3)
 
 
 def test_workers_that_share_cores_work_slower() -> None:
@@ -104,9 +114,9 @@ def test_fastest_of_few() -> None:
 
 def test_power_sgd() -> None:
     """Layers of 10 x 10 and 10: of 110 parameters 2·r·10 + 10 numbers go round, 4 bytes each, 2·(M−1)/M times."""
-    assert power_sgd(1100, 2, rank=1, width=10) == (1200, 1200)
-    assert power_sgd(1100, 2, rank=2, width=10) == (2000, 2000)
-    assert power_sgd(1100, 1, rank=1, width=10) == (0, 0)
+    assert power_sgd(1100, 2, rank=1, width=10) == 1200
+    assert power_sgd(1100, 2, rank=2, width=10) == 2000
+    assert power_sgd(1100, 1, rank=1, width=10) == 0
 
 
 def test_what_makes_no_sense_is_refused() -> None:

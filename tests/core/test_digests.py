@@ -4,7 +4,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from signsgd_core.digests import DIGEST_BYTES, digest, first_difference
+from signsgd_core.wire import DIGEST_BYTES, digest, first_difference
 
 X = np.arange(12, dtype=np.float32).reshape(3, 4)
 

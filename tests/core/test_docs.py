@@ -16,7 +16,18 @@ import signsgd_lightning
 from tests import devices  # noqa: F401  before TensorFlow first runs anything
 
 ROOT = Path(signsgd_core.__file__).parents[1]
-MATHEMATICS = ["adversaries", "ballots", "costs", "momentum", "reference", "settings", "traffic", "vote"]
+MATHEMATICS = [
+    "adversaries",
+    "ballots",
+    "membership",
+    "network.costs",
+    "network.traffic",
+    "reference",
+    "settings",
+    "update",
+    "vote",
+    "wire",
+]
 FRAMEWORKS = ["torch", "tensorflow", "keras", "jax", "lightning", "sklearn", "matplotlib"]
 
 

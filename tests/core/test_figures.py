@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from signsgd_core.figures import COUNTS, figures, names
+from signsgd_core.analysis.vote_figures import COUNTS, figures, names
 
 FULL = np.array(
     [

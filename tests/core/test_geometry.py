@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from signsgd_core.geometry import NAMES, Moments, density, figures, sample
+from signsgd_core.analysis.geometry import NAMES, Moments, density, figures, sample
 
 numbers = st.floats(-1e6, 1e6, width=32)
 

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from signsgd_core import demo, images
+from signsgd_core import demo
+from signsgd_core.demo import images
 
 Change = Callable[[Path], Any]
 SIZE = (6, 4)

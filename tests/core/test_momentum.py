@@ -86,7 +86,7 @@ def test_warmup_of_what_is_no_beta(beta: float) -> None:
 
 def test_warmup_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
     """The real limit takes seconds to reach."""
-    monkeypatch.setattr("signsgd_core.momentum._WARMUP_SEARCH_LIMIT", 1000)
+    monkeypatch.setattr("signsgd_core.update._WARMUP_SEARCH_LIMIT", 1000)
     with pytest.raises(ValueError, match=r"^beta=0\.999 would need over 1000 warmup steps"):
         warmup_steps(0.999)
 

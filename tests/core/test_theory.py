@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from signsgd_core import theory
+from signsgd_core.analysis import theory
 
 Floats = npt.NDArray[np.float64]
 Sample = Callable[[np.random.Generator, tuple[int, ...]], Floats]

@@ -6,20 +6,15 @@ from threading import Thread
 
 import pytest
 
-from signsgd_core.traffic import (
-    HEADER_BYTES,
-    SCHEMES,
-    Traffic,
+from signsgd_core.network.traffic import (
     majority_vote,
-    parameter_server,
     ring_all_reduce,
     sent_since,
     sign_all_gather,
     socket_bytes,
-    stops_paying,
 )
+from signsgd_core.wire import HEADER_BYTES
 
-FP32, BF16 = "ring all-reduce, fp32", "ring all-reduce, bf16"
 MILLION = 1_000_000
 
 
@@ -28,9 +23,9 @@ def test_majority_vote(workers: int) -> None:
     """``2·(M−1)/M·d`` bits where 64·M divides d, and a header to each peer."""
     d, peers = 640 * workers, workers - 1
     ballots = 2 * peers * d // workers // 8
-    assert majority_vote(d, workers) == (peers * HEADER_BYTES + ballots,) * 2
+    assert majority_vote(d, workers) == peers * HEADER_BYTES + ballots
     assert majority_vote(d, workers, "positive") == majority_vote(d, workers, "alternate")
-    assert majority_vote(d, workers, "abstain") == (peers * HEADER_BYTES + 2 * ballots,) * 2
+    assert majority_vote(d, workers, "abstain") == peers * HEADER_BYTES + 2 * ballots
 
 
 def test_header_is_as_short_as_promised() -> None:
@@ -40,81 +35,29 @@ def test_header_is_as_short_as_promised() -> None:
 @pytest.mark.parametrize(("parameters", "words"), [(0, 0), (1, 1), (128, 1), (129, 2), (256, 2), (257, 3)])
 def test_shards_are_whole_words(parameters: int, words: int) -> None:
     """Two workers: each sends the other the ballot on one shard and the verdict on its own, 8 bytes a word."""
-    assert majority_vote(parameters, 2).worker == HEADER_BYTES + 2 * 8 * words
+    assert majority_vote(parameters, 2) == HEADER_BYTES + 2 * 8 * words
 
 
 def test_sign_all_gather() -> None:
-    assert sign_all_gather(MILLION, 4) == (375_000, 375_000)
-    assert sign_all_gather(9, 3) == (4, 4)
-    assert sign_all_gather(MILLION, 1) == (0, 0)
-
-
-def test_parameter_server() -> None:
-    assert parameter_server(MILLION, 4, bits=1) == Traffic(worker=125_000, busiest=500_000)
-    assert parameter_server(MILLION, 4, bits=32) == Traffic(worker=4_000_000, busiest=16_000_000)
-    assert parameter_server(9, 3, bits=1) == (2, 6)
+    assert sign_all_gather(MILLION, 4) == 375_000
+    assert sign_all_gather(9, 3) == 4
+    assert sign_all_gather(MILLION, 1) == 0
 
 
 def test_ring_all_reduce() -> None:
-    assert ring_all_reduce(MILLION, 4, bits=32) == (6_000_000, 6_000_000)
-    assert ring_all_reduce(MILLION, 4, bits=16) == (3_000_000, 3_000_000)
-    assert ring_all_reduce(10, 3, bits=32) == (54, 54)  # 2·2/3·10·4 = 53⅓
-    assert ring_all_reduce(MILLION, 1, bits=32) == (0, 0)
-
-
-def test_schemes() -> None:
-    """A million parameters, four workers: what the busiest machine sends."""
-    assert {name: scheme(MILLION, 4).busiest for name, scheme in SCHEMES.items()} == {
-        "majority vote, 1 bit": 3 * (HEADER_BYTES + 2 * 8 * 3907),  # a million in 4 shards of 3907 words of 64
-        "all-gather, 1 bit": 375_000,
-        "parameter server, 1 bit": 500_000,
-        "parameter server, fp32": 16_000_000,
-        "ring all-reduce, bf16": 3_000_000,
-        "ring all-reduce, fp32": 6_000_000,
-    }
+    assert ring_all_reduce(MILLION, 4, bits=32) == 6_000_000
+    assert ring_all_reduce(MILLION, 4, bits=16) == 3_000_000
+    assert ring_all_reduce(10, 3, bits=32) == 54  # 2·2/3·10·4 = 53⅓
+    assert ring_all_reduce(MILLION, 1, bits=32) == 0
 
 
 @pytest.mark.parametrize("workers", [2, 3, 4, 8, 64])
 def test_vote_sends_32_times_less_than_the_ring(workers: int) -> None:
     """Headers and whole words cost less and less as the model grows."""
-    ratios = [ring_all_reduce(10**n, workers, 32).worker / majority_vote(10**n, workers).worker for n in range(3, 11)]
+    ratios = [ring_all_reduce(10**n, workers, 32) / majority_vote(10**n, workers) for n in range(3, 11)]
     assert ratios == sorted(ratios)
     assert ratios[0] < 31
     assert 31.999 < ratios[-1] < 32
-
-
-@pytest.mark.parametrize(
-    ("scheme", "against", "workers"),
-    [
-        ("all-gather, 1 bit", FP32, 64),  # (M-1)/8 ≥ 2·(M-1)/M·4
-        ("all-gather, 1 bit", BF16, 32),
-        ("parameter server, 1 bit", FP32, 63),  # M/8 ≥ 2·(M-1)/M·4, so M² - 64·M + 64 ≥ 0, M ≥ 62.98
-        ("parameter server, 1 bit", BF16, 31),  # M² - 32·M + 32 ≥ 0, M ≥ 30.97
-        ("parameter server, fp32", FP32, 2),
-        (BF16, FP32, None),
-        (FP32, FP32, 2),
-        ("majority vote, 1 bit", FP32, None),
-        ("majority vote, 1 bit", BF16, None),
-        ("majority vote, 1 bit", "all-gather, 1 bit", 2),  # two workers: the same bits, and a header
-    ],
-)
-def test_stops_paying(scheme: str, against: str, workers: int | None) -> None:
-    assert stops_paying(scheme, 64 * 10**8, against) == workers
-
-
-def test_stops_paying_looks_no_further_than_most() -> None:
-    assert stops_paying("all-gather, 1 bit", MILLION, most=63) is None
-    assert stops_paying("all-gather, 1 bit", MILLION, most=64) == 64
-
-
-def test_a_tiny_model_is_not_worth_the_header() -> None:
-    assert stops_paying("majority vote, 1 bit", 8) == 2
-
-
-@pytest.mark.parametrize("names", [("vote", FP32), ("all-gather, 1 bit", "ring")])
-def test_unknown_scheme(names: tuple[str, str]) -> None:
-    with pytest.raises(ValueError, match=r"^unknown scheme '(vote|ring)', take one of 'majority vote, 1 bit', "):
-        stops_paying(names[0], MILLION, names[1])
 
 
 @pytest.fixture

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.network import Network, available
 from tests.workers import environment
 
 from .conftest import Fault
-from .network import Network, available
 from .test_lost import GROUP_TIMEOUT, RANKS, SPAN, judge
 
 SCRIPT = """

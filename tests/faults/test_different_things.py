@@ -25,8 +25,8 @@ from signsgd_lightning import (
     enable_majority_vote,
     gather_state,
 )
-from signsgd_lightning.shards import load_shards, save_shards
-from signsgd_lightning.verify import verify
+from signsgd_lightning.checkpoint.sharded import load_shards, save_shards
+from signsgd_lightning.vote.observers import Verification
 from tests.lightning.models import Net, trainer
 from tests.workers import Workers, fresh_workers
 
@@ -47,7 +47,8 @@ def _voter() -> tuple[DistributedDataParallel, Signum]:
 
 def _moments(optimizer: Signum) -> None:
     monitor = GeometryMonitor(directory=None)
-    monitor._exchange, monitor._parameters, monitor._rows = optimizer.exchange, optimizer.param_groups[0]["params"], []
+    monitor._everyone, monitor._rows = optimizer.vote.topology.everyone, []  # type: ignore[union-attr]
+    monitor._parameters = optimizer.param_groups[0]["params"]
     monitor.report = type("Report", (), {"coordinates": 5})()
     monitor._moments()
 
@@ -56,8 +57,8 @@ THINGS: dict[str, Callable[[Any, Any], object]] = {
     "votes": lambda model, optimizer: optimizer.step(),
     "enables a vote, or starts a fit": enable_majority_vote,
     "gathers the momenta of all ranks, for a checkpoint": lambda model, optimizer: gather_state(optimizer),
-    "verifies its parameters": lambda model, o: verify(o.exchange.peers, [("x", o.param_groups[0]["params"])], 0),
-    "gathers figures for VoteMonitor": lambda model, o: o.exchange.gather_counts(torch.zeros(9, dtype=torch.float64)),
+    "verifies its parameters": lambda model, o: Verification(1).end(o.vote, o.views(), 0),
+    "gathers figures for VoteMonitor": lambda model, o: o.vote.gather_counts(torch.zeros(9, dtype=torch.float64)),
     "gathers moments for GeometryMonitor": lambda model, optimizer: _moments(optimizer),
     "saves a sharded checkpoint": lambda model, optimizer: save_shards({"optimizer_states": []}, "never written"),
     "loads a sharded checkpoint": lambda model, optimizer: load_shards("never read", torch.load, 0, 2, momenta=True),
@@ -92,8 +93,8 @@ def test_every_two_things(workers: Workers, fault: Fault) -> None:
 def _in_the_midst() -> tuple[str, float]:
     """Rank 0 wants to save in the midst of a vote, as a signal's handler may; rank 1 goes on with the vote."""
     _, optimizer = _voter()
-    assert optimizer.exchange is not None
-    peers: Any = optimizer.exchange.peers
+    assert optimizer.vote is not None
+    peers: Any = optimizer.vote.topology.workers
     count = 0
     swap = peers.swap
 

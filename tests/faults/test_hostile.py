@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from signsgd_lightning import Signum, enable_majority_vote
-from signsgd_lightning.peers import Message
+from signsgd_lightning.vote.transport import Message
 from tests.workers import Workers, fresh_workers
 
 from .conftest import Fault
@@ -22,20 +22,24 @@ TELLERS_BYTES = 128
 """Of a ballot of LENGTH bits, in each of RANKS shards."""
 
 
-def _voter() -> tuple[Tensor, Signum]:
+def _voter() -> tuple[DistributedDataParallel, Signum]:
     model = DistributedDataParallel(nn.Linear(LENGTH, 1, bias=False))
     nn.init.zeros_(model.module.weight)
     optimizer = Signum(model.parameters(), lr=1.0, betas=(0.0, 0.0))
     enable_majority_vote(model, optimizer)
     model.module.weight.grad = torch.ones(1, LENGTH)
-    return model.module.weight, optimizer
+    return model, optimizer
 
 
 def _garbled(garble: Callable[[int, Tensor], Tensor]) -> tuple[str, list[float], int]:
-    """Take a step, on the hostile rank with every row that it sends garbled; return what came of it."""
-    weight, optimizer = _voter()
-    assert optimizer.exchange is not None
-    peers, count = optimizer.exchange.peers, 0
+    """Take a step, on the hostile rank with every row that it sends garbled; return what came of it.
+
+    It counts what it sends: 1 the header, 2 that of the comparison before the first vote, or, where headers differ, the
+    size of a description, 3 the ballots, or the description.
+    """
+    model, optimizer = _voter()
+    assert optimizer.vote is not None
+    peers, count = optimizer.vote.topology.workers, 0
 
     def garbled(outgoing: Tensor, incoming: Tensor, message: Message) -> Callable[[], None]:
         nonlocal count
@@ -64,7 +68,7 @@ def _garbled(garble: Callable[[int, Tensor], Tensor]) -> tuple[str, list[float],
         message = str(error)
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     dist.barrier()
-    return message, weight.detach().flatten().tolist(), grown
+    return message, model.module.weight.detach().flatten().tolist(), grown
 
 
 def _garbage(rows: Tensor) -> Tensor:
@@ -112,7 +116,7 @@ def test_memory_is_bounded_by_what_the_others_need(fault: Fault) -> None:
 
 
 def _short(count: int, rows: Tensor) -> Tensor:
-    return rows[..., : TELLERS_BYTES // 2] if count == 2 else rows
+    return rows[..., : TELLERS_BYTES // 2] if count == 3 else rows
 
 
 def test_a_short_ballot_costs_its_sender_alone(workers: Workers, fault: Fault) -> None:
@@ -124,7 +128,7 @@ def test_a_short_ballot_costs_its_sender_alone(workers: Workers, fault: Fault) -
 
 
 def _long(count: int, rows: Tensor) -> Tensor:
-    return torch.zeros(RANKS, 1 << 20, dtype=torch.uint8) if count == 2 else rows
+    return torch.zeros(RANKS, 1 << 20, dtype=torch.uint8) if count == 3 else rows
 
 
 def test_a_long_ballot_ends_who_gets_it(fault: Fault) -> None:

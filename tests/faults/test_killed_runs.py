@@ -107,8 +107,8 @@ def assert_same(straight: Path, killed: Path) -> None:
     for name, value in ours["state_dict"].items():
         assert torch.equal(value, theirs["state_dict"][name])
     ours, theirs = (checkpoint["optimizer_states"][0] for checkpoint in (ours, theirs))
-    for key, rows in ours["momenta_of_other_ranks"].items():
-        assert torch.equal(rows, theirs["momenta_of_other_ranks"][key])
+    for key, rows in ours["state_of_other_workers"]["momentum"].items():
+        assert torch.equal(rows, theirs["state_of_other_workers"]["momentum"][key])
         assert torch.equal(ours["state"][key]["momentum"], theirs["state"][key]["momentum"])
 
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from signsgd_lightning.shards import load_shards, replace, save_shards
+from signsgd_lightning.checkpoint.atomic import replace
+from signsgd_lightning.checkpoint.sharded import load_shards, save_shards
 from tests.workers import Workers, fresh_workers
 
 from .conftest import Fault

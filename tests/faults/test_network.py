@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from .network import Network, available
+from benchmarks.network import Network, available
 
 SERVER = """
 import hashlib, socket

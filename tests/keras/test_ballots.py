@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 
 import signsgd_core as core
-from signsgd_keras.ballots import pack, unpack, unwords, words
+from signsgd_keras.vote.ballots import pack, unpack, unwords, words
 from tests.devices import DEVICES
 
 LENGTHS = (0, 1, 7, 8, 9, 1000)

@@ -11,7 +11,7 @@ import pytest
 import tensorflow as tf
 
 from signsgd_core import Zeros
-from signsgd_core.traffic import majority_vote
+from signsgd_core.network.traffic import majority_vote
 from signsgd_keras import Signum, VoteMonitor
 from tests.clusters import Cluster
 from tests.devices import mirrored
@@ -83,7 +83,7 @@ def _work(given: Any, zeros: Zeros) -> Any:
 
 def test_figures_of_workers(cluster: Callable[[int], Cluster]) -> None:
     given = given_gradients(2)
-    bytes_per_step = majority_vote(8 * sum(-(-size // 8) for size in SIZES), 2).worker
+    bytes_per_step = majority_vote(8 * sum(-(-size // 8) for size in SIZES), 2)
     for rows in cluster(2).run(_work, given, "alternate"):
         _check(rows, given, "alternate", bytes_per_step)
 
@@ -113,7 +113,7 @@ def test_it_counts_no_longer_than_its_fit() -> None:
     second = model.fit(x, y, verbose=0).history
     assert "vote/ties" in first
     assert not [name for name in second if name.startswith("vote")]
-    assert model.optimizer.statistics is None
+    assert model.optimizer.vote.observers == []
 
 
 @pytest.mark.parametrize("optimizer", [keras.optimizers.SGD, Signum])

@@ -11,7 +11,7 @@ import tensorflow as tf
 
 import signsgd_core as core
 from signsgd_keras import LossScaleOptimizer, Signum
-from signsgd_keras.own import Own
+from signsgd_keras.replica_variable import ReplicaVariable
 from tests.clusters import Cluster
 from tests.devices import mirrored
 
@@ -101,7 +101,7 @@ def test_one_of_an_earlier_version(replicas: int, tmp_path: Path, monkeypatch: p
     saved, other = model(2), model(replicas)
     fit(saved)
     with monkeypatch.context() as patch:
-        patch.setattr(Own, "_serialize_to_tensors", keras.Variable._serialize_to_tensors)
+        patch.setattr(ReplicaVariable, "_serialize_to_tensors", keras.Variable._serialize_to_tensors)
         path = checkpoint(saved).save(tmp_path / "a")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
@@ -118,7 +118,7 @@ def test_set_weights_takes_rows_and_says_what_one_costs() -> None:
         one.optimizer.set_weights([v.numpy() for v in saved.optimizer.variables])
     momenta = components(saved.optimizer._momentums)
     assert same(components(one.optimizer._momentums), [rows[:1].repeat(2, axis=0) for rows in momenta])
-    rows = [v.rows() if isinstance(v, Own) else v.numpy() for v in saved.optimizer.variables]
+    rows = [v.rows() if isinstance(v, ReplicaVariable) else v.numpy() for v in saved.optimizer.variables]
     all_rows.optimizer.set_weights(rows)
     assert same(components(all_rows.optimizer.variables), components(saved.optimizer.variables))
 

@@ -1,17 +1,13 @@
-"""MajorityVote counts ballots as the core does, and leaves every other reduction to the op it wraps, bit for bit."""
+"""MajorityVote leaves every reduction to the op that it wraps, bit for bit."""
 
 from collections.abc import Callable
 from typing import Any
 
 import keras
-import numpy as np
 import pytest
 import tensorflow as tf
 
-import signsgd_core as core
-from signsgd_core import Zeros
 from signsgd_keras import MajorityVote, Signum
-from signsgd_keras.cross_device_ops import width
 from tests.devices import mirrored
 
 from .models import compiled, components, data, net, plain, same
@@ -24,35 +20,6 @@ def test_it_wraps_an_op_only() -> None:
         MajorityVote("nccl")
     wrapped = tf.distribute.HierarchicalCopyAllReduce()
     assert MajorityVote(wrapped).wrapped is wrapped
-
-
-def test_width_is_whole_words_for_every_replica() -> None:
-    for replicas in range(1, 9):
-        for length in (1, 7, 8, 9, 63, 64, 65, 1000):
-            padded = width(length, replicas)
-            assert padded % (8 * replicas) == 0
-            assert length <= padded < length + 8 * replicas
-
-
-@pytest.mark.parametrize("zeros", ["alternate", "abstain", "positive"])
-@pytest.mark.parametrize("replicas", [1, 2, 3, 4, 8])
-def test_the_verdict_is_the_cores_on_every_device(replicas: int, zeros: Zeros) -> None:
-    """Odd and even numbers of replicas, ties, zeros, and both parities of the step."""
-    random, size = np.random.default_rng(replicas), width(41, replicas)
-    for step in (4, 7):
-        directions = random.integers(-1, 2, (replicas, 8 * size)).astype(np.float32)
-        ballots = [core.pack(c, zeros, step, worker) for worker, c in enumerate(directions)]
-        expected = np.stack(core.verdict([list(ballot) for ballot in ballots], zeros, step % 2))
-        placed = []
-        for k, ballot in enumerate(ballots):
-            with tf.device(f"CPU:{k}"):
-                placed.append(tf.constant(ballot))
-        copies = MajorityVote().vote(placed, zeros, tf.constant(step % 2, tf.uint8), tf.zeros(8, tf.int32))
-        assert len(copies) == replicas
-        for k, copy in enumerate(copies):
-            assert copy.dtype == tf.uint8
-            assert copy.numpy().tobytes() == expected.tobytes()
-            assert copy.device.endswith(f"CPU:{k}")
 
 
 def normalized() -> keras.Model:

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from signsgd_core import demo, traffic
+from signsgd_core import demo
+from signsgd_core.network import traffic
 from signsgd_keras.__main__ import main
 from signsgd_keras.demo import batches, network
 from tests.devices import mirrored
@@ -93,8 +94,8 @@ def _until(what: Callable[[], bool], patience: float = 40) -> bool:
 
 def test_replicas_of_one_process(start: Start, tmp_path: Path) -> None:
     rows = _rows(start("--workers=2", "--steps=8", "--out=here"), "by formula, since ")
-    full = traffic.ring_all_reduce(PARAMETERS, 2, bits=32).worker
-    voted = traffic.majority_vote(PARAMETERS, 2).worker
+    full = traffic.ring_all_reduce(PARAMETERS, 2, bits=32)
+    voted = traffic.majority_vote(PARAMETERS, 2)
     assert [sent for _, _, sent, _ in rows] == [full, voted, voted]
     assert (tmp_path / "here" / "accuracy_against_bytes.png").stat().st_size > 10_000
 
@@ -102,7 +103,7 @@ def test_replicas_of_one_process(start: Start, tmp_path: Path) -> None:
 def test_worker_processes_count_what_they_send(start: Start, tmp_path: Path) -> None:
     process = start("--workers=2", "--steps=8", "--processes", "--out=there")
     rows = _rows(process, "what one worker sent, counted by the kernel")
-    full, voted = traffic.ring_all_reduce(PARAMETERS, 2, bits=32).worker, traffic.majority_vote(PARAMETERS, 2).worker
+    full, voted = traffic.ring_all_reduce(PARAMETERS, 2, bits=32), traffic.majority_vote(PARAMETERS, 2)
     for (_, _, sent, fewer), payload in zip(rows, (full, voted, voted), strict=True):
         assert payload < sent < 1.1 * payload  # and gRPC's headers
         assert fewer == round(rows[0][2] / sent, 1)

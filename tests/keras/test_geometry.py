@@ -10,9 +10,9 @@ import keras
 import numpy as np
 import pytest
 
-from signsgd_core.geometry import NAMES, Moments, density, figures, sample
+from signsgd_core.analysis.geometry import NAMES, Moments, density, figures, sample
 from signsgd_keras import GeometryMonitor, Signum
-from signsgd_keras.geometry_backends import hessian, rows
+from signsgd_keras.backend import current
 
 from .backends import Array, assert_equal, everywhere, numbers
 from .models import compiled, data, net
@@ -132,7 +132,7 @@ def test_what_is_still_being_computed_is_waited_for() -> None:
         return  # the others wait by themselves
     import jax
 
-    place = rows(None, 40, 3)
+    place = current().gradient_rows(None, 40, 3)
     slow = jax.jit(lambda x: jax.lax.fori_loop(0, 100, lambda _, x: x @ x, x))
     put = jax.jit(lambda x: place.put(lambda: x[0, :3]))
     for _ in range(10):
@@ -209,9 +209,10 @@ def test_products_with_a_hessian() -> None:
         w = keras.ops.reshape(model.trainable_variables[0], (1, -1))
         return keras.ops.sum(w @ keras.ops.convert_to_tensor(a) @ keras.ops.transpose(w)) / 2
 
-    bent, none = hessian(curved, model, variables)(tensors)
+    product = current().hessian_product
+    bent, none = product(curved, model, variables)(tensors)
     np.testing.assert_allclose(numbers(bent).ravel(), (a + a.T) / 2 @ z.ravel(), rtol=1e-4, atol=1e-5)
-    for flat in (none, *hessian(lambda model: keras.ops.sum(model.trainable_variables[0]), model, variables)(tensors)):
+    for flat in (none, *product(lambda model: keras.ops.sum(model.trainable_variables[0]), model, variables)(tensors)):
         assert flat is None or not numbers(flat).any()
 
 

@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import pytest
 
-from signsgd_core.geometry import Moments, density, figures
+from signsgd_core.analysis.geometry import Moments, density, figures
 from signsgd_keras import GeometryMonitor, LossScaleOptimizer, Signum, VoteMonitor
 from tests.clusters import Cluster
 from tests.devices import mirrored

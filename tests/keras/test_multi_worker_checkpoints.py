@@ -88,11 +88,11 @@ def _late(folder: Path) -> tuple[list[str], list[Array]]:
     import time
     import warnings
 
-    from signsgd_keras import own
+    from signsgd_keras import replica_variable
 
     made, late = _model(), strategy().cluster_resolver.task_id == 1
     _fit(made, 1)
-    own.PATIENCE = 1.0
+    replica_variable.PATIENCE = 1.0
     time.sleep(3.0 * late)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

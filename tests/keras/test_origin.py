@@ -120,14 +120,14 @@ def test_what_lies_by_twos_is_adams() -> None:
 
 @everywhere
 @pytest.mark.parametrize("value", [2.0, float("nan")])
-def test_what_is_no_mean_of_verdicts(value: float) -> None:
+def test_an_array_that_is_no_verdict_momentum(value: float) -> None:
     """Of one variable the order of arrays tells nothing; their size may."""
     x = keras.Variable(np.ones(3, np.float32))
     optimizer = Signum(0.125, **BOTH)
     optimizer.build([x])
     before = state(optimizer)
     store = {"0": np.int64(3), "1": np.float32(0.25), "2": np.ones(3, np.float32), "3": np.full(3, value, np.float32)}
-    with pytest.raises(ValueError, match=f"reaches {value:g}, and a mean of verdicts lies in \\[-1, 1\\]"):
+    with pytest.raises(ValueError, match=f"reaches {value:g}, and a verdict momentum lies in \\[-1, 1\\]"):
         optimizer.load_own_variables(store)
     assert same(before, state(optimizer))
 

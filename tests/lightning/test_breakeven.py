@@ -9,10 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from signsgd_core import Cost, flat
-from signsgd_core.costs import OURS, SCHEMES, VOTE_BLOCK
+from signsgd_core.network.costs import OURS, SCHEMES, Cost, flat
 from signsgd_lightning.breakeven import costs_of, main, report
-from signsgd_lightning.exchange import BLOCK_SIZE
 
 ROOT = Path(__file__).parents[2]
 OPTIONS = Namespace(bandwidth=1e6, latency=500.0, workers=4, parameters=1_000_000)
@@ -47,10 +45,6 @@ def test_a_step_is_measured_where_none_is_given(tmp_path: Path, capsys: pytest.C
         float(re.findall(r"step without exchange: ([\d.]+) ms \(a perceptron's, batch 64, measured\)", printed)[0]) > 0
     )
     assert "fastest at 1 Gbit/s: " in printed
-
-
-def test_the_model_knows_the_exchange() -> None:
-    assert VOTE_BLOCK == BLOCK_SIZE
 
 
 def test_costs_are_the_models() -> None:

@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import StepLR
 
 import signsgd_core as core
 from signsgd_lightning import Signum, gather_state, scatter_state
-from signsgd_lightning.loading import OTHERS
+from signsgd_lightning.checkpoint.loading import OTHERS
 from tests.workers import Workers
 
 from .models import Net, trainer
@@ -84,7 +84,7 @@ def test_the_file_opens_without_us(tmp_path: Path, workers: Workers) -> None:
     ranks = workers.run(3, _train, str(tmp_path), {}, {}, 1)
     checkpoint = torch.load(tmp_path / "epoch=0.ckpt", weights_only=True)
     (state,) = checkpoint["optimizer_states"]
-    for key, rows in state[OTHERS].items():
+    for key, rows in state[OTHERS]["momentum"].items():
         expected = np.stack([rank[1][key] for rank in ranks])
         np.testing.assert_array_equal(np.stack([state["state"][key]["momentum"], *rows]), expected)
     model = Net.load_from_checkpoint(tmp_path / "epoch=0.ckpt", map_location="cpu")
@@ -98,7 +98,10 @@ def test_the_file_opens_without_us(tmp_path: Path, workers: Workers) -> None:
 def test_narrow_momenta_stay_narrow(tmp_path: Path, workers: Workers) -> None:
     workers.run(2, _train, str(tmp_path), *SETTINGS["bf16-momentum"], 1)
     (state,) = torch.load(tmp_path / "epoch=0.ckpt", weights_only=True)["optimizer_states"]
-    kept = [*(rows for rows in state[OTHERS].values()), *(entry["momentum"] for entry in state["state"].values())]
+    kept = [
+        *(rows for rows in state[OTHERS]["momentum"].values()),
+        *(entry["momentum"] for entry in state["state"].values()),
+    ]
     assert len(kept) == 2 * len(list(Net().parameters()))
     assert {momentum.dtype for momentum in kept} == {torch.bfloat16}
 
@@ -108,7 +111,7 @@ def test_the_mean_of_narrow_momenta_is_rounded_once(workers: Workers) -> None:
     optimizer = Signum([p], momentum_dtype=torch.bfloat16)
     state = optimizer.state_dict()
     rows = torch.tensor([[1.0], [2.0**-8], [2.0**-8]], dtype=torch.bfloat16)  # 1 + 2^-8 is no bfloat16, and goes to 1
-    state = {**state, "state": {0: {"momentum": rows[0]}}, OTHERS: {0: rows[1:]}}
+    state = {**state, "state": {0: {"momentum": rows[0]}}, OTHERS: {"momentum": {0: rows[1:]}}}
     scatter_state(optimizer, state)
     expected = ((1 + 2.0**-7) / 3 * torch.ones(1)).bfloat16()
     assert torch.equal(optimizer.state[p]["momentum"], expected)
@@ -165,7 +168,6 @@ def _vote(used: Callable[[int], list[int]]) -> tuple[Any, list[Any]]:
     enable_majority_vote(model, optimizer)
     for k, p in enumerate(model.parameters()):
         p.grad = torch.full((2, 2), float(rank + 1)) if k in used(rank) else None
-    optimizer.exchange.use = None  # type: ignore[union-attr]  # the gradients are set by hand
     optimizer.step()
     before = _momenta(optimizer)
     states: list[Any] = [gather_state(optimizer)]
@@ -181,7 +183,7 @@ def _some(rank: int) -> list[int]:
 
 def test_a_momentum_that_only_some_ranks_have(workers: Workers) -> None:
     for state, before in workers.run(2, _vote, _some):
-        assert set(state[OTHERS]) == {0, 1, 2}
+        assert set(state[OTHERS]["momentum"]) == {0, 1, 2}
         assert sum(m is None for m in before) == 1
 
 
@@ -190,8 +192,11 @@ def test_a_momentum_that_only_some_ranks_have(workers: Workers) -> None:
     [
         (lambda s: s.pop("param_groups"), "has no 'param_groups'"),
         (lambda s: s["state"][0].update(momentum=torch.ones(3)), r"momentum of parameter 0 must have its shape \(2,\)"),
-        (lambda s: s[OTHERS].update({0: torch.ones(1, 3)}), r"parameter 0 must be rows .* shape \(2,\), got \(1, 3\)"),
-        (lambda s: s[OTHERS].update({1: torch.ones(2, 2)}), "must all be of one number of ranks"),
+        (
+            lambda s: s[OTHERS]["momentum"].update({0: torch.ones(1, 3)}),
+            r"parameter 0 must be rows .* shape \(2,\), got \(1, 3\)",
+        ),
+        (lambda s: s[OTHERS]["momentum"].update({1: torch.ones(2, 2)}), "must all be of one number of workers"),
     ],
 )
 def test_a_wrong_state_is_refused_whole(change: Callable[[Any], Any], message: str) -> None:
@@ -202,7 +207,7 @@ def test_a_wrong_state_is_refused_whole(change: Callable[[Any], Any], message: s
     optimizer.step()
     state: dict[str, Any] = optimizer.state_dict()
     state = {**state, "state": {k: {n: v * 2 for n, v in e.items()} for k, e in state["state"].items()}}
-    state[OTHERS] = {0: torch.ones(1, 2), 1: torch.ones(1, 2)}
+    state[OTHERS] = {"momentum": {0: torch.ones(1, 2), 1: torch.ones(1, 2)}}
     change(state)
     before: list[Tensor] = [optimizer.state[p]["momentum"].clone() for p in parameters]
     with pytest.raises(ValueError, match=message):

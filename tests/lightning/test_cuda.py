@@ -13,6 +13,7 @@ import signsgd_core as core
 from signsgd_lightning import Signum, enable_majority_vote, kernels
 from tests.conformance.cases import Array, Case, Trajectory, cases
 from tests.conformance.torch_runs import signum, train
+from tests.votes import set_bucket_size
 from tests.workers import Workers
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -30,8 +31,8 @@ def _vote(table: list[Case], backend: str, overlap: bool) -> list[Trajectory]:
         parameters: list[Tensor] = list(wrapped.parameters())
         optimizer = signum(parameters, case)
         enable_majority_vote(wrapped, optimizer, overlap=overlap)
-        if optimizer.exchange is not None:
-            optimizer.exchange.block_size = 256  # several blocks, so that the first leave in the backward pass
+        if optimizer.vote is not None:
+            set_bucket_size(optimizer, 256)  # several buckets, so that the first leave in the backward pass
         trajectories.append(train(parameters, optimizer, case, rank, overlap and not case.absent))
     return trajectories
 

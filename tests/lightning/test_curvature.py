@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from signsgd_core.geometry import density
+from signsgd_core.analysis.geometry import density
 from signsgd_lightning import GeometryMonitor, Signum
-from signsgd_lightning.geometry import hessian_diagonal
+from signsgd_lightning.monitor.geometry_monitor import hessian_diagonal
 
 from .models import Net, alone
 

@@ -50,7 +50,7 @@ def _alone() -> tuple[Any, list[Record]]:
     model, optimizer, records = _build(**DYADIC)
     _loss(model, 0).backward()
     optimizer.step()
-    return optimizer.exchange, records
+    return optimizer.vote, records
 
 
 def test_one_rank_has_nobody_to_vote_with(workers: Workers) -> None:

@@ -271,11 +271,11 @@ def _dummy_under_a_vote() -> tuple[int, int]:
     model = DistributedDataParallel(small_net())
     optimizer = Signum(model.parameters(), lr=0.125, betas=(0.0, 0.0))
     enable_majority_vote(model, optimizer)
-    assert optimizer.exchange is not None
-    sent = optimizer.exchange.peers.sent_bytes
+    assert optimizer.vote is not None
+    sent = optimizer.vote.topology.workers.sent_bytes
     if dist.get_rank() == 0:
         get_optimizer_state_dict(model, optimizer)
-    return optimizer.t, optimizer.exchange.peers.sent_bytes - sent
+    return optimizer.t, optimizer.vote.topology.workers.sent_bytes - sent
 
 
 def test_torchs_dummy_step_does_not_vote(workers: Workers) -> None:

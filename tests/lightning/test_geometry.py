@@ -16,7 +16,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 
-from signsgd_core.geometry import Moments, figures
+from signsgd_core.analysis.geometry import Moments, figures
 from signsgd_lightning import GeometryMonitor
 from tests.workers import Workers
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import signsgd_core as core
 from signsgd_lightning.kernels import DeviceKernel, Kernel, NativeKernel, NumpyKernel, build, native
-from signsgd_lightning.segments import Segment, lay_out
+from signsgd_lightning.views import FlatView, lay_out
 
 ZEROS = ("alternate", "abstain", "positive")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -60,11 +60,11 @@ def finite(random: np.random.Generator, size: int, dtype: torch.dtype) -> Tensor
     return torch.from_numpy(random.standard_normal(size)).to(dtype)
 
 
-def segments_of(
+def views_of(
     seed: int, dtype: torch.dtype, settings: dict[str, Any], scale: float | None, step: int, device: str = "cpu"
 ) -> Any:
-    """Some segments, with momenta of earlier steps, of which one has no gradient and one lies oddly in memory."""
-    random, state, segments = np.random.default_rng(seed), defaultdict[Tensor, dict[str, Tensor]](dict), []
+    """Some views, with momenta of earlier steps, of which one has no gradient and one lies oddly in memory."""
+    random, state, views = np.random.default_rng(seed), defaultdict[Tensor, dict[str, Tensor]](dict), []
     for k, size in enumerate(SIZES):
         p = nn.Parameter(finite(random, size, dtype).to(device))
         if k == 5:
@@ -76,9 +76,9 @@ def segments_of(
             kept = settings.get("momentum_dtype") if name == "momentum" else None
             state[p][name] = finite(random, size, kept or torch.float32).to(device).view_as(p).contiguous()
         inverse = None if scale is None else torch.tensor(scale, device=device)
-        segments.append(Segment(p, group(step, **settings), state, k != 3, inverse))
-    lay_out(segments)
-    return segments, state
+        views.append(FlatView(p, group(step, **settings), state, k != 3, inverse))
+    lay_out(views)
+    return views, state
 
 
 def bits(values: Tensor) -> bytes:
@@ -86,23 +86,23 @@ def bits(values: Tensor) -> bytes:
     return (values.view(torch.int16) if values.dtype is torch.bfloat16 else values).numpy().tobytes()
 
 
-def outcome(segments: list[Segment], state: Any) -> list[bytes]:
-    return [bits(p) for s in segments for p in (s.parameter, *state[s.parameter].values())]
+def outcome(views: list[FlatView], state: Any) -> list[bytes]:
+    return [bits(p) for s in views for p in (s.parameter, *state[s.parameter].values())]
 
 
 @torch.no_grad()
-def one_step(kernel: Kernel, segments: list[Segment], zeros: core.Zeros, step: int, first: int) -> bytes:
+def one_step(kernel: Kernel, views: list[FlatView], zeros: core.Zeros, step: int, first: int) -> bytes:
     """Cast all from coordinate `first` on in one go and apply the ballot as the verdict; return the ballot."""
-    length, device = segments[-1].stop, segments[0].parameter.device
+    length, device = views[-1].stop, views[0].parameter.device
     ballot = torch.zeros(core.planes(zeros), -(-(length - first) // 8), dtype=torch.uint8, device=device)
-    kernel.cast(segments, first, length, zeros, step, 1, ballot)
-    absent = [s for s in segments if not s.present]
+    kernel.cast(views, first, length, zeros, step, 1, ballot)
+    absent = [s for s in views if not s.present]
     mask = np.ones(8 * ballot.shape[1], bool)
     for s in absent:
         mask[max(s.start - first, 0) : max(s.stop - first, 0)] = False
     ballot &= torch.from_numpy(np.packbits(mask, bitorder="little")).to(device)  # what the teller would not look at
-    kernel.apply(segments, first, length, ballot)
-    for s in segments:
+    kernel.apply(views, first, length, ballot)
+    for s in views:
         s.finish()
     return bits(ballot)
 
@@ -114,9 +114,9 @@ def test_a_voted_step(chosen: dict[str, Any], dtype: torch.dtype, zeros: Any, sc
     for step, first in ((1, 0), (4, 16)):
         outcomes = []
         for kernel in (compiled, *KERNELS):
-            segments, state = segments_of(step, dtype, chosen, scale, step)
-            ballot = one_step(kernel, segments, zeros, step, first)
-            outcomes.append([ballot, *outcome(segments, state)])
+            views, state = views_of(step, dtype, chosen, scale, step)
+            ballot = one_step(kernel, views, zeros, step, first)
+            outcomes.append([ballot, *outcome(views, state)])
         assert outcomes[0] == outcomes[1]
         assert outcomes[0] == outcomes[2]
 
@@ -128,12 +128,12 @@ def test_a_step_alone(chosen: dict[str, Any], dtype: torch.dtype, zeros: Any, co
     for step in (1, 4):
         outcomes = []
         for kernel in (compiled, *KERNELS):
-            segments, state = segments_of(step, dtype, chosen, 0.37, step)
+            views, state = views_of(step, dtype, chosen, 0.37, step)
             with torch.no_grad():
-                kernel.alone(segments, zeros, step)
-                for s in segments:
+                kernel.alone(views, zeros, step)
+                for s in views:
                     s.finish()
-            outcomes.append(outcome(segments, state))
+            outcomes.append(outcome(views, state))
         assert outcomes[0] == outcomes[1]
         assert outcomes[0] == outcomes[2]
 
@@ -171,10 +171,10 @@ def test_threads_share_no_byte(
         p.grad, q.grad = torch.ones(first), numbers(random, 5_003, torch.float32)
         state = defaultdict[Tensor, dict[str, Tensor]](dict)
         chosen = group(0, betas=(0.9, 0.99), verdict_momentum=0.5, momentum_dtype=dtype)
-        segments = [Segment(p, chosen, state, True), Segment(q, chosen, state, True)]
-        lay_out(segments)
-        ballot = one_step(compiled, segments, "abstain", 0, 0)
-        outcomes.append([ballot, *outcome(segments, state)])
+        views = [FlatView(p, chosen, state, True), FlatView(q, chosen, state, True)]
+        lay_out(views)
+        ballot = one_step(compiled, views, "abstain", 0, 0)
+        outcomes.append([ballot, *outcome(views, state)])
     assert outcomes[0] == outcomes[1]
 
 
@@ -188,7 +188,7 @@ def test_a_narrow_momentum_is_rounded_once_and_the_ballot_never(kernel: Any, bet
     g[::2] = -m[::2] * np.float32(betas[0]) / np.float32(1 - betas[0])  # so that c is all but zero
     p.grad = torch.from_numpy(g)
     chosen = group(0, betas=betas, momentum_dtype=torch.bfloat16)
-    ballot = one_step(kernel or compiled, [Segment(p, chosen, state, True)], "abstain", 0, 0)
+    ballot = one_step(kernel or compiled, [FlatView(p, chosen, state, True)], "abstain", 0, 0)
     assert ballot == core.pack(core.direction(m, g, betas[0])).tobytes()
     expected = core.update_momentum(m, g, betas[1]).astype(ml_dtypes.bfloat16)
     assert bits(state[p]["momentum"]) == expected.tobytes()

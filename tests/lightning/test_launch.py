@@ -35,7 +35,7 @@ class Model(LightningModule):
         return Signum(self.parameters(), lr=0.01)
 
     def on_train_end(self):
-        votes = self.trainer.optimizers[0].exchange.peers.world_size
+        votes = self.trainer.optimizers[0].vote.topology.workers.world_size
         line = f"{self.trainer.global_step} steps, {votes} votes, {self.layer.weight.tolist()}"
         Path(sys.argv[2], f"rank{self.global_rank}").write_text(line)
 

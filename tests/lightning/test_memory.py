@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -14,7 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.nn.parallel import DistributedDataParallel
 
-from signsgd_lightning import Signum, enable_majority_vote, kernels
+from signsgd_lightning import Signum, enable_majority_vote, kernels, memory
 from signsgd_lightning.memory import is_plain
 from tests.workers import Workers
 
@@ -204,3 +205,18 @@ def test_function_transforms_are_refused() -> None:
 def test_what_is_plain() -> None:
     assert all(is_plain(x) for x in (torch.ones(2), nn.Parameter(torch.ones(2)), torch.ones(2).as_subclass(WithMemory)))
     assert not any(is_plain(x) for x in (negative(VALUES), torch._efficientzerotensor(2)))
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.ones(()).expand(1),
+        torch.ones(3).expand(2, 3),
+        torch.arange(6.0).view(2, 3).T,
+        torch.ones(0),
+        torch.ones(()),
+    ],
+    ids=["stride 0", "expanded", "transposed", "empty", "scalar"],
+)
+def test_as_bytes(tensor: Tensor) -> None:
+    assert memory.as_bytes(tensor).numpy().tobytes() == np.ascontiguousarray(tensor.numpy()).tobytes()

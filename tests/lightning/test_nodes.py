@@ -10,9 +10,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from signsgd_core.traffic import HEADER_BYTES, majority_vote
+from signsgd_core.network.traffic import majority_vote
+from signsgd_core.wire import HEADER_BYTES
 from signsgd_lightning import Signum, enable_majority_vote
-from signsgd_lightning.node_exchange import NodeExchange
+from signsgd_lightning.vote.topology import Nodes
+from tests.votes import set_bucket_size
 from tests.workers import Workers
 
 from .models import Record, by_node, judge, record
@@ -50,13 +52,12 @@ def eighths(t: int, shape: tuple[int, ...], k: int) -> Tensor:
     return torch.randint(-1, 2, shape, generator=random) * torch.randint(1, 9, shape, generator=random) / 8
 
 
-def build(dtype: torch.dtype = torch.float32, block_size: int | None = None, **signum: Any) -> Any:
+def build(dtype: torch.dtype = torch.float32, bucket_size: int | None = None, **signum: Any) -> Any:
     model = DistributedDataParallel(Given(dtype))
     optimizer = Signum(model.parameters(), lr=LR, **signum)
     enable_majority_vote(model, optimizer, vote_between="nodes")
-    if block_size is not None:
-        assert optimizer.exchange is not None
-        optimizer.exchange.block_size = block_size
+    if bucket_size is not None:
+        set_bucket_size(optimizer, bucket_size)
     return model, optimizer
 
 
@@ -65,11 +66,11 @@ def train(
     lacking: Callable[[int, int, int], bool] | None = None,
     wild: bool = False,
     dtype: torch.dtype = torch.float32,
-    block_size: int | None = None,
+    bucket_size: int | None = None,
     **signum: Any,
 ) -> tuple[Record, dict[int, np.ndarray], int]:
     """Return the record, this rank's momenta by parameter, and the bytes that it sent to its counterparts."""
-    model, optimizer = build(dtype, block_size, **signum)
+    model, optimizer = build(dtype, bucket_size, **signum)
     (one,) = record(optimizer)
     for t in range(steps):
         for k, p in enumerate(model.parameters()):
@@ -79,7 +80,7 @@ def train(
         optimizer.step()
     keys = {p: k for k, p in enumerate(model.parameters())}
     momenta = {keys[p]: s["momentum"].float().numpy().copy() for p, s in optimizer.state.items() if "momentum" in s}
-    return one, momenta, optimizer.exchange.peers.sent_bytes
+    return one, momenta, optimizer.vote.topology.workers.sent_bytes
 
 
 def run(workers: Workers, world_size: int, ranks_per_node: int, **settings: Any) -> list[Any]:
@@ -111,7 +112,7 @@ def test_every_vote_is_the_references(ranks: int, ranks_per_node: int, workers: 
 
 @pytest.mark.parametrize("zeros", ["alternate", "abstain"])
 def test_blocks_of_any_size(zeros: str, workers: Workers) -> None:
-    settings = {"betas": (0.5, 0.5), "zeros": zeros, "block_size": 8}
+    settings = {"betas": (0.5, 0.5), "zeros": zeros, "bucket_size": 8}
     ends = run(workers, 4, 2, **settings)
     judge(by_node([one for one, _, _ in ends], 2), betas=(0.5, 0.5), zeros=zeros)
 
@@ -167,7 +168,7 @@ def test_bytes_between_nodes_are_one_workers(zeros: Any, workers: Workers) -> No
     """Each rank sends the formula's bytes for its shard; its header goes to all ranks."""
     for place, (_, _, sent) in enumerate(run(workers, 4, 2, zeros=zeros, steps=3)):
         shard = 56 - place % 2
-        assert sent == 3 * (majority_vote(shard, 2, zeros).worker - HEADER_BYTES)
+        assert sent == 3 * (majority_vote(shard, 2, zeros) - HEADER_BYTES)
 
 
 def _held() -> tuple[bool, list[int]]:
@@ -176,7 +177,7 @@ def _held() -> tuple[bool, list[int]]:
         p.grad = eighths(0, p.shape, k)
     optimizer.step()
     sizes = [state["momentum"].numel() for state in optimizer.state.values() if "momentum" in state]
-    return isinstance(optimizer.exchange, NodeExchange), sizes
+    return isinstance(optimizer.vote.topology, Nodes), sizes
 
 
 def test_a_rank_holds_the_momentum_of_its_shard_alone(workers: Workers) -> None:

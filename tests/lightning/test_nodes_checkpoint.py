@@ -14,8 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import signsgd_core as core
 from signsgd_lightning import MajorityVoteStrategy, Signum, enable_majority_vote, gather_state, scatter_state
-from signsgd_lightning.loading import OTHERS
-from signsgd_lightning.nodes import cut
+from signsgd_lightning.checkpoint.loading import OTHERS
+from signsgd_lightning.vote.nodes import cut
 from tests.workers import Workers
 
 from .models import Array, Net, trainer
@@ -72,8 +72,10 @@ def test_the_file_holds_whole_momenta_of_nodes_and_opens_without_us(tmp_path: Pa
     model = Net.load_from_checkpoint(tmp_path / "epoch=0.ckpt", map_location="cpu")
     for key, p in enumerate(model.parameters()):
         assert state["state"][key]["momentum"].shape == p.shape
-        assert state[OTHERS][key].shape == (2, *p.shape)
-    rows = [torch.cat([state["state"][key]["momentum"][None], others]) for key, others in state[OTHERS].items()]
+        assert state[OTHERS]["momentum"][key].shape == (2, *p.shape)
+    rows = [
+        torch.cat([state["state"][key]["momentum"][None], others]) for key, others in state[OTHERS]["momentum"].items()
+    ]
     np.testing.assert_array_equal(torch.cat([row.flatten(1) for row in rows], 1), _whole(ends, (6, 2)))
     optimizer = Signum(model.parameters())
     with pytest.warns(UserWarning, match="rank 0's was loaded"):
@@ -161,7 +163,7 @@ def test_every_coordinate_has_one_owner() -> None:
     parameters = [torch.ones(shape, requires_grad=True) for shape in ((5, 3), (), (0, 2), (7,))]
     optimizer = Signum([{"params": parameters[:2]}, {"params": parameters[2:]}])
     for ranks in (1, 2, 3, 30):
-        shards = cut(optimizer.segments(), ranks)
+        shards = cut(optimizer.views(), ranks)
         assert len(shards) == ranks
         owned = [(k, i) for k, p in enumerate(parameters) for i in range(p.numel())]
         assert sorted((k, i) for shard in shards for k, a, b in shard for i in range(a, b)) == owned

@@ -13,7 +13,8 @@ from torch.amp import GradScaler
 
 from signsgd_core import Reference, Zeros
 from signsgd_core.adversaries import ADVERSARIES
-from signsgd_core.traffic import HEADER_BYTES, majority_vote
+from signsgd_core.network.traffic import majority_vote
+from signsgd_core.wire import HEADER_BYTES
 from signsgd_lightning import MajorityVoteStrategy, RanksDifferError, VoteMonitor
 from tests.faults.test_verify import FlipBit
 from tests.votes import SIZES, STEPS, expected_figures, given_gradients
@@ -138,12 +139,12 @@ def test_monitor_shows_nodes(zeros: Zeros, workers: Workers) -> None:
     given: Any = given_gradients(6)
     nodes = 3
     shards = [-(-sum(SIZES) // LOCAL), sum(SIZES) // LOCAL]
-    ballots = sum(majority_vote(shard, nodes, zeros).worker - HEADER_BYTES * (nodes - 1) for shard in shards)
+    ballots = sum(majority_vote(shard, nodes, zeros) - HEADER_BYTES * (nodes - 1) for shard in shards)
     headers = HEADER_BYTES * LOCAL * LOCAL * (nodes - 1)
     wild = [sum(int((~np.isfinite(g)).sum()) for rank in step for g in rank) for step in given]
     for rows in workers.run(6, _observe, given, zeros, ranks_per_node=LOCAL):
         for k, (row, expected) in enumerate(zip(rows, expected_figures(means(given), zeros, 2), strict=True)):
-            assert row.pop("vote/bytes_per_step") == ballots + headers
+            assert row.pop("vote/bytes_per_step") == ballots + headers + (0 if k else headers / 2)  # weights, once
             assert 0 < row.pop("vote/exchange_seconds") < 5
             assert row == pytest.approx({**expected, "vote/nonfinite": sum(wild[: 2 * k + 2])}, rel=1e-12, abs=1e-12)
 

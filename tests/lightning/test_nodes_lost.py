@@ -19,7 +19,7 @@ def _fail(group: str, victim: int, number: signal.Signals) -> tuple[int | None, 
     model = DistributedDataParallel(nn.Linear(3000, 1, bias=False))
     optimizer = Signum(model.parameters(), lr=0.1)
     enable_majority_vote(model, optimizer, vote_between="nodes")
-    peers = getattr(optimizer.exchange, group)
+    peers = getattr(optimizer.vote.topology, group)  # type: ignore[union-attr]
     swap = peers.swap
 
     def swap_or_die(*args: Any) -> Any:
@@ -37,7 +37,7 @@ def _fail(group: str, victim: int, number: signal.Signals) -> tuple[int | None, 
     return None, "the steps went through"
 
 
-@pytest.mark.parametrize(("group", "victim", "number"), [("inside", 3, signal.SIGKILL), ("peers", 2, signal.SIGSTOP)])
+@pytest.mark.parametrize(("group", "victim", "number"), [("inside", 3, signal.SIGKILL), ("workers", 2, signal.SIGSTOP)])
 def test_lost_rank_is_named(group: str, victim: int, number: signal.Signals) -> None:
     with fresh_workers(4) as workers:
         ends = workers.run(

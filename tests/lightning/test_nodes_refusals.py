@@ -29,7 +29,7 @@ def _refused(places: list[tuple[Any, Any]], settings: list[dict[str, Any]], some
     try:
         enable_majority_vote(model, optimizer, **settings[rank])
     except (ValueError, RuntimeError) as error:
-        assert optimizer.exchange is None
+        assert optimizer.vote is None
         return f"{type(error).__name__}: {error}"
     return "nothing was refused"
 

@@ -247,6 +247,6 @@ def test_state_of_the_users_own_survives() -> None:
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda optimizer: pickle.loads(pickle.dumps(optimizer))])
 def test_copy_of_a_voter_does_not_step_alone(duplicate: Callable[[Signum], Signum]) -> None:
     optimizer = Signum([nn.Parameter(torch.zeros(1))])
-    optimizer.exchange = object()  # type: ignore[assignment]
+    optimizer.vote = object()  # type: ignore[assignment]
     with pytest.raises(RuntimeError, match="a copy of an optimizer that votes"):
         duplicate(optimizer).step()

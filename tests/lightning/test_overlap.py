@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from signsgd_core.adversaries import invert
 from signsgd_lightning import MajorityVoteStrategy, PeerLostError, Signum, VoteMonitor, enable_majority_vote
+from tests.votes import set_bucket_size
 from tests.workers import Workers, fresh_workers
 
 from .models import Net, Record, judge, record, trainer
@@ -37,12 +38,11 @@ class Model(nn.Module):
         return self.layers(x).square().mean()  # type: ignore[no-any-return]
 
 
-def build(overlap: bool = True, view: bool = True, block_size: int = 400, **signum: Any) -> Any:
+def build(overlap: bool = True, view: bool = True, bucket_size: int = 400, **signum: Any) -> Any:
     model = DistributedDataParallel(Model(), gradient_as_bucket_view=view)
     optimizer = Signum(model.parameters(), lr=0.0625, **signum)
     enable_majority_vote(model, optimizer, overlap=overlap)
-    assert optimizer.exchange is not None
-    optimizer.exchange.block_size = block_size
+    set_bucket_size(optimizer, bucket_size)
     return model, optimizer
 
 
@@ -53,7 +53,7 @@ def batch(t: int, part: int = 0) -> Tensor:
 
 
 def _train(view: bool, set_to_none: bool) -> tuple[Record, list[int]]:
-    """Six steps of two batches each; return also how many blocks were still to leave after each backward pass."""
+    """Six steps of two batches each; return also how many buckets were still to leave after each backward pass."""
     model, optimizer = build(view=view, **SETTINGS)
     (one,) = record(optimizer)
     left = []
@@ -62,8 +62,8 @@ def _train(view: bool, set_to_none: bool) -> tuple[Record, list[int]]:
         with model.no_sync():
             model(batch(t)).backward()
         model(batch(t, part=1)).backward()
-        left.append(len(optimizer.exchange._ongoing.blocks))
-        assert len(optimizer.exchange._ongoing.sent) > 5
+        left.append(len(optimizer.vote.schedule._begun.waiting))
+        assert len(optimizer.vote.schedule._begun.round._sent) > 5
         optimizer.step()
     return one, left
 
@@ -130,7 +130,7 @@ REFUSED = {
     _clip: r"the gradient of layers\.0\.weight was changed between backward\(\) and step\(\), after it was voted with",
     _scale: r"overlap=True takes gradients as the backward pass leaves them, which a gradient scaler has multiplied",
     _twice: r"a second gradient of layers\.\d\.\w+ came before step\(\), after the first was voted with",
-    _faster: r"optimizer 0 was changed after the vote had begun, in the backward pass \(group 0: lr=0\.0625\)",
+    _faster: r"was changed after the vote had begun, in the backward pass \(group 0: lr=0\.0625\)",
     _forgetful: r"overlap=True needs a gradient for every parameter, layers\.0\.weight has none",
     _apart: r"the ranks disagree and cannot vote: rank 0 has «group 0: lr=0\.5» where rank 1 has «group 0: lr=1\.5»",
 }
@@ -153,7 +153,9 @@ def _one_overlaps() -> str:
 
 def test_all_ranks_overlap_or_none(workers: Workers) -> None:
     for said in workers.run(2, _one_overlaps):
-        assert "block_size=4194304, overlap=False» where rank 1 has «optimizer 0: block_size=4194304" in said
+        assert re.search(
+            "bucket_size=4194304, overlap=False.* where rank 1 has .*: bucket_size=4194304, overlap=True", said
+        )
 
 
 def _settings_refused(settings: dict[str, Any], ddp: dict[str, Any], optimizers: int) -> str:
@@ -240,7 +242,7 @@ def test_a_rank_that_dies_in_its_backward_pass_is_named() -> None:
 
 def _what_is_left() -> bool:
     model, optimizer = build()
-    exchange = weakref.ref(optimizer.exchange)
+    exchange = weakref.ref(optimizer.vote)
     parameters = list(model.parameters())
     del model, optimizer
     gc.collect()

@@ -9,20 +9,21 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from signsgd_core import Zeros, planes, traffic
+from signsgd_core import Zeros, planes
+from signsgd_core.network import traffic
 from signsgd_lightning import PeerLostError, Signum, enable_majority_vote
-from signsgd_lightning.peers import first_lost
+from signsgd_lightning.vote.failures import first_lost
+from tests.votes import set_bucket_size
 from tests.workers import Workers, fresh_workers
 
 GROUP_TIMEOUT = 4.0
 
 
-def _trainer(length: int = 3000, block_size: int = 1 << 22) -> tuple[DistributedDataParallel, Signum]:
+def _trainer(length: int = 3000, bucket_size: int = 1 << 22) -> tuple[DistributedDataParallel, Signum]:
     model = DistributedDataParallel(nn.Linear(length, 1, bias=False))
     optimizer = Signum(model.parameters(), lr=0.1)
     enable_majority_vote(model, optimizer)
-    assert optimizer.exchange is not None
-    optimizer.exchange.block_size = block_size
+    set_bucket_size(optimizer, bucket_size)
     return model, optimizer
 
 
@@ -33,11 +34,11 @@ def _step(model: DistributedDataParallel, optimizer: Signum) -> None:
 
 def _fail_at(moment: int, victim: int, signal_number: int) -> tuple[int | None, str, float]:
     """Take two good steps, then lose the victim at its `moment`-th swap of the third; return what the others saw."""
-    model, optimizer = _trainer(block_size=1024)
+    model, optimizer = _trainer(bucket_size=1024)
     for _ in range(2):
         _step(model, optimizer)
-    assert optimizer.exchange is not None
-    peers, swap, swaps = optimizer.exchange.peers, optimizer.exchange.peers.swap, 0
+    assert optimizer.vote is not None
+    peers, swap, swaps = optimizer.vote.topology.workers, optimizer.vote.topology.workers.swap, 0
 
     def swap_or_die(*args):  # type: ignore[no-untyped-def]
         nonlocal swaps
@@ -116,8 +117,8 @@ def _count(length: int, zeros: Zeros, unused: bool) -> tuple[int, int, int]:
     first.grad, second.grad = torch.ones(length), torch.ones(9)
     if unused and torch.distributed.get_rank() == 1:
         second.grad = None
-    assert optimizer.exchange is not None
-    peers = optimizer.exchange.peers
+    assert optimizer.vote is not None
+    peers = optimizer.vote.topology.workers
     optimizer.step()  # connections are made
     _settle()
     payload, before = peers.sent_bytes, traffic.socket_bytes()
@@ -135,7 +136,7 @@ def _count(length: int, zeros: Zeros, unused: bool) -> tuple[int, int, int]:
 def test_bytes_on_the_wire(workers: Workers, world_size: int, zeros: Zeros, unused: bool) -> None:
     length = 1_000_003
     presence = (world_size - 1) * unused  # one bit a tensor and peer, here two bits in a byte
-    expected = traffic.majority_vote(length + 9, world_size, zeros).worker + presence
+    expected = traffic.majority_vote(length + 9, world_size, zeros) + presence
     formula = 2 * (world_size - 1) / world_size * (length + 9) / 8 * planes(zeros)
     assert expected <= formula + (world_size - 1) * (64 + 16 * (planes(zeros) - 1)) + presence
     for payload, sent, messages in workers.run(world_size, _count, length, zeros, unused):

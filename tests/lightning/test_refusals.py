@@ -10,7 +10,8 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
-from signsgd_lightning import Signum, enable_majority_vote, exchange
+from signsgd_lightning import Signum, enable, enable_majority_vote
+from signsgd_lightning.vote import vote
 from tests.workers import Workers
 
 from .models import judge, record, small_net
@@ -70,14 +71,14 @@ def _enable(kind: str, odd: int) -> tuple[str, bool]:
     optimizer = _optimizer(model, differs)
     if differs == "step":
         optimizer.param_groups[0]["step"] = 7
-    exchange.WIRE_VERSION = 2 if differs == "wire version" else 1
+    vote.WIRE_VERSION = 2 if differs == "wire version" else 1  # type: ignore[attr-defined]
     before = _snapshot(optimizer)
     try:
         enable_majority_vote(model, optimizer)
     except RuntimeError as error:
         return str(error), before != _snapshot(optimizer)
     finally:
-        exchange.WIRE_VERSION = 1
+        vote.WIRE_VERSION = 1  # type: ignore[attr-defined]
     return "no error", False
 
 
@@ -112,12 +113,15 @@ def _backward(model: nn.Module, seed: int) -> None:
 
 def _midway(name: str, value: Any) -> tuple[str, bool, list[Any]]:
     """Three good steps; a fourth at which rank 1 differs; then it mends its ways and all go on."""
+    enable._enabled = 0
     model = DistributedDataParallel(small_net())
     optimizer = _optimizer(model, "")
     enable_majority_vote(model, optimizer)
     records = record(optimizer)
-    assert optimizer.exchange is not None
-    settings: Any = optimizer.exchange.__dict__ if name == "block_size" else optimizer.param_groups[0]
+    assert optimizer.vote is not None
+    settings: Any = optimizer.param_groups[0]
+    if name == "bucket_size":
+        settings = optimizer.vote.options.__dict__
     for t in range(3):
         _backward(model, t)
         optimizer.step()
@@ -144,10 +148,10 @@ def _midway(name: str, value: Any) -> tuple[str, bool, list[Any]]:
         ("zeros", "positive", "zeros='alternate'", "zeros='positive'"),
         ("step", 2, "group 0: step=3", "group 0: step=2"),
         (
-            "block_size",
+            "bucket_size",
             640,
-            "optimizer 0: block_size=4194304, overlap=False",
-            "optimizer 0: block_size=640, overlap=False",
+            "optimizer 0 of model 0: bucket_size=4194304, overlap=False",
+            "optimizer 0 of model 0: bucket_size=640, overlap=False",
         ),
     ],
 )
@@ -184,7 +188,7 @@ def _misuse(kind: str) -> tuple[str, str]:
     good = Signum(ddp.parameters())
     foreign = Signum([*ddp.parameters(), nn.Parameter(torch.ones(1))])
     arguments: dict[str, tuple[Any, ...]] = {
-        "not wrapped": (ddp.module, good),
+        "no model": (good,),
         "no optimizer": (ddp,),
         "other class": (ddp, good, torch.optim.AdamW(ddp.parameters())),
         "foreign parameter": (ddp, foreign),
@@ -202,8 +206,7 @@ def _misuse(kind: str) -> tuple[str, str]:
 
 
 MISUSES = {
-    "not wrapped": "TypeError: enable_majority_vote takes a DistributedDataParallel model, got Sequential; wrap the "
-    "model first",
+    "no model": "TypeError: enable_majority_vote takes a model first, a torch.nn.Module, got Signum",
     "no optimizer": "ValueError: enable_majority_vote needs the optimizers that are to vote, got none",
     "other class": "TypeError: a majority vote needs signsgd_lightning.Signum, optimizer 1 is AdamW: replace it, or "
     "train with plain DDP (in Lightning: strategy='ddp')",

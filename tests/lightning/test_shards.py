@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 
 import signsgd_core as core
 from signsgd_lightning import MajorityVoteStrategy, Signum, scatter_state
-from signsgd_lightning.loading import SHARDS
+from signsgd_lightning.checkpoint.loading import SHARDS
 from tests.workers import Workers
 
 from .models import Net, trainer
@@ -90,14 +90,14 @@ def test_each_rank_wrote_its_own_momenta_and_rank_0_the_rest(tmp_path: Path, wor
     }  # fmt: skip
     index = FileSystemReader(folder).read_metadata()
     written = {place.fqn: where.relative_path for place, where in index.storage_data.items()}
-    assert written == {f"0.{key}.{rank}": f"__{rank}_0.distcp" for key in range(4) for rank in range(3)}
+    assert written == {f"0.{key}.momentum.{rank}": f"__{rank}_0.distcp" for key in range(4) for rank in range(3)}
     entries: dict[str, Any] = index.state_dict_metadata
     momenta: dict[str, Any] = {name: torch.empty(entry.size) for name, entry in entries.items()}
     with pytest.warns(UserWarning, match="in a single process"):
         load(momenta, checkpoint_id=folder, no_dist=True)
     for name, momentum in momenta.items():
-        _, key, rank = map(int, name.split("."))
-        np.testing.assert_array_equal(momentum, ranks[rank][1][key])
+        _, key, _, rank = name.split(".")
+        np.testing.assert_array_equal(momentum, ranks[int(rank)][1][int(key)])
     meta = torch.load(folder / "meta.pt", weights_only=True)
     (state,) = meta["optimizer_states"]
     assert state[SHARDS] == 3

@@ -71,7 +71,7 @@ def _alone() -> tuple[bool, list[Record]]:
     model = Net()
     run: Any = trainer()
     run.fit(model)
-    return run.optimizers[0].exchange is None, model.records
+    return run.optimizers[0].vote is None, model.records
 
 
 def test_one_process_trains_without_an_exchange(workers: Workers) -> None:
@@ -123,4 +123,6 @@ def test_registered_as_ddp_registers_its_own() -> None:
     for name, entry in theirs.items():
         our = ours["majority_vote" + name.removeprefix("ddp")]
         assert our["init_params"] == entry["init_params"]
-        assert our["strategy"] is MajorityVoteStrategy
+        strategy = StrategyRegistry.get(our["strategy_name"])
+        assert type(strategy) is MajorityVoteStrategy
+        assert strategy._start_method == our["init_params"]["start_method"]

@@ -13,7 +13,7 @@ import torch
 
 import signsgd_core as core
 
-from .test_kernels import SETTINGS, one_step, segments_of
+from .test_kernels import SETTINGS, one_step, views_of
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton (Linux only)")
 
@@ -67,10 +67,10 @@ def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., l
     def of(architecture: int, chosen: dict[str, Any], dtype: torch.dtype, zeros: core.Zeros) -> list[Any]:
         monkeypatch.setattr(driver, "_active", _Described(architecture))
         monkeypatch.setattr(cuda, "_launch", compile_it)
-        segments, _ = segments_of(1, dtype, chosen, 0.37, 1)
+        views, _ = views_of(1, dtype, chosen, 0.37, 1)
         kernel = cuda.TritonKernel()
-        one_step(kernel, segments, zeros, 1, 0)
-        kernel.alone(segments, zeros, 1)
+        one_step(kernel, views, zeros, 1, 0)
+        kernel.alone(views, zeros, 1)
         kernel.verdict(torch.zeros(3, core.planes(zeros), 64, dtype=torch.uint8), zeros, 1, None)
         return list(found.values())
 

@@ -105,7 +105,7 @@ def _enabled_by_wrapper(name: str) -> tuple[list[Any], bool, list[str]]:
     records, wrapped = record(optimizer), WRAPPERS[name](optimizer)
     enable_majority_vote(model, wrapped)
     assert wrapped.zeros == optimizer.zeros == "alternate"
-    assert wrapped.exchange is optimizer.exchange
+    assert wrapped.vote is optimizer.vote
     for t in range(3):
         _backward(model, t)
         optimizer.step()
@@ -126,7 +126,7 @@ def test_a_wrapper_votes_saves_and_loads(name: str, workers: Workers) -> None:
     judge([records[0] for records, *_ in ranks], betas=(0.5, 0.5))
     for _, back, held in ranks:
         assert back
-        assert held == ["momenta_of_other_ranks", "param_groups", "state"]
+        assert held == ["param_groups", "state", "state_of_other_workers"]
 
 
 class _Returned(Net):

@@ -17,12 +17,12 @@ import signsgd_core as core
 from signsgd_lightning import kernels
 from signsgd_lightning.kernels import NumpyKernel, triton_loops, triton_tally
 from signsgd_lightning.kernels.cuda import TritonKernel
-from signsgd_lightning.segments import Segment, lay_out
+from signsgd_lightning.views import FlatView, lay_out
 from tests.conformance.cases import Case
 from tests.conformance.torch_runs import alone, vote
 from tests.workers import fresh_workers
 
-from .test_kernels import DTYPES, SETTINGS, ZEROS, bits, finite, group, numbers, one_step, outcome, segments_of
+from .test_kernels import DTYPES, SETTINGS, ZEROS, bits, finite, group, numbers, one_step, outcome, views_of
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -46,8 +46,8 @@ def test_a_voted_step(chosen: dict[str, Any], dtype: torch.dtype, zeros: Any) ->
     step, first = (1, 0) if dtype.itemsize == 4 else (4, 16)
     outcomes = []
     for kernel, device in ((TritonKernel(), DEVICE), (NumpyKernel(), "cpu")):
-        segments, state = segments_of(step, dtype, chosen, None if zeros == "alternate" else 0.37, step, device)
-        outcomes.append([one_step(kernel, segments, zeros, step, first), *outcome(segments, state)])
+        views, state = views_of(step, dtype, chosen, None if zeros == "alternate" else 0.37, step, device)
+        outcomes.append([one_step(kernel, views, zeros, step, first), *outcome(views, state)])
     assert outcomes[0] == outcomes[1]
 
 
@@ -57,11 +57,11 @@ def test_a_step_alone(chosen: dict[str, Any], dtype: torch.dtype, zeros: Any) ->
     step = 1 if dtype.itemsize == 4 else 4
     outcomes = []
     for kernel, device in ((TritonKernel(), DEVICE), (NumpyKernel(), "cpu")):
-        segments, state = segments_of(step, dtype, chosen, 0.37, step, device)
-        kernel.alone(segments, zeros, step)
-        for s in segments:
+        views, state = views_of(step, dtype, chosen, 0.37, step, device)
+        kernel.alone(views, zeros, step)
+        for s in views:
             s.finish()
-        outcomes.append(outcome(segments, state))
+        outcomes.append(outcome(views, state))
     assert outcomes[0] == outcomes[1]
 
 
@@ -74,24 +74,24 @@ def test_memory_that_is_not_the_value(of: str) -> None:
         lazy = torch.complex(torch.zeros(2_100), -values).conj().imag.to(device)
         p = nn.Parameter(lazy if of == "parameter" else torch.ones(2_100, device=device))
         p.grad = lazy if of == "gradient" else torch.ones(2_100, device=device)
-        segment = Segment(p, chosen, defaultdict[Tensor, dict[str, Tensor]](dict), True)
-        lay_out([segment])
+        view = FlatView(p, chosen, defaultdict[Tensor, dict[str, Tensor]](dict), True)
+        lay_out([view])
         start = p.detach().clone()
-        kernel.alone([segment], "abstain", 0)
-        segment.finish()
+        kernel.alone([view], "abstain", 0)
+        view.finish()
         expected = start.cpu() - chosen["lr"] * 0.5 * (values.sign() if of == "gradient" else 1.0)
         assert torch.equal(p.detach().cpu().resolve_neg(), expected)
 
 
-def some(device: str, first: int, chosen: dict[str, Any]) -> tuple[list[Segment], Any]:
+def some(device: str, first: int, chosen: dict[str, Any]) -> tuple[list[FlatView], Any]:
     """A tensor of several blocks, of which the first has bit `first`, and a small one behind it."""
-    random, state, segments = np.random.default_rng(first), defaultdict[Tensor, dict[str, Tensor]](dict), []
+    random, state, views = np.random.default_rng(first), defaultdict[Tensor, dict[str, Tensor]](dict), []
     for size in (first, 2_100, 3):
         p = nn.Parameter(finite(random, size, torch.float32).to(device))
         p.grad = numbers(random, size, torch.float32).to(device)
-        segments.append(Segment(p, chosen, state, True))
-    lay_out(segments)
-    return segments, state
+        views.append(FlatView(p, chosen, state, True))
+    lay_out(views)
+    return views, state
 
 
 @pytest.mark.parametrize("first", [0, 1, 31, 32, 37])
@@ -100,24 +100,24 @@ def test_words_that_lie_across_programs(first: int) -> None:
     """In blocks of the vote that end in the midst of words of the tensors."""
     outcomes = []
     for kernel, device in ((TritonKernel(), DEVICE), (NumpyKernel(), "cpu")):
-        segments, state = some(device, first, group(0, betas=(0.9, 0.99), verdict_momentum=0.5))
+        views, state = some(device, first, group(0, betas=(0.9, 0.99), verdict_momentum=0.5))
         ballots = []
-        for lo, hi in ((0, 1_152), (1_152, segments[-1].stop)):
+        for lo, hi in ((0, 1_152), (1_152, views[-1].stop)):
             ballots.append(torch.zeros(2, 8 * -(-(hi - lo) // 64), dtype=torch.uint8, device=device))
-            kernel.cast(segments, lo, hi, "abstain", 0, 0, ballots[-1])
-            kernel.apply(segments, lo, hi, ballots[-1])
-        outcomes.append([*map(bits, ballots), *outcome(segments, state)])
+            kernel.cast(views, lo, hi, "abstain", 0, 0, ballots[-1])
+            kernel.apply(views, lo, hi, ballots[-1])
+        outcomes.append([*map(bits, ballots), *outcome(views, state)])
     assert outcomes[0] == outcomes[1]
 
 
 @pytest.mark.parametrize("zeros", ZEROS)
 @torch.no_grad()
 def test_the_ballot_is_cores(zeros: core.Zeros) -> None:
-    segments, _ = some(DEVICE, 5, group(3, betas=(0.0, 0.0)))
+    views, _ = some(DEVICE, 5, group(3, betas=(0.0, 0.0)))
     ballot = torch.zeros(core.planes(zeros), 264, dtype=torch.uint8, device=DEVICE)
     seen: list[Tensor] = []
-    TritonKernel().cast(segments, 0, 2_108, zeros, 3, 2, ballot, seen.append)
-    gradients = [s.raw_gradient.cpu().numpy() for s in segments]
+    TritonKernel().cast(views, 0, 2_108, zeros, 3, 2, ballot, seen.append)
+    gradients = [s.raw_gradient.cpu().numpy() for s in views]
     assert bits(ballot) == core.pack(core.finite(np.concatenate(gradients)), zeros, step=3, worker=2).tobytes()
     assert [bits(gradient) for gradient in seen] == [gradient.tobytes() for gradient in gradients]
 
@@ -136,17 +136,17 @@ def test_verdicts(workers: int, zeros: core.Zeros) -> None:
 
 @torch.no_grad()
 def test_one_launch_a_dtype_and_group(launches: list[str]) -> None:
-    state, segments = defaultdict[Tensor, dict[str, Tensor]](dict), []
+    state, views = defaultdict[Tensor, dict[str, Tensor]](dict), []
     for chosen in (group(0, betas=(0.9, 0.9)), group(0, betas=(0.0, 0.0), verdict_momentum=0.5)):
         for size, dtype in ((3, torch.float32), (40, torch.bfloat16), (5, torch.float32), (1, torch.bfloat16)):
             p = nn.Parameter(torch.zeros(size, dtype=dtype, device=DEVICE))
             p.grad = torch.ones_like(p)
-            segments.append(Segment(p, chosen, state, True))
+            views.append(FlatView(p, chosen, state, True))
     ballot = torch.zeros(1, 16, dtype=torch.uint8, device=DEVICE)
-    length = lay_out(segments)
-    TritonKernel().cast(segments, 0, length, "alternate", 0, 0, ballot)
-    TritonKernel().apply(segments, 0, length, ballot)
-    TritonKernel().alone(segments, "abstain", 0)
+    length = lay_out(views)
+    TritonKernel().cast(views, 0, length, "alternate", 0, 0, ballot)
+    TritonKernel().apply(views, 0, length, ballot)
+    TritonKernel().alone(views, "abstain", 0)
     assert launches == 4 * ["cast"] + 4 * ["apply"] + 4 * ["alone"]
 
 

@@ -1,0 +1,1 @@
+"""Will signs work for my model? Geometry of gradients, what the papers prove, and advice."""

@@ -1,0 +1,106 @@
+"""Steps 1-3, 7 and 8 on variables: gradient to direction and momentum, verdict to update."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+from keras import ops
+
+import signsgd_core as core
+from signsgd_core import Zeros
+
+from .backend import Backend
+from .state import Slot
+
+Tensor = Any
+Variable = Any
+
+
+@dataclass(frozen=True)
+class Update:
+    """The formulas of `signsgd_core.update` with an optimizer's settings, as a backend computes them.
+
+    Attributes:
+        beta_1: β1.
+        beta_2: β2.
+        gamma: γ.
+        warmup: for how many first steps the ballot is the sign of the gradient.
+        backend: of Keras.
+    """
+
+    beta_1: float
+    beta_2: float
+    gamma: float
+    warmup: int
+    backend: Backend
+
+    def direction(self, gradient: Tensor, momentum: Variable | None, step: Tensor) -> Tensor:
+        """Take a gradient into the momentum and return the direction `c` to vote with, float32: steps 1-3.
+
+        Args:
+            gradient: `g`, dense.
+            momentum: `m`, float32 of the same shape; None where β1 = 0.
+            step: `t`.
+        """
+        g = self.finite(ops.cast(gradient, "float32"))
+        if momentum is None:
+            return g
+        c = core.direction(momentum, g, self.beta_1)
+        m = c if self.beta_1 == self.beta_2 else core.update_momentum(momentum, g, self.beta_2)
+        self.backend.write(momentum, m)
+        if self.warmup == 0:
+            return c
+        return ops.cond(ops.less(step, self.warmup), lambda: g, lambda: c)
+
+    def finite(self, gradient: Tensor) -> Tensor:
+        """Return the gradient with every NaN and ±Inf replaced by 0 (step 1)."""
+
+        def replaced() -> Tensor:
+            return ops.where(ops.isfinite(gradient), gradient, ops.zeros_like(gradient))
+
+        if self.backend.is_compiled():
+            return replaced()  # the compiler makes it part of what follows
+        return ops.cond(ops.isfinite(ops.sum(gradient)), lambda: gradient, replaced)  # reads once where all is well
+
+    def move(
+        self, x: Variable, verdict: Tensor, verdict_momentum: Variable | None, learning_rate: Tensor, decay: float
+    ) -> None:
+        """Move a variable by the verdict: steps 7 and 8.
+
+        Args:
+            x: the variable, or a tile of it.
+            verdict: `V`, float32 of its shape.
+            verdict_momentum: `u`, float32 of its shape; None where γ = 0.
+            learning_rate: `lr`.
+            decay: λ.
+        """
+        u = verdict
+        if verdict_momentum is not None:
+            u = core.update_verdict_momentum(verdict_momentum, verdict, self.gamma)
+            self.backend.write(verdict_momentum, u)
+        half = keras.backend.standardize_dtype(x.dtype) in ("float16", "bfloat16")
+        exact = "float32" if half else x.dtype  # half types round once, at the end
+        lr = ops.cast(learning_rate, exact)
+        if half:
+            moved = core.update_parameters(ops.cast(x, exact), u, lr, decay)
+            self.backend.write(x, ops.cast(moved, x.dtype))
+        else:
+            self.backend.descend(x, core.decayed(x, ops.cast(u, exact), decay), lr)
+
+    def alone(self, gradient: Tensor, slot: Slot, zeros: Zeros, step: Tensor, learning_rate: Tensor) -> None:
+        """Take one step of one variable without a vote: steps 1-8 with the worker's ballot for a verdict.
+
+        Args:
+            gradient: of the variable's shape, dense.
+            slot: the variable and its state.
+            zeros: the zero rule.
+            step: `t`.
+            learning_rate: `lr`.
+        """
+        bit = core.zero_bit(zeros, ops.cast(step, "int32"))
+        for x, g, m, u in self.backend.tiles(slot.variable, gradient, slot.momentum, slot.verdict_momentum):
+            c = self.direction(g, m, step)
+            verdict = ops.sign(c)
+            if bit is not None:
+                verdict = ops.where(ops.equal(c, 0), 1 - 2 * ops.cast(bit, c.dtype), verdict)
+            self.move(x, verdict, u, learning_rate, slot.weight_decay)

@@ -1,0 +1,123 @@
+"""Every private name of torch and Lightning that is used, and who needs it; a test fails for each that moves.
+
+Lightning is imported only by the functions that are about it.
+"""
+
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.variable import Variable
+from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
+from torch.nn.parallel import DistributedDataParallel
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+_STATE_DICT = "torch.distributed.checkpoint.state_dict"
+
+
+def prefix_store(prefix: str) -> PrefixStore:
+    """Return the store through which the ranks found each other, under a prefix; for `vote.failures`."""
+    return PrefixStore(prefix, _get_default_store())
+
+
+def backend(group: dist.ProcessGroup, device_type: str) -> str | None:
+    """Return what a process group sends tensors of a kind of device with, None for nothing; for `vote.transport`.
+
+    `dist.get_backend` names one for a group that has several.
+    """
+    try:
+        return group._get_backend(torch.device(device_type)).name()
+    except RuntimeError:
+        return None
+
+
+def timeout(group: dist.ProcessGroup) -> timedelta:
+    """Return how long a process group waits for a lost rank; for `vote.nodes`, whose groups wait as long."""
+    device = torch.device("cpu" if backend(group, "cpu") else "cuda")
+    found: timedelta = group._get_backend(device).options._timeout
+    return found
+
+
+def queue_callback(function: Callable[[], None]) -> None:
+    """Call a function after the backward pass that is going on; for `vote.local_gradients` and `vote.schedule`."""
+    Variable._execution_engine.queue_callback(function)
+
+
+def is_in_join(ddp_model: DistributedDataParallel) -> bool:
+    """Whether DDP's `join()` would let ranks that are through go on alone; for `vote.local_gradients`."""
+    config = ddp_model._join_config
+    return bool(config.enable and not config.throw_on_early_termination)
+
+
+def past_the_hook(ddp_model: DistributedDataParallel) -> dict[str, bool]:
+    """Return by name what makes DDP average without its communication hook, and whether it is in use; for `enable`."""
+    return {
+        "delay_all_reduce_named_params": bool(ddp_model._delay_all_reduce_params),
+        "mixed_precision (take torch.autocast)": ddp_model.mixed_precision is not None,
+        'torch._dynamo.config.optimize_ddp = "python_reducer"': bool(ddp_model._use_python_reducer),
+    }
+
+
+def is_zero_tensor(tensor: Tensor) -> bool:
+    """Whether a tensor is zeros without memory; for `memory`."""
+    return tensor._is_zerotensor()
+
+
+def is_wrapped_by_transform(tensor: Tensor) -> bool:
+    """Whether a tensor stands for one within `torch.func` transforms or functionalization; for `memory`."""
+    return torch._is_functional_tensor(tensor) or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def version(tensor: Tensor) -> int:
+    """Return how often a tensor was written to in place; for `vote.schedule`."""
+    return tensor._version
+
+
+def uncompiled(module: Any) -> Any:
+    """Return the module that `torch.compile` took, itself where it took none; for `enable`."""
+    return getattr(module, "_orig_mod", module)
+
+
+def called_by_torch(function: str) -> bool:
+    """Tell whether a function of `torch.distributed.checkpoint.state_dict` is among the callers.
+
+    For `Signum.step`, which `_init_optim_state` calls to have the state made, and for `checkpoint.loading`: what
+    `_load_optim_state_dict` loads is one rank's value of every tensor, of any rank.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == function and frame.f_globals.get("__name__") == _STATE_DICT:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def stands_for_no_optimizer(optimizer: object) -> bool:
+    """Whether Lightning put it where a module has no optimizer; for `strategy`."""
+    from lightning.pytorch.core.optimizer import _MockOptimizer
+
+    return isinstance(optimizer, _MockOptimizer)
+
+
+def is_local(path: Any) -> bool:
+    """Whether Lightning takes a path for one on a local or mounted file system; for `strategy`."""
+    from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
+
+    return _is_local_file_protocol(path)
+
+
+def trainer_of(module: "LightningModule") -> "Trainer | None":
+    """Return a module's trainer, None where it has none; for `strategy`. The public property raises there."""
+    return module._trainer
+
+
+def logged_step(trainer: "Trainer") -> int:
+    """Return the step by which Lightning logs; for the monitors."""
+    return trainer.fit_loop.epoch_loop._batches_that_stepped

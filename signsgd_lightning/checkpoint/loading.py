@@ -1,0 +1,158 @@
+"""Loading an optimizer's state bit for bit, and what it may hold beside this rank's own."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .._compat import called_by_torch
+from ..state import ENTRIES, find
+
+OTHERS = "state_of_other_workers"
+"""Where a gathered state has it: entry -> parameter -> of shape (workers − 1, *parameter.shape), worker 1 first."""
+
+_MOMENTA = "momenta_of_other_ranks"
+"""Where states of version 0.1.0 have it: parameter -> momentum."""
+
+SHARDS = "ranks_with_momentum_shards"
+"""Where the state of a sharded checkpoint has how many ranks wrote their momenta beside it."""
+
+SAVED_BY = "momentum_of_worker"
+"""Where each parameter group of a state says whose momentum it has, where workers differ in it."""
+
+Others = dict[str, dict[int, Tensor]]
+
+_ONLY_FIRST = (
+    "this state holds the momenta of several ranks, of which rank 0's was loaded: to give every rank its own, load it "
+    "with signsgd_lightning.scatter_state, or in Lightning under strategy='majority_vote'"
+)
+_NO_MOMENTA = (
+    "this state is of a sharded checkpoint and its momenta start from zero: to give every rank its own, resume from "
+    "the directory under strategy='majority_vote'"
+)
+
+
+def check(state_dict: dict[str, Any]) -> None:
+    """Make sure that a state is one of `Signum`.
+
+    Raises:
+        ValueError: if it is another optimizer's, naming what it looks like, or something else altogether.
+    """
+    for name in ("state", "param_groups"):
+        if name not in state_dict:
+            has = ", ".join(map(repr, state_dict))
+            raise ValueError(f"this is no state of Signum: it has no {name!r}, only {has}")
+    for group in state_dict["param_groups"]:
+        if "zeros" not in group or "verdict_momentum" not in group:
+            raise ValueError(
+                f"this is the state of {_likely_optimizer(group)}, not of Signum: load the weights alone and let the "
+                "momentum start anew. Leave out optimizer.load_state_dict; in Lightning load the model by "
+                "load_from_checkpoint(path) and call fit without ckpt_path"
+            )
+
+
+def _likely_optimizer(group: dict[str, Any]) -> str:
+    """Return which of torch's optimizers have just the settings of a saved parameter group."""
+    settings = set(group) - {"params", "initial_lr", "param_names"}
+    names = []
+    for name, kind in vars(torch.optim).items():
+        if isinstance(kind, type) and issubclass(kind, Optimizer) and kind is not Optimizer:
+            with suppress(Exception):  # of one that takes other arguments
+                if set(kind([torch.zeros(1, 1)]).defaults) == settings:  # type: ignore[call-arg]
+                    names.append(name)
+    if names:
+        return " or ".join(names)
+    return f"an optimizer with the settings {', '.join(sorted(settings))}" if settings else "another optimizer"
+
+
+def sign(state_dict: dict[str, Any], worker: tuple[int, int]) -> dict[str, Any]:
+    """Return a state that says whose momentum it has: the worker's number, of how many."""
+    groups = [{**group, SAVED_BY: worker} for group in state_dict["param_groups"]]
+    return {**state_dict, "param_groups": groups}
+
+
+def unsign(state_dict: dict[str, Any]) -> tuple[dict[str, Any], tuple[int, int] | None]:
+    """Return a state without what `sign` put into it, and that."""
+    workers = {tuple(group[SAVED_BY]) for group in state_dict["param_groups"] if SAVED_BY in group}
+    groups = [{k: v for k, v in group.items() if k != SAVED_BY} for group in state_dict["param_groups"]]
+    return {**state_dict, "param_groups": groups}, next(iter(workers), None)
+
+
+def warn_of_lost(saved_by: tuple[int, int] | None, worker: tuple[int, int]) -> None:
+    """Say so where a state has one worker's momentum, of several, and another worker has loaded it.
+
+    Args:
+        saved_by: whose momentum was loaded, None if that is not known.
+        worker: whose it is now; each its number, of how many.
+    """
+    by_torch = called_by_torch("_load_optim_state_dict")  # keeps one rank's value of every tensor, here of any rank
+    if not by_torch and (saved_by is None or saved_by[1] == 1 or saved_by == worker):
+        return
+    whose = "some worker" if by_torch or saved_by is None else f"worker {saved_by[0]} of {saved_by[1]}"
+    warnings.warn(
+        f"worker {worker[0]} of {worker[1]} goes on with the momentum of {whose}, since its own was not saved: save "
+        "what signsgd_lightning.gather_state(optimizer) returns, and load it on every rank by "
+        "scatter_state(optimizer, state); in Lightning trainer.save_checkpoint and fit(ckpt_path=…) do that",
+        stacklevel=4,
+    )
+
+
+def warn_of_others(state_dict: dict[str, Any]) -> None:
+    """Say so where the caller of the caller loads a state of several ranks as if it were of one."""
+    for key, warning in ((OTHERS, _ONLY_FIRST), (_MOMENTA, _ONLY_FIRST), (SHARDS, _NO_MOMENTA)):
+        if key in state_dict:
+            warnings.warn(warning, stacklevel=3)
+
+
+def part(state_dict: dict[str, Any]) -> tuple[dict[str, Any], Others]:
+    """Return a gathered state as that of its first worker, and what the others have.
+
+    Raises:
+        ValueError: if another's state has an entry that no table has.
+    """
+    own = {key: value for key, value in state_dict.items() if key not in (OTHERS, _MOMENTA)}
+    others: Others = state_dict.get(OTHERS, {})
+    if _MOMENTA in state_dict:
+        others = {"momentum": state_dict[_MOMENTA]}
+    unknown = [name for name in others if find(name) is None]
+    if unknown:
+        known = ", ".join(repr(entry.name) for entry in ENTRIES)
+        raise ValueError(f"this state holds {unknown[0]!r} of other workers, and this version knows {known}: update it")
+    return own, others
+
+
+@contextmanager
+def uncast(optimizer: Optimizer) -> Iterator[None]:
+    """While torch loads a state, which it casts to the parameters' dtypes, put back what was cast.
+
+    Args:
+        optimizer: whose state has the dtypes of the table.
+    """
+    loaded: dict[str, Any] = {}
+
+    def keep(_: Optimizer, final: dict[str, Any]) -> None:
+        loaded.update(final)
+
+    def undo_cast(_: Optimizer) -> None:
+        keys = [key for group in loaded["param_groups"] for key in group["params"]]
+        parameters = [(p, group) for group in optimizer.param_groups for p in group["params"]]
+        for key, (p, group) in zip(keys, parameters, strict=True):
+            for name, value in loaded["state"].get(key, {}).items():
+                if isinstance(value, Tensor):
+                    entry = find(name)
+                    dtype = value.dtype if entry is None else entry.dtype(group)
+                    optimizer.state[p][name] = value.detach().to(p.device, dtype, copy=True).contiguous()
+
+    handles = [  # after the user's own hooks have changed what is loaded, before they see what was
+        optimizer.register_load_state_dict_pre_hook(keep),
+        optimizer.register_load_state_dict_post_hook(undo_cast, prepend=True),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,218 @@
+"""Sharded checkpoints: a directory in which every rank writes its own momenta, and no rank holds another's."""
+
+import os
+import pickle
+import warnings
+from collections.abc import Callable
+from dataclasses import is_dataclass
+from enum import Enum
+from pathlib import Path, PurePath
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException  # no Exception, only a BaseException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+
+import signsgd_core as core
+
+from ..state import ENTRIES, any_private, find
+from ..vote.agreement import Purpose, meet
+from ..vote.transport import PointToPoint
+from .atomic import META, PART, check_target, remove, replace
+from .loading import SHARDS, unsign
+
+_INDEX = ".metadata"  # torch's name for its table of contents
+
+T = TypeVar("T")
+
+
+def save_shards(checkpoint: dict[str, Any], path: str) -> None:
+    """Write a checkpoint as a directory that has its name only when it is whole; every rank must call it.
+
+    Args:
+        checkpoint: as Lightning makes it, each rank with its own optimizer states.
+        path: of a directory that all ranks see, the same on all.
+
+    Raises:
+        RuntimeError: on all ranks, if one could not write, if something else than a checkpoint has that name, or if
+            the ranks do different things.
+
+    Example:
+        >>> save_shards({"optimizer_states": [optimizer.state_dict()]}, "epoch=3.ckpt")  # doctest: +SKIP
+    """
+    _meet(Purpose.SAVE)
+    rank, part, failed = dist.get_rank(), f"{path}{PART}", f"could not save {path}: "
+    rest, momenta = _part(checkpoint, rank, dist.get_world_size())
+
+    def begin() -> None:
+        if rank == 0:
+            check_target(path)
+            remove(part)
+            os.makedirs(part)
+
+    def finish() -> None:
+        if rank == 0:
+            torch.save(rest, os.path.join(part, META))
+            replace(part, path)
+
+    _together(begin, failed)
+    if any(SHARDS in state for state in rest.get("optimizer_states", ())):
+        try:
+            save(momenta, storage_writer=FileSystemWriter(part))
+        except CheckpointException as error:
+            raise RuntimeError(f"{failed}{_reason(error)}") from error
+    _together(finish, failed)
+
+
+def load_shards(
+    path: str, read: Callable[[str], dict[str, Any]], worker: int, workers: int, momenta: bool
+) -> dict[str, Any]:
+    """Read a directory; every rank must call it and gets the momenta that its worker inherits in its optimizer states.
+
+    With more workers than saved it, new worker `i` takes the momentum of old one ``i mod M``; with fewer each takes the
+    mean of those it replaces (`signsgd_core.predecessors`), and reads no others.
+
+    Args:
+        path: of the directory.
+        read: reads a checkpoint that is one file.
+        worker: `i`, a rank, or its node where nodes vote.
+        workers: how many there are now.
+        momenta: whether they are wanted.
+
+    Returns:
+        The checkpoint, as if it had been one file that this worker wrote.
+
+    Raises:
+        RuntimeError: on all ranks, if one could not read what it needs.
+
+    Example:
+        >>> load_shards("epoch=3.ckpt", torch.load, 0, 4, momenta=True)  # doctest: +SKIP
+    """
+
+    def work() -> dict[str, Any]:
+        checkpoint = read(os.path.join(path, META))
+        saved = {k: state.pop(SHARDS, 0) for k, state in enumerate(checkpoint.get("optimizer_states", ()))}
+        if momenta and any(saved.values()):
+            for (k, key, name), value in _inherited(path, saved, worker, workers).items():
+                checkpoint["optimizer_states"][k]["state"].setdefault(key, {})[name] = value
+        return checkpoint
+
+    _meet(Purpose.LOAD)
+    return _together(work)
+
+
+def _part(checkpoint: dict[str, Any], rank: int, world_size: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Part a checkpoint into what is the same on all ranks and what is this rank's own, by a name of its own."""
+    rest, own = dict(checkpoint), {}
+    for k, state in enumerate(checkpoint.get("optimizer_states", ())):
+        if not any_private(state["param_groups"]):
+            continue
+        state, _ = unsign(state)
+        entries = {key: dict(values) for key, values in state["state"].items()}  # they are the optimizer's own
+        for key, values in entries.items():
+            for name in [entry.name for entry in ENTRIES if entry.private and entry.name in values]:
+                own[f"{k}.{key}.{name}.{rank}"] = values.pop(name)
+        states = list(rest["optimizer_states"])
+        states[k] = {**state, "state": entries, SHARDS: world_size}
+        rest["optimizer_states"] = states
+    return rest, own
+
+
+def _inherited(path: str, saved: dict[int, int], worker: int, workers: int) -> dict[tuple[int, int, str], Tensor]:
+    """Return a worker's own state by optimizer, parameter and entry; `saved`: optimizer -> how many ranks wrote it."""
+    index = _read_index(path)
+    rows, wanted = dict[tuple[int, int, str], Tensor](), dict[str, Any]()
+    for label, found in index.state_dict_metadata.items():
+        place, old_rank = _parse(label)
+        old = core.predecessors(worker, workers, saved[place[0]])
+        if place not in rows:
+            size, dtype = found.size, found.properties.dtype  # type: ignore[union-attr]
+            rows[place] = torch.zeros(
+                len(old), *size, dtype=dtype, device="cpu"
+            )  # a rank that never used the parameter has none
+        if old_rank in old:
+            wanted[label] = rows[place][old.index(old_rank)]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # each rank reads on its own
+        load(wanted, storage_reader=_Reader(path, index), no_dist=True)
+    return {place: _inherit(place[2], values) for place, values in rows.items()}
+
+
+def _parse(label: str) -> tuple[tuple[int, int, str], int]:
+    """Return optimizer, parameter and entry, and the rank; in version 0.1.0 all were momenta and labels did not say."""
+    optimizer, key, *name, rank = label.split(".")
+    return (int(optimizer), int(key), *(name or ["momentum"])), int(rank)  # type: ignore[return-value]
+
+
+def _inherit(name: str, values: Tensor) -> Tensor:
+    """Return what one worker goes on with, from the values of those it replaces."""
+    entry = find(name)
+    if entry is None:
+        raise ValueError(f"this checkpoint holds {name!r}, which this version does not know: update it")
+    return entry.inherited(values)
+
+
+class _Reader(FileSystemReader):
+    """Goes by an index that was read before."""
+
+    def __init__(self, path: str, index: Metadata) -> None:
+        super().__init__(path)
+        self.index = index
+
+    def read_metadata(self) -> Metadata:
+        return self.index
+
+
+class _Unpickler(pickle.Unpickler):
+    """Makes what torch's index consists of, and nothing else: a checkpoint is data, not code."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        found = super().find_class(module, name)
+        torchs = module in ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
+        record = torchs and isinstance(found, type) and (is_dataclass(found) or issubclass(found, Enum))
+        plain = module == "torch" and (name == "Size" or isinstance(found, torch.dtype))
+        path = isinstance(found, type) and issubclass(found, PurePath)
+        if record or plain or path or (module, name) == ("torch.serialization", "_get_layout"):
+            return found
+        raise pickle.UnpicklingError(f"its {_INDEX} holds {module}.{name}")
+
+
+def _read_index(path: str) -> Metadata:
+    with Path(path, _INDEX).open("rb") as file:
+        index = _Unpickler(file).load()
+    if not isinstance(index, Metadata):
+        raise pickle.UnpicklingError(f"its {_INDEX} holds {type(index).__name__}")
+    return index
+
+
+def _meet(purpose: Purpose) -> None:
+    world = dist.group.WORLD
+    assert world is not None
+    everyone = PointToPoint(world)
+    meet(everyone, purpose, everyone.wire(torch.device("cuda")))
+
+
+def _together(work: Callable[[], T], failed: str = "") -> T:
+    """Do something on every rank, and fail on all if one fails."""
+    result, reason = None, None
+    try:
+        result = work()
+    except (Exception, CheckpointException) as error:
+        reason = _reason(error)
+    reasons: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(reasons, reason)
+    for rank, said in enumerate(reasons):
+        if said is not None:
+            raise RuntimeError(f"{failed}rank {rank}: {said}")
+    return result  # type: ignore[return-value]
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    return (str(error) or type(error).__name__).splitlines()[0]

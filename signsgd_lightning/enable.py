@@ -1,0 +1,252 @@
+"""The vote in plain torch: one line behind the optimizer."""
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
+
+from signsgd_core.adversaries import Adversary
+
+from . import _compat
+from .optimizer import Signum, find_signum
+from .vote import Vote, VoteOptions
+from .vote.agreement import Purpose, agree, describe
+from .vote.local_gradients import keep_local
+from .vote.nodes import find_nodes
+from .vote.options import VoteBetween
+from .vote.schedule import AtStep, DuringBackward, Schedule
+from .vote.topology import Flat, Nodes, Topology
+from .vote.transport import Message, PointToPoint
+
+
+def enable_majority_vote(
+    model: nn.Module,
+    *optimizers: Signum,
+    process_group: dist.ProcessGroup | None = None,
+    verify_every_n_steps: int = 0,
+    adversaries: Mapping[int, Adversary] | None = None,
+    vote_between: VoteBetween = "ranks",
+    overlap: bool = False,
+) -> None:
+    """Let every step of the optimizers be a majority vote of all ranks.
+
+    A model that `DistributedDataParallel` has wrapped goes on as it does: parameters and buffers start from rank 0's,
+    buffers are broadcast before each forward pass; but every rank keeps its own gradients. Of any other model
+    parameters and buffers are broadcast from rank 0 once, here; its buffers are each rank's own afterwards.
+
+    Args:
+        model: whose parameters the optimizers hold, wrapped or not.
+        *optimizers: of the model's parameters, in the same order on all ranks.
+        process_group: of the ranks that vote. None is that of the wrapped model, else the default group.
+        verify_every_n_steps: how often all ranks make sure that they hold the same parameters and verdict momenta, bit
+            for bit (`RanksDifferError` if not); 0 for never.
+        adversaries: worker (a rank, or a node) -> what it makes of its gradients before it votes
+            (`signsgd_core.adversaries`), to try what a vote withstands; each rank of a node its own, before the mean.
+        vote_between: "ranks", each of which is a worker; or "nodes", each of which is one worker whose gradient is the
+            mean of its ranks'. torchrun says which ranks share a node.
+        overlap: let ballots travel while the backward pass goes on. What changes gradients between ``backward()`` and
+            ``step()``, as clipping does, is then refused at `step`.
+
+    Raises:
+        TypeError: if an optimizer is not a `Signum`.
+        ValueError: without an optimizer, or if one holds a parameter that is not the model's, the model's
+            embeddings have sparse gradients, or parameters lie on several devices; if there is no telling which
+            ranks share a node, or nodes differ in how many; for what `overlap` excludes.
+        RuntimeError: if the ranks differ in parameters or settings; if the model has another communication hook.
+
+    Example:
+        >>> model = DistributedDataParallel(model, gradient_as_bucket_view=True)  # doctest: +SKIP
+        >>> optimizer = Signum(model.parameters(), lr=1e-3)  # doctest: +SKIP
+        >>> enable_majority_vote(model, optimizer)  # doctest: +SKIP
+    """
+    options = VoteOptions(verify_every_n_steps, adversaries, vote_between, overlap)
+    let_vote(model, optimizers, options, process_group)
+
+
+def let_vote(
+    model: nn.Module,
+    optimizers: Sequence[Signum],
+    options: VoteOptions,
+    process_group: dist.ProcessGroup | None = None,
+    place: tuple[int, int] | None = None,
+) -> None:
+    """Let the optimizers vote; see `enable_majority_vote`.
+
+    Args:
+        model: whose parameters they hold.
+        optimizers: that are to vote.
+        options: of the votes.
+        process_group: of the ranks.
+        place: ranks per node and this rank's own in it, where torchrun does not tell.
+    """
+    model = _find_ddp(_compat.uncompiled(model))
+    optimizers = [find_signum(optimizer, number) for number, optimizer in enumerate(optimizers)]
+    _check(model, optimizers)
+    if len(optimizers) > 1:
+        options.exclude({f"{len(optimizers)} optimizers": True})
+    group = _group(model, process_group)
+    if dist.get_world_size(group) == 1:
+        options.check_workers(1)
+        keep_local(model, guard=False)
+        for optimizer in optimizers:
+            optimizer.vote = None
+        return
+    number_of_model = _agree_on_options(model, len(optimizers), options, group)
+    topologies = [_topology(model, options, group, place) for _ in optimizers]
+    options.check_workers(topologies[0].workers.world_size)
+    if not isinstance(model, DistributedDataParallel):
+        _agree_on_parameters(model, group)
+        _broadcast(model, group)
+    keep_local(model, guard=True)
+    names = {id(p): name.removeprefix("module.") for name, p in model.named_parameters()}
+    for number, (optimizer, topology) in enumerate(zip(optimizers, topologies, strict=True)):
+        label = f"optimizer {number} of model {number_of_model}"
+        vote = Vote(topology, names, label, options, _schedule(model, optimizer, options), model)
+        optimizer.vote = vote
+        vote.agree(optimizer.views(), optimizer.settings_in_words(), Purpose.ENABLE)
+        optimizer.warn_of_lost()
+
+
+_enabled = 0
+"""How many models this process has let vote, or another rank of theirs: two of one structure are told apart by it."""
+
+
+def agree_on_model(model: nn.Module) -> None:
+    """Make sure that all ranks have the same parameters, before `DistributedDataParallel` takes them.
+
+    Raises:
+        RuntimeError: if they differ, on all ranks, naming the first difference.
+    """
+    world = dist.group.WORLD
+    assert world is not None
+    _agree_on_parameters(model, world)
+
+
+def _agree_on_parameters(model: nn.Module, group: dist.ProcessGroup) -> None:
+    parameters = dict(model.named_parameters())
+    if parameters and not any(map(is_lazy, parameters.values())):  # DDP has its own words for these
+        _agree(model, group, [describe(name, p) for name, p in parameters.items()])
+
+
+def _agree_on_options(model: nn.Module, optimizers: int, options: VoteOptions, group: dist.ProcessGroup) -> int:
+    """Make sure that all ranks want votes of the same workers, on as many optimizers; return the model's number."""
+    global _enabled
+    _agree(model, group, [f"vote_between={options.vote_between!r}", f"optimizers: {optimizers}"])
+    everyone = PointToPoint(group)
+    own = torch.tensor([_enabled], device=everyone.wire(next(model.parameters()).device))
+    number = int(everyone.gather(own, Message.NUMBER).max())
+    _enabled = number + 1
+    return number
+
+
+def _agree(model: nn.Module, group: dist.ProcessGroup, lines: list[str]) -> None:
+    everyone = PointToPoint(group)
+    device = everyone.wire(next(model.parameters()).device)
+    agree(everyone, lines, torch.ones(0, dtype=torch.bool, device="cpu"), device, Purpose.ENABLE)
+
+
+def _topology(
+    model: nn.Module, options: VoteOptions, group: dist.ProcessGroup, place: tuple[int, int] | None
+) -> Topology:
+    if options.vote_between == "ranks":
+        return Flat(group)
+    groups = find_nodes(group, next(model.parameters()).device, *(place or ()))
+    return Nodes(groups) if dist.get_world_size(groups.inside) > 1 else Flat(group)
+
+
+def _schedule(model: nn.Module, optimizer: Signum, options: VoteOptions) -> Schedule:
+    if not options.overlap:
+        return AtStep()
+    if not isinstance(model, DistributedDataParallel):
+        return DuringBackward(optimizer, lambda: True)
+    unused = {"find_unused_parameters=True": model.find_unused_parameters, "static_graph=True": model.static_graph}
+    options.exclude(unused)
+    return DuringBackward(optimizer, _synchronises(model))
+
+
+def _group(model: nn.Module, process_group: dist.ProcessGroup | None) -> dist.ProcessGroup:
+    """Return the process group of the ranks that vote."""
+    if isinstance(model, DistributedDataParallel):
+        if process_group not in (None, model.process_group):
+            raise ValueError("process_group must be that of the DDP model: leave it out")
+        group: dist.ProcessGroup = model.process_group
+        return group
+    group = process_group or dist.group.WORLD  # type: ignore[assignment]
+    if group is None:
+        raise RuntimeError("a majority vote needs a process group: call torch.distributed.init_process_group first")
+    return group
+
+
+def _synchronises(model: DistributedDataParallel) -> Callable[[], bool]:
+    """Return what tells whether a backward pass is outside of `no_sync`, without keeping the model alive."""
+    ddp = weakref.ref(model)
+
+    def is_last() -> bool:
+        found = ddp()
+        return found is not None and bool(found.require_backward_grad_sync)
+
+    return is_last
+
+
+def _broadcast(model: nn.Module, group: dist.ProcessGroup) -> None:
+    """Start all ranks from the first one's parameters and buffers."""
+    source = dist.get_global_rank(group, 0)
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            dist.broadcast(tensor.detach(), source, group)
+
+
+def _find_ddp(model: nn.Module) -> nn.Module:
+    """Return the model that DDP has wrapped, where it is inside of another wrapper; else the model."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"enable_majority_vote takes a model first, a torch.nn.Module, got {type(model).__name__}")
+    wrapped = [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
+    if len(wrapped) > 1 or (wrapped and len(list(wrapped[0].parameters())) != len(list(model.parameters()))):
+        raise ValueError(
+            "the model has DistributedDataParallel around a part of it, which would average that part's gradients: "
+            "wrap it once, as a whole"
+        )
+    return wrapped[0] if wrapped else model
+
+
+def _check_ddp(model: DistributedDataParallel) -> None:
+    """Make sure that DDP hands all gradients to the communication hook."""
+    for name, there in _compat.past_the_hook(model).items():
+        if there:
+            raise ValueError(
+                f"a majority vote takes the place of DDP's averaging, and {name} averages past it: leave out {name}"
+            )
+
+
+def _check(model: nn.Module, optimizers: Sequence[Signum]) -> None:
+    if not optimizers:
+        raise ValueError("enable_majority_vote needs the optimizers that are to vote, got none")
+    if isinstance(model, DistributedDataParallel):
+        _check_ddp(model)
+    for name, module in model.named_modules():
+        if getattr(module, "sparse", False) is True:
+            raise ValueError(
+                f"{name.removeprefix('module.')} ({type(module).__name__}) has sparse gradients, which cannot vote; "
+                "use sparse=False"
+            )
+    model_parameters = {id(p) for p in model.parameters()}
+    for k, optimizer in enumerate(optimizers):
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        if not parameters:
+            raise ValueError(f"optimizer {k} has no parameters to vote on: leave it out")
+        devices = {str(p.device) for p in parameters}
+        if len(devices) > 1:
+            raise ValueError(
+                f"optimizer {k} has parameters on {', '.join(sorted(devices))}; a vote needs them on one device"
+            )
+        foreign = [p for p in parameters if id(p) not in model_parameters]
+        if foreign:
+            raise ValueError(
+                f"optimizer {k} holds parameters that are not the model's: {len(foreign)}, the first of shape "
+                f"{tuple(foreign[0].shape)}. Let the model have them, as a parameter or submodule; or, if they are "
+                "another model's, make one optimizer for each model and enable each with its own"
+            )

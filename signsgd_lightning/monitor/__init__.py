@@ -1,0 +1,1 @@
+"""Lightning callbacks that watch: what votes look like, and whether signs suit the model."""

@@ -1,0 +1,136 @@
+"""Prepare, then commit: a rank lost at any point of a step leaves what is the same on all as it was, bit for bit."""
+
+import os
+import signal
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from signsgd_lightning import PeerLostError, Signum, enable_majority_vote
+from signsgd_lightning.vote import failures
+from signsgd_lightning.vote.transport import PointToPoint
+from tests.votes import set_bucket_size
+from tests.workers import fresh_workers
+
+from .conftest import Fault
+
+GOOD_STEPS = 2
+KINDS: dict[str, tuple[int, dict[str, Any], int]] = {
+    "flat": (3, {}, 1 + 2 * 2),  # the header; ballots and verdicts of two buckets
+    "nodes": (
+        4,
+        {"vote_between": "nodes"},
+        1 + 3 + 2 * 2 + 1,
+    ),  # three of the node's mean, two of its share's vote, one
+    "overlap": (3, {"overlap": True}, 1 + 2 * 2),
+}
+"""Ranks, options, and how often a rank swaps bytes with others in a step."""
+
+Snapshot = list[bytes]
+
+
+def _build(options: dict[str, Any]) -> tuple[DistributedDataParallel, Signum]:
+    torch.manual_seed(0)
+    model = DistributedDataParallel(nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 20), nn.Linear(20, 1)))
+    optimizer = Signum(model.parameters(), lr=0.125, betas=(0.5, 0.5), verdict_momentum=0.5, weight_decay=0.5)
+    enable_majority_vote(model, optimizer, **options)
+    set_bucket_size(optimizer, 256)
+    return model, optimizer
+
+
+def _replicated(optimizer: Signum) -> Snapshot:
+    """What is the same on all ranks: parameters, verdict momenta, the step counter."""
+    parameters = optimizer.param_groups[0]["params"]
+    tensors: list[Tensor] = [*parameters, *(optimizer.state[p]["verdict_momentum"] for p in parameters)]
+    return [str(optimizer.t).encode(), *(t.detach().numpy().tobytes() for t in tensors)]
+
+
+def _step(model: DistributedDataParallel, optimizer: Signum, t: int) -> None:
+    optimizer.zero_grad()
+    x = torch.randn(4, 12, generator=torch.Generator().manual_seed(100 * t + dist.get_rank()))
+    model(x).square().mean().backward()
+    optimizer.step()
+
+
+def _lose(kind: str, victim: int, swap: int, after: bool, number: int) -> tuple[list[Snapshot], bool, int]:
+    """Lose the victim at its `swap`-th swap of the third step; return snapshots, whether it erred, and how many swaps.
+
+    Of the snapshots the last is after the error; a rank that had all verdicts by then errs one step later.
+    """
+    failures._GRACE = timedelta(seconds=0.1)  # who is named does not matter here
+    model, optimizer = _build(KINDS[kind][1])
+    for t in range(GOOD_STEPS):
+        _step(model, optimizer, t)
+    usual, count = PointToPoint.swap, 0
+
+    def swap_or_die(self: PointToPoint, *args: Any) -> Any:
+        nonlocal count
+        count += 1
+        if dist.get_rank() == victim and count == swap + 1 and not after:
+            os.kill(os.getpid(), number)
+        wait = usual(self, *args)
+        if dist.get_rank() == victim and count == swap + 1:
+            os.kill(os.getpid(), number)
+        return wait
+
+    PointToPoint.swap = swap_or_die  # type: ignore[assignment,method-assign]
+    snapshots = [_replicated(optimizer)]
+    try:
+        for t in range(GOOD_STEPS, GOOD_STEPS + 3):
+            _step(model, optimizer, t)
+            snapshots.append(_replicated(optimizer))
+    except PeerLostError:
+        snapshots.append(_replicated(optimizer))
+        return snapshots, True, count
+    finally:
+        PointToPoint.swap = usual  # type: ignore[method-assign]
+    return snapshots, False, count // 3
+
+
+def _undisturbed(kind: str) -> list[Snapshot]:
+    ranks, _, swaps = KINDS[kind]
+    with fresh_workers(ranks) as workers:
+        ends = workers.run(ranks, _lose, kind, -1, 0, False, 0, ranks_per_node=2 if kind == "nodes" else None)
+    for snapshots, erred, count in ends:
+        assert (erred, count) == (False, swaps), "another number of swaps: adapt KINDS"
+        assert snapshots == ends[0][0]
+    return ends[0][0]  # type: ignore[no-any-return]
+
+
+def _judge(kind: str, right: list[Snapshot], victim: int, swap: int, after: bool, number: int) -> None:
+    ranks = KINDS[kind][0]
+    with fresh_workers(ranks) as workers:
+        arguments = (kind, victim, swap, after, number)
+        node = 2 if kind == "nodes" else None
+        ends = workers.run(ranks, _lose, *arguments, lost=(victim,), group_timeout=4.0, timeout=40, ranks_per_node=node)
+    for rank, end in enumerate(ends):
+        if rank != victim:
+            snapshots, erred, _ = end
+            assert erred, (
+                f"rank {rank} trained on"
+            )  # whom it names: tests/lightning/test_peers.py, with all of the grace
+            assert snapshots[-1] == snapshots[-2], f"rank {rank} was left between two steps"
+            assert snapshots[:-1] == right[: len(snapshots) - 1]
+            assert len(snapshots) <= 3  # it errs in this step, or in the next
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_killed_at_every_point(kind: str, fault: Fault) -> None:
+    ranks, _, swaps = KINDS[kind]
+    right = _undisturbed(kind)
+    with fault(f"a rank is killed at a point of a step, {kind}: the others are as before it", 2 * swaps):
+        for swap in range(swaps):
+            for after in (False, True):
+                _judge(kind, right, (swap + after) % ranks, swap, after, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_stopped_in_the_midst(kind: str, fault: Fault) -> None:
+    _, _, swaps = KINDS[kind]
+    with fault(f"a rank hangs within a step, {kind}: the others are as before it"):
+        _judge(kind, _undisturbed(kind), 1, swaps // 2, False, signal.SIGSTOP)

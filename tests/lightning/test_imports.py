@@ -1,0 +1,76 @@
+"""`import signsgd_lightning` needs torch alone; Lightning comes with a strategy or a callback."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import signsgd_lightning
+
+ROOT = Path(signsgd_lightning.__file__).parents[1]
+
+PLAIN = """
+import sys, torch, signsgd_lightning
+x = torch.nn.Parameter(torch.ones(3))
+optimizer = signsgd_lightning.Signum([x])
+x.sum().backward()
+optimizer.step()
+signsgd_lightning.enable_majority_vote, signsgd_lightning.gather_state, dir(signsgd_lightning)
+print([name for name in sys.modules if name.startswith(("lightning", "pytorch_lightning"))])
+print(signsgd_lightning.MajorityVoteStrategy.__name__, "lightning" in sys.modules)
+"""
+
+BY_NAME = """
+{imports}
+trainer = lightning.pytorch.Trainer(strategy="{name}", accelerator="cpu", devices=1, logger=False)
+print(type(trainer.strategy).__name__, trainer.strategy._ddp_kwargs)
+"""
+
+WITHOUT = """
+import sys
+sys.modules["lightning"] = None
+import signsgd_lightning
+try:
+    signsgd_lightning.VoteMonitor
+except ImportError as error:
+    print(error)
+"""
+
+
+def printed(code: str) -> list[str]:
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=110)
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout.splitlines()
+
+
+def test_lightning_is_imported_when_asked_for() -> None:
+    assert printed(PLAIN) == ["[]", "MajorityVoteStrategy True"]
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import signsgd_lightning, lightning.pytorch",
+        "import lightning.pytorch, signsgd_lightning",
+        "import lightning.pytorch\nfrom signsgd_lightning import Signum",
+    ],
+)
+def test_the_strategy_by_name(imports: str) -> None:
+    """Whichever of the two is imported first."""
+    assert printed(BY_NAME.format(imports=imports, name="majority_vote")) == [
+        "MajorityVoteStrategy {'gradient_as_bucket_view': True}"
+    ]
+
+
+def test_its_variants_by_name() -> None:
+    code = BY_NAME.format(
+        imports="import signsgd_lightning, lightning.pytorch", name="majority_vote_find_unused_parameters_true"
+    )
+    assert printed(code) == ["MajorityVoteStrategy {'find_unused_parameters': True, 'gradient_as_bucket_view': True}"]
+
+
+def test_without_lightning() -> None:
+    (message,) = printed(WITHOUT)
+    assert "VoteMonitor needs Lightning" in message
+    assert "signsgd[lightning]" in message

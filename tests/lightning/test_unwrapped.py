@@ -1,0 +1,129 @@
+"""`enable_majority_vote` on a model that nothing wraps: one broadcast, then every rank has its own gradients."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from signsgd_lightning import Signum, enable_majority_vote, gather_state
+from tests.workers import Workers
+
+from .models import Record, by_node, judge, record
+
+SIGNUM: dict[str, Any] = {"betas": (0.5, 0.5), "weight_decay": 0.5}
+
+
+def _net() -> Any:
+    """Two heads, of which a step may leave one out, and buffers."""
+    torch.manual_seed(1 + dist.get_rank())
+    net: Any = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 1), nn.Linear(6, 1))
+    with torch.no_grad():
+        net[1].running_mean.normal_()
+    return net
+
+
+def _loss(net: Any, t: int, head: int) -> Any:
+    x = torch.randn(4, 4, generator=torch.Generator().manual_seed(100 * t + dist.get_rank()))
+    return (net[head](net[1](net[0](x))) - x.sum(1, keepdim=True)).square().mean()
+
+
+def _train(options: dict[str, Any], heads: list[int]) -> tuple[list[float], list[Record]]:
+    net = _net()
+    optimizer = Signum(net.parameters(), lr=0.0625, **SIGNUM)
+    enable_majority_vote(net, optimizer, **options)
+    buffers = [float(b.float().sum()) for b in net.buffers()]
+    records = record(optimizer)
+    for t, head in enumerate(heads):
+        optimizer.zero_grad()
+        if options.get("overlap"):  # every parameter must have a gradient, from one backward pass
+            (_loss(net, t, head) + _loss(net, t, 3)).backward()
+        else:
+            _loss(net, t + 9, head).backward()  # gradients accumulate without no_sync
+            _loss(net, t, head).backward()
+        optimizer.step()
+    return buffers, records
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("heads", [[2, 2, 2], [2, 3, 2, 3]], ids=["one head", "heads by turns"])
+def test_a_plain_loop(heads: list[int], ranks: int, workers: Workers) -> None:
+    runs = workers.run(ranks, _train, {}, heads)
+    judge([records[0] for _, records in runs], **SIGNUM)
+    assert all(buffers == runs[0][0] for buffers, _ in runs), "buffers start from rank 0's"
+
+
+def test_overlap(workers: Workers) -> None:
+    runs = workers.run(3, _train, {"overlap": True}, [2, 2, 2])
+    judge([records[0] for _, records in runs], **SIGNUM)
+
+
+def test_nodes(workers: Workers) -> None:
+    runs = workers.run(4, _train, {"vote_between": "nodes"}, [2, 2, 2], ranks_per_node=2)
+    judge(by_node([records[0] for _, records in runs], 2), **SIGNUM)
+
+
+def _in_a_group() -> list[Record]:
+    """Ranks 1 and 2 of three vote; rank 0 is elsewhere."""
+    group = dist.new_group([1, 2])
+    if dist.get_rank() == 0:
+        return []
+    net = _net()
+    optimizer = Signum(net.parameters(), lr=0.0625, **SIGNUM)
+    enable_majority_vote(net, optimizer, process_group=group)
+    records = record(optimizer)
+    for t in range(3):
+        optimizer.zero_grad()
+        _loss(net, t, 2).backward()
+        optimizer.step()
+    gather_state(optimizer)
+    return records
+
+
+def test_a_process_group_of_some_ranks(workers: Workers) -> None:
+    _, first, second = workers.run(3, _in_a_group)
+    judge([first[0], second[0]], **SIGNUM)
+
+
+def _alone() -> tuple[bool, list[Record]]:
+    net = _net()
+    optimizer = Signum(net.parameters(), lr=0.0625, **SIGNUM)
+    enable_majority_vote(net, optimizer)
+    records = record(optimizer)
+    _loss(net, 0, 2).backward()
+    optimizer.step()
+    return optimizer.vote is None, records
+
+
+def test_one_rank(workers: Workers) -> None:
+    ((alone, records),) = workers.run(1, _alone)
+    assert alone
+    judge(records, **SIGNUM)
+
+
+def _of_another_shape() -> str:
+    net = nn.Linear(4 + dist.get_rank(), 1)
+    try:
+        enable_majority_vote(net, Signum(net.parameters()))
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def test_models_that_differ_are_refused_before_the_broadcast(workers: Workers) -> None:
+    for message in workers.run(2, _of_another_shape):
+        assert "rank 0 has «weight: shape (1, 4)" in message
+        assert "where rank 1 has «weight: shape (1, 5)" in message
+
+
+def test_without_a_process_group() -> None:
+    net = nn.Linear(1, 1)
+    with pytest.raises(RuntimeError, match=r"needs a process group: call torch\.distributed\.init_process_group first"):
+        enable_majority_vote(net, Signum(net.parameters()))
+
+
+def test_no_module() -> None:
+    x = nn.Parameter(torch.ones(1))
+    with pytest.raises(TypeError, match=r"takes a model first, a torch\.nn\.Module, got list"):
+        enable_majority_vote([x], Signum([x]))  # type: ignore[arg-type]
