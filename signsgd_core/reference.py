@@ -128,7 +128,7 @@ class Reference:
         return np.where(negative == positive, self._zero(0), verdict).astype(np.float32)  # step 6
 
     def _zero(self, worker: int) -> int:
-        """What a zero of `worker`, or with 0 a tie, counts as: −1, 0 or +1."""
+        """Return −1, 0 or +1: what a zero of `worker`, or with 0 a tie, counts as."""
         bit = zero_bit(self.zeros, self.t, worker)
         return 0 if bit is None else 1 - 2 * bit
 

@@ -81,5 +81,5 @@ def check_settings(
 
 
 def _is_number(value: object) -> bool:
-    """Whether it is one; also an array or tensor of a single number, but not text that reads like one."""
+    """Tell whether it is one; also an array or tensor of a single number, but not text that reads like one."""
     return hasattr(value, "__float__") and not isinstance(value, str)

@@ -63,8 +63,8 @@ class Signum(keras.optimizers.Optimizer):  # type: ignore[misc]
 
     Args:
         learning_rate: A float, a `keras.optimizers.schedules.LearningRateSchedule` instance, or a callable that takes
-            no arguments and returns the actual value to use. Defaults to `1e-4`. First try a fifth of AdamW's, with
-            verdict momentum twice AdamW's; an eighth and a third of it where the data is learnt to the end.
+            no arguments and returns the actual value to use. Defaults to `1e-4`. First try a fifth of the rate that
+            AdamW has, or with `verdict_momentum` twice that rate.
         beta_1: β1 in [0, 1), the weight of the momentum in the direction.
         beta_2: β2 in [0, 1), the weight of the momentum in the next one.
         verdict_momentum: γ in [0, 1); measured best at 0.8 or below, and with betas of 0.

@@ -40,7 +40,7 @@ class Replicas:
 
     @property
     def is_first_worker(self) -> bool:
-        """Whether this worker is the one that writes files which all workers would write alike."""
+        """Tell whether this worker is the one that writes files which all workers would write alike."""
         return bool(self.strategy.extended.should_checkpoint)
 
     def check_build(self, label: str) -> None:

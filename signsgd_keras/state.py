@@ -113,7 +113,7 @@ class Slot(NamedTuple):
 
     @property
     def shared(self) -> list[Variable]:
-        """What must be the same on all replicas: the variable, and of its state what is not private."""
+        """Return what must be the same on all replicas: the variable, and of its state what is not private."""
         return [self.variable, *(self.state[e.name] for e in MOMENTA if e.name in self.state and not e.private)]
 
     @property

@@ -51,7 +51,7 @@ def queue_callback(function: Callable[[], None]) -> None:
 
 
 def is_in_join(ddp_model: DistributedDataParallel) -> bool:
-    """Whether DDP's `join()` would let ranks that are through go on alone; for `vote.local_gradients`."""
+    """Tell whether DDP's `join()` would let ranks that are through go on alone; for `vote.local_gradients`."""
     config = ddp_model._join_config
     return bool(config.enable and not config.throw_on_early_termination)
 
@@ -66,12 +66,12 @@ def past_the_hook(ddp_model: DistributedDataParallel) -> dict[str, bool]:
 
 
 def is_zero_tensor(tensor: Tensor) -> bool:
-    """Whether a tensor is zeros without memory; for `memory`."""
+    """Tell whether a tensor is zeros without memory; for `memory`."""
     return tensor._is_zerotensor()
 
 
 def is_wrapped_by_transform(tensor: Tensor) -> bool:
-    """Whether a tensor stands for one within `torch.func` transforms or functionalization; for `memory`."""
+    """Tell whether a tensor stands for one within `torch.func` transforms or functionalization; for `memory`."""
     return torch._is_functional_tensor(tensor) or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
@@ -100,14 +100,14 @@ def called_by_torch(function: str) -> bool:
 
 
 def stands_for_no_optimizer(optimizer: object) -> bool:
-    """Whether Lightning put it where a module has no optimizer; for `strategy`."""
+    """Tell whether Lightning put it where a module has no optimizer; for `strategy`."""
     from lightning.pytorch.core.optimizer import _MockOptimizer
 
     return isinstance(optimizer, _MockOptimizer)
 
 
 def is_local(path: Any) -> bool:
-    """Whether Lightning takes a path for one on a local or mounted file system; for `strategy`."""
+    """Tell whether Lightning takes a path for one on a local or mounted file system; for `strategy`."""
     from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 
     return _is_local_file_protocol(path)

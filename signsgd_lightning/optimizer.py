@@ -47,8 +47,8 @@ class Signum(Optimizer):
 
     Args:
         params: parameters or parameter groups, real floating point, dense gradients.
-        lr: learning rate, 0 or more; a float or a tensor of one element. First try a fifth of AdamW's, with verdict
-            momentum twice AdamW's; an eighth and a third of it where the data is learnt to the end.
+        lr: learning rate, 0 or more; a float or a tensor of one element. First try a fifth of the rate that AdamW has,
+            or with `verdict_momentum` twice that rate.
         betas: (β1, β2), each in [0, 1).
         weight_decay: λ, 0 or more, decoupled.
         verdict_momentum: γ in [0, 1); measured best at 0.8 or below, and with betas of 0.

@@ -97,5 +97,5 @@ def private(group: Group) -> list[Entry]:
 
 
 def any_private(groups: Iterable[Group]) -> bool:
-    """Whether workers differ in anything."""
+    """Tell whether workers differ in anything."""
     return any(private(group) for group in groups)

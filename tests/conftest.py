@@ -17,6 +17,27 @@ os.environ["KERAS_BACKEND"] = "tensorflow"  # of this process; the others are in
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 
+LEFT_OUT = ("nightly", "slow")
+"""Markers of tests that run only where ``-m`` names them, whatever else it says."""
+
+STARTS_PROCESSES = {"workers", "nursery", "backend", "cluster", "fresh_cluster"}
+"""Fixtures."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark what starts processes, and leave out what is not asked for."""
+    kept, left = list[pytest.Item](), list[pytest.Item]()
+    absent = [marker for marker in LEFT_OUT if marker not in config.option.markexpr]
+    for item in items:
+        if STARTS_PROCESSES & set(getattr(item, "fixturenames", ())):
+            item.add_marker("multiprocess")
+        (left if any(map(item.get_closest_marker, absent)) else kept).append(item)
+    if left:
+        config.hook.pytest_deselected(items=left)
+        items[:] = kept
+
+
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Print what the conformance tests compared, and what the fault tests injected, of all processes that ran them."""
     conformance.write_summary(terminalreporter)

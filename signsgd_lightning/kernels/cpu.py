@@ -21,18 +21,18 @@ Words = npt.NDArray[np.uint64]
 class NumpyKernel(Kernel):
     """NumPy, where no compiler is."""
 
-    CHUNK = 65_536
+    TILE = 65_536
 
     def pack(self, directions: Tensor, zeros: Zeros, step: int, worker: int, out: Tensor) -> None:
-        """As `Kernel.pack`, in NumPy on the tensors' own memory."""
+        """Pack the signs of a vector in NumPy on the tensors' own memory; see `Kernel.pack`."""
         core.pack(directions.numpy(), zeros, step, worker, out=out.numpy())
 
     def unpack(self, ballot: Tensor, length: int) -> Tensor:
-        """As `Kernel.unpack`."""
+        """Unpack bits into signs; see `Kernel.unpack`."""
         return torch.from_numpy(core.unpack(ballot.numpy(), length))
 
     def verdict(self, ballots: Tensor, zeros: Zeros, step: int, masks: Tensor | None) -> Tensor:
-        """As `Kernel.verdict`, in blocks of words."""
+        """Return the verdict on a shard in blocks of words; see `Kernel.verdict`."""
         out = torch.empty_like(ballots[0])
         words = out.numpy().view(np.uint64)
         for cut, block, mask in _blocks(ballots, masks):
@@ -41,13 +41,13 @@ class NumpyKernel(Kernel):
         return out
 
     def count_ties(self, ballots: Tensor, masks: Tensor | None) -> int:
-        """As `Kernel.count_ties`."""
+        """Return how many tallies are tied; see `Kernel.count_ties`."""
         return sum(
             int(np.bitwise_count(core.majority(block, mask)[1]).sum()) for _, block, mask in _blocks(ballots, masks)
         )
 
     def count_bits(self, words: Tensor) -> int:
-        """As `Kernel.count_bits`."""
+        """Return how many bits are set; see `Kernel.count_bits`."""
         return int(np.bitwise_count(words.numpy().reshape(-1).view(np.uint64)).sum(dtype=np.int64))
 
 

@@ -29,7 +29,7 @@ _BLOCK: int = loops.BLOCK.value
 _KEPT = 1024
 """How many tables of each kind stay on the device for the next step: a vote's has one a block, group and dtype."""
 
-_Piece = tuple[int, ...]
+_Tile = tuple[int, ...]
 """Those of triton_loops.py."""
 
 
@@ -50,7 +50,7 @@ class TritonKernel(DeviceKernel):
         out: Tensor,
         note: Note | None = None,
     ) -> None:
-        """As `Kernel.cast`, in one pass over memory."""
+        """Cast a ballot in one pass over memory; see `Kernel.cast`."""
         words = _words(out)
         batches = dict[Any, _Batch]()
         for view, a, b in cover(views, lo, hi):
@@ -67,7 +67,7 @@ class TritonKernel(DeviceKernel):
             out.copy_(words.view(torch.uint8)[:, : out.shape[1]])
 
     def apply(self, views: Sequence[FlatView], lo: int, hi: int, verdict: Tensor) -> None:
-        """As `Kernel.apply`, in one pass over memory."""
+        """Move the parameters in one pass over memory; see `Kernel.apply`."""
         words = _words(verdict)
         batches = dict[Any, _Batch]()
         for view, a, b in cover(views, lo, hi):
@@ -83,7 +83,7 @@ class TritonKernel(DeviceKernel):
             batch.launch(loops.apply, signs=words[0], votes=_votes(words), **settings)
 
     def alone(self, views: Sequence[FlatView], zeros: Zeros, step: int) -> None:
-        """As `Kernel.alone`, in one pass over memory."""
+        """Take all steps in one pass over memory; see `Kernel.alone`."""
         batches, others = dict[Any, _Batch](), list[FlatView]()
         for view in views:
             if not _is_fast(view.x):
@@ -98,7 +98,7 @@ class TritonKernel(DeviceKernel):
         super().alone(others, zeros, step)
 
     def verdict(self, ballots: Tensor, zeros: Zeros, step: int, masks: Tensor | None) -> Tensor:
-        """As `Kernel.verdict`, counted in bit-sliced words."""
+        """Return the verdict on a shard counted in bit-sliced words; see `Kernel.verdict`."""
         out = torch.empty_like(ballots[0], memory_format=torch.contiguous_format)
         workers, words = len(ballots), out.shape[-1] // 4
         given = ballots.contiguous().view(torch.uint32)
@@ -118,13 +118,13 @@ class _Batch:
 
     view: FlatView
     tensors: list[tuple[Tensor | None, ...]] = field(default_factory=list)
-    pieces: list[_Piece] = field(default_factory=list)
+    tiles: list[_Tile] = field(default_factory=list)
 
     def add(self, tensors: tuple[Tensor | None, ...], first: int, a: int, b: int) -> None:
         """Add coordinates [a, b) of one tensor, its g, m, x and u; bit `first` is that of coordinate 0."""
         if a < b:
             self.tensors.append(tensors)  # copies among them must live until the launch
-            self.pieces.append((*(0 if t is None else t.data_ptr() for t in tensors), first, a, b))
+            self.tiles.append((*(0 if t is None else t.data_ptr() for t in tensors), first, a, b))
 
     def dtype(self, column: int) -> torch.dtype:
         """Return that of g, m, x or u."""
@@ -132,29 +132,29 @@ class _Batch:
         return torch.float32 if tensor is None else tensor.dtype
 
     def launch(self, loop: Any, **settings: Any) -> None:
-        if not self.pieces:
+        if not self.tiles:
             return
         device = self.view.parameter.device
         stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-        pieces = _table(tuple(self.pieces), device, stream)
-        programs = _programs(tuple(piece[-2:] for piece in self.pieces), device, stream)
-        aligned = not any(address % 16 for piece in self.pieces for address in piece[:4])
-        _launch(loop, len(programs), device, pieces, programs, ALIGNED=aligned, **settings)
+        tiles = _table(tuple(self.tiles), device, stream)
+        programs = _programs(tuple(tile[-2:] for tile in self.tiles), device, stream)
+        aligned = not any(address % 16 for tile in self.tiles for address in tile[:4])
+        _launch(loop, len(programs), device, tiles, programs, ALIGNED=aligned, **settings)
 
 
 @functools.lru_cache(_KEPT)
-def _table(pieces: tuple[_Piece, ...], device: torch.device, stream: int) -> Tensor:
-    return _to(np.array(pieces, np.int64), device)
+def _table(tiles: tuple[_Tile, ...], device: torch.device, stream: int) -> Tensor:
+    return _to(np.array(tiles, np.int64), device)
 
 
 @functools.lru_cache(_KEPT)
 def _programs(spans: tuple[tuple[int, int], ...], device: torch.device, stream: int) -> Tensor:
-    """Return which blocks of which pieces there are, a row each: they stay when a gradient gets other memory."""
+    """Return which blocks of which tiles there are, a row each: they stay when a gradient gets other memory."""
     lo, hi = np.array(spans, np.int64).T
     first, count = lo // _BLOCK, -(-hi // _BLOCK) - lo // _BLOCK
-    piece = np.repeat(np.arange(len(spans)), count)
-    block = np.arange(len(piece)) - (np.cumsum(count) - count - first)[piece]
-    return _to(np.stack([piece, block], 1).astype(np.int32), device)
+    tile = np.repeat(np.arange(len(spans)), count)
+    block = np.arange(len(tile)) - (np.cumsum(count) - count - first)[tile]
+    return _to(np.stack([tile, block], 1).astype(np.int32), device)
 
 
 def _to(table: Any, device: torch.device) -> Tensor:

@@ -31,7 +31,7 @@ typedef struct {
     float *x, *u;
     const Cast *cast;
     const Move *move;
-} Piece;
+} Tile;
 
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -84,7 +84,7 @@ static inline void average(const float *restrict g, float *restrict m, float *re
 }
 
 // The directions of n coordinates from `at` on, with zeros behind them; a bfloat16 m is rounded once, after c is taken.
-static inline void directions(const Piece *p, int64_t at, int n, float *restrict c) {
+static inline void directions(const Tile *p, int64_t at, int n, float *restrict c) {
     float g_room[WORD], m_room[WORD];
     const float *g = whole((float *)p->g + at, g_room, n);
     if (p->m && p->cast->half) {
@@ -111,7 +111,7 @@ static inline void update(float *restrict x, float *restrict u, float *restrict 
         for (int i = 0; i < WORD; i++) x[i] = x[i] - lr * v[i];
 }
 
-static inline void move(const Piece *p, int64_t at, int n, float *restrict v) {
+static inline void move(const Tile *p, int64_t at, int n, float *restrict v) {
     float x_room[WORD], u_room[WORD];
     float *x = whole(p->x + at, x_room, n), *u = whole(p->u ? p->u + at : 0, u_room, n);
     update(x, u, v, p->move);
@@ -176,9 +176,9 @@ static inline uint64_t get_bits(const uint8_t *bits, int64_t first, int n) {
 }
 
 // The ballot of some tensors (step 4); votes is the second plane where zeros abstain.
-void cast(const Piece *pieces, int64_t count, int64_t lo, int64_t hi, uint8_t *signs, uint8_t *votes) {
+void cast(const Tile *tiles, int64_t count, int64_t lo, int64_t hi, uint8_t *signs, uint8_t *votes) {
     float c[WORD];
-    for (const Piece *p = pieces; p < pieces + count; p++) {
+    for (const Tile *p = tiles; p < tiles + count; p++) {
         const int64_t end = least(p->n, hi - p->first);
         for (int64_t at = most(0, lo - p->first); at < end; at += WORD) {
             const int n = (int)least(WORD, end - at), zero = p->cast->zero;
@@ -191,9 +191,9 @@ void cast(const Piece *pieces, int64_t count, int64_t lo, int64_t hi, uint8_t *s
 }
 
 // The update of some tensors by the verdict; votes is null where it has one plane.
-void apply(const Piece *pieces, int64_t count, int64_t lo, int64_t hi, const uint8_t *signs, const uint8_t *votes) {
+void apply(const Tile *tiles, int64_t count, int64_t lo, int64_t hi, const uint8_t *signs, const uint8_t *votes) {
     float v[WORD];
-    for (const Piece *p = pieces; p < pieces + count; p++) {
+    for (const Tile *p = tiles; p < tiles + count; p++) {
         const int64_t end = least(p->n, hi - p->first);
         for (int64_t at = most(0, lo - p->first); at < end; at += WORD) {
             const int n = (int)least(WORD, end - at);
@@ -205,9 +205,9 @@ void apply(const Piece *pieces, int64_t count, int64_t lo, int64_t hi, const uin
 }
 
 // Both in one pass, for a worker whose verdict is its own ballot.
-void alone(const Piece *pieces, int64_t count, int64_t lo, int64_t hi) {
+void alone(const Tile *tiles, int64_t count, int64_t lo, int64_t hi) {
     float c[WORD];
-    for (const Piece *p = pieces; p < pieces + count; p++) {
+    for (const Tile *p = tiles; p < tiles + count; p++) {
         const float zero = p->cast->zero == ABSTAIN ? 0.0f : p->cast->zero == 1 ? -1.0f : 1.0f;
         const int64_t end = least(p->n, hi - p->first);
         for (int64_t at = most(0, lo - p->first); at < end; at += WORD) {

@@ -23,8 +23,8 @@ _ABSTAIN = 2
 _ALONE = 1 << 17
 """Coordinates that one thread takes before another is worth waking."""
 
-_Piece = tuple[int, int, int, int, int, int, int, int]
-"""Piece of native.c: how many coordinates, the bit of the first; addresses of g, m, x, u and settings, 0 for none."""
+_Tile = tuple[int, int, int, int, int, int, int, int]
+"""Tile of native.c: how many coordinates, the bit of the first; addresses of g, m, x, u and settings, 0 for none."""
 
 
 class _Cast(ctypes.Structure):
@@ -38,7 +38,7 @@ class _Move(ctypes.Structure):
 
 
 class NativeKernel(NumpyKernel):
-    """Loops over float32; gradients of other types pass through them in chunks, parameters of others go torch's way.
+    """Loops over float32; gradients of other types pass through them in tiles, parameters of others go torch's way.
 
     Args:
         library: what `build.load` returned.
@@ -58,8 +58,8 @@ class NativeKernel(NumpyKernel):
         out: Tensor,
         note: Note | None = None,
     ) -> None:
-        """As `Kernel.cast`, in one pass over memory."""
-        settings, pieces = _Settings(_zero(zeros, step, worker)), list[_Piece]()
+        """Cast a ballot in one pass over memory; see `Kernel.cast`."""
+        settings, tiles = _Settings(_zero(zeros, step, worker)), list[_Tile]()
         planes = _addresses(out)
         for view, a, b in cover(views, lo, hi):
             if not view.present:
@@ -67,40 +67,40 @@ class NativeKernel(NumpyKernel):
             at, m, chosen = view.start - lo, view.momentum, settings.cast(view)
             if _is_fast(view.raw_gradient):
                 g = _address(view.raw_gradient, a)
-                pieces.append((b - a, at + a, g, _address(m, a), 0, 0, chosen, 0))
+                tiles.append((b - a, at + a, g, _address(m, a), 0, 0, chosen, 0))
             else:
-                _share_out(self._library.cast, pieces, *planes)  # bits are written in order
-                pieces = []
-                for i in range(a, b, self.CHUNK):
-                    chunk = view.flat_gradient[i : min(i + self.CHUNK, b)].float().contiguous()
-                    piece = (len(chunk), at + i, chunk.data_ptr(), _address(m, i), 0, 0, chosen, 0)
-                    _share_out(self._library.cast, [piece], *planes)
+                _share_out(self._library.cast, tiles, *planes)  # bits are written in order
+                tiles = []
+                for i in range(a, b, self.TILE):
+                    values = view.flat_gradient[i : min(i + self.TILE, b)].float().contiguous()
+                    tile = (len(values), at + i, values.data_ptr(), _address(m, i), 0, 0, chosen, 0)
+                    _share_out(self._library.cast, [tile], *planes)
             if note is not None:
-                for i in range(a, b, self.CHUNK):
-                    note(view.gradient(i, min(i + self.CHUNK, b)))
-        _share_out(self._library.cast, pieces, *planes)
+                for i in range(a, b, self.TILE):
+                    note(view.gradient(i, min(i + self.TILE, b)))
+        _share_out(self._library.cast, tiles, *planes)
 
     def apply(self, views: Sequence[FlatView], lo: int, hi: int, verdict: Tensor) -> None:
-        """As `Kernel.apply`, in one pass over memory."""
-        settings, pieces = _Settings(), list[_Piece]()
+        """Move the parameters in one pass over memory; see `Kernel.apply`."""
+        settings, tiles = _Settings(), list[_Tile]()
         planes = _addresses(verdict)
         add = _Move(lr=-1.0)  # 0 + V
         for view, a, b in cover(views, lo, hi):
             at = view.start - lo
             if _is_fast(view.parameter):
                 x, u = _address(view.parameter, a), _address(view.verdict_momentum, a)
-                pieces.append((b - a, at + a, 0, 0, x, u, 0, settings.move(view)))
+                tiles.append((b - a, at + a, 0, 0, x, u, 0, settings.move(view)))
                 continue
-            for i in range(a, b, self.CHUNK):
-                v = torch.zeros(min(self.CHUNK, b - i), dtype=torch.float32, device=verdict.device)
-                piece = (len(v), at + i, 0, 0, v.data_ptr(), 0, 0, ctypes.addressof(add))
-                _share_out(self._library.apply, [piece], *planes)
+            for i in range(a, b, self.TILE):
+                v = torch.zeros(min(self.TILE, b - i), dtype=torch.float32, device=verdict.device)
+                tile = (len(v), at + i, 0, 0, v.data_ptr(), 0, 0, ctypes.addressof(add))
+                _share_out(self._library.apply, [tile], *planes)
                 view.apply(i, i + len(v), v)
-        _share_out(self._library.apply, pieces, *planes)
+        _share_out(self._library.apply, tiles, *planes)
 
     def alone(self, views: Sequence[FlatView], zeros: Zeros, step: int) -> None:
-        """As `Kernel.alone`, in one pass over memory."""
-        settings, pieces = _Settings(_zero(zeros, step, 0)), list[_Piece]()
+        """Take all steps in one pass over memory; see `Kernel.alone`."""
+        settings, tiles = _Settings(_zero(zeros, step, 0)), list[_Tile]()
         others, first = list[FlatView](), 0
         for view in views:
             p, gradient = view.parameter, view.raw_gradient
@@ -109,13 +109,13 @@ class NativeKernel(NumpyKernel):
                 others.append(view)
             elif n:
                 g, m, x, u = map(_address, (gradient, view.momentum, p, view.verdict_momentum))
-                pieces.append((n, first, g, m, x, u, settings.cast(view), settings.move(view)))
+                tiles.append((n, first, g, m, x, u, settings.cast(view), settings.move(view)))
                 first += n
-        _share_out(self._library.alone, pieces)
+        _share_out(self._library.alone, tiles)
         super().alone(others, zeros, step)
 
     def verdict(self, ballots: Tensor, zeros: Zeros, step: int, masks: Tensor | None) -> Tensor:
-        """As `Kernel.verdict`, counted in bit-sliced words."""
+        """Return the verdict on a shard counted in bit-sliced words; see `Kernel.verdict`."""
         out, words = torch.empty_like(ballots[0]), ballots.shape[-1] // 8
         masked = None if masks is None else masks.data_ptr()
         zero = _zero(zeros, step, 0)
@@ -149,24 +149,24 @@ class _Settings:
         return ctypes.addressof(self._moves[id(group)])
 
 
-def _share_out(loop: Callable[..., None], pieces: list[_Piece], *planes: int | None) -> None:
+def _share_out(loop: Callable[..., None], tiles: list[_Tile], *planes: int | None) -> None:
     """Run one of native.c's loops on torch's number of threads, which share no byte of a ballot.
 
     Args:
         loop: runs without Python's lock.
-        pieces: one behind the other.
+        tiles: one behind the other.
         planes: addresses of the sign plane and the vote plane.
     """
-    if not pieces:
+    if not tiles:
         return
-    table = np.array(pieces, np.int64)
-    lo, hi = pieces[0][1], pieces[-1][1] + pieces[-1][0]
+    table = np.array(tiles, np.int64)
+    lo, hi = tiles[0][1], tiles[-1][1] + tiles[-1][0]
     threads = min(torch.get_num_threads(), (hi - lo) // _ALONE)
     if threads < 2:
-        loop(table.ctypes.data, len(pieces), lo, hi, *planes)
+        loop(table.ctypes.data, len(tiles), lo, hi, *planes)
         return
     cuts = [lo, *((lo + (hi - lo) * k // threads) // 64 * 64 for k in range(1, threads)), hi]
-    jobs = [_pool(threads).submit(loop, table.ctypes.data, len(pieces), a, b, *planes) for a, b in pairwise(cuts)]
+    jobs = [_pool(threads).submit(loop, table.ctypes.data, len(tiles), a, b, *planes) for a, b in pairwise(cuts)]
     for done in jobs:
         done.result()
 

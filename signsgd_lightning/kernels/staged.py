@@ -1,4 +1,4 @@
-"""What every kernel can do, and how one without loops of its own casts and applies: chunk by chunk in torch."""
+"""What every kernel can do, and how one without loops of its own casts and applies: tile by tile in torch."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ Note = Callable[[Tensor], None]
 class Kernel(ABC):
     """What a device does its own way; ballots are uint8 of shape (…, planes, bytes)."""
 
-    CHUNK: int
+    TILE: int
     """Coordinates worked on at a time."""
 
     @abstractmethod
@@ -64,10 +64,10 @@ class Kernel(ABC):
             out: zeros, uint8 of shape (planes, at least ⌈(hi − lo)/8⌉).
             note: is shown every gradient.
         """
-        chunk = min(self.CHUNK, hi - lo)
-        staging = torch.empty(chunk, dtype=torch.float32, device=out.device)
-        for first in range(lo, hi, chunk):
-            last = min(first + chunk, hi)
+        size = min(self.TILE, hi - lo)
+        staging = torch.empty(size, dtype=torch.float32, device=out.device)
+        for first in range(lo, hi, size):
+            last = min(first + size, hi)
             for view, a, b in cover(views, first, last):
                 place = staging[view.start + a - first : view.start + b - first]
                 if not view.present:
@@ -81,9 +81,9 @@ class Kernel(ABC):
 
     def apply(self, views: Sequence[FlatView], lo: int, hi: int, verdict: Tensor) -> None:
         """Move the parameters by a verdict, uint8 of shape (planes, bytes): steps 7 and 8 of [lo, hi)."""
-        chunk = min(self.CHUNK, hi - lo)
-        for first in range(lo, hi, chunk):
-            last = min(first + chunk, hi)
+        size = min(self.TILE, hi - lo)
+        for first in range(lo, hi, size):
+            last = min(first + size, hi)
             signs = self.unpack(verdict[:, (first - lo) // 8 :], last - first)
             for view, a, b in cover(views, first, last):
                 view.apply(a, b, signs[view.start + a - first : view.start + b - first])
@@ -93,8 +93,8 @@ class Kernel(ABC):
         bit = core.zero_bit(zeros, step)
         for view in views:
             length = view.parameter.numel()
-            for lo in range(0, length, min(self.CHUNK, max(length, 1))):
-                hi = min(lo + self.CHUNK, length)
+            for lo in range(0, length, min(self.TILE, max(length, 1))):
+                hi = min(lo + self.TILE, length)
                 c, _ = view.directions(lo, hi)
                 verdict = c.sign()
                 if bit is not None:

@@ -1,8 +1,8 @@
 """The loops of cuda.py in Triton, each once over memory, without a fused multiply-add: bit for bit what native.c's do.
 
 A program takes BLOCK coordinates of one tensor, counted from the tensor's own first, so that its memory is read in
-vectors wherever in the ballot they lie. Two tables tell it which: `programs`, int32 rows of a piece's number and a
-block of it; and `pieces`, int64 rows of COLUMNS numbers: the addresses of g, m, x and u, 0 for none; the bit of the
+vectors wherever in the ballot they lie. Two tables tell it which: `programs`, int32 rows of a tile's number and a
+block of it; and `tiles`, int64 rows of COLUMNS numbers: the addresses of g, m, x and u, 0 for none; the bit of the
 tensor's first coordinate, negative where an earlier block of the vote has it; and from which coordinate to which.
 """
 
@@ -21,12 +21,12 @@ _LARGEST = tl.constexpr(3.4028234663852886e38)  # of float32
 
 @triton.jit
 def cast(
-    pieces, programs, signs, votes, scale, beta1, rest1, beta2, rest2,
+    tiles, programs, signs, votes, scale, beta1, rest1, beta2, rest2,
     G: tl.constexpr, M: tl.constexpr, SAME: tl.constexpr, BY_GRADIENT: tl.constexpr, DOWN: tl.constexpr,
     ZERO: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Take gradients into momenta and write the ballot (steps 1-4), into zeros; `scale` is on the device, or None."""
-    row, start, a, b = _place(pieces, programs)
+    row, start, a, b = _place(tiles, programs)
     factor = _factor(scale, DOWN)
     bit = tl.load(row + 4) + start
     if b - a == BLOCK:
@@ -40,11 +40,11 @@ def cast(
 
 @triton.jit
 def apply(
-    pieces, programs, signs, votes, words, lr, decay, gamma, rest,
+    tiles, programs, signs, votes, words, lr, decay, gamma, rest,
     X: tl.constexpr, AVERAGED: tl.constexpr, DECAYED: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Move parameters by the verdict (steps 7 and 8); its planes have `words` words, `votes` is None with one plane."""
-    row, start, a, b = _place(pieces, programs)
+    row, start, a, b = _place(tiles, programs)
     v = _read(signs, votes, words, tl.load(row + 4) + start)
     if b - a == BLOCK:
         _move(row, start, v, lr, decay, gamma, rest, None, X, AVERAGED, DECAYED, ALIGNED)
@@ -55,12 +55,12 @@ def apply(
 
 @triton.jit
 def alone(
-    pieces, programs, scale, beta1, rest1, beta2, rest2, lr, decay, gamma, rest,
+    tiles, programs, scale, beta1, rest1, beta2, rest2, lr, decay, gamma, rest,
     G: tl.constexpr, M: tl.constexpr, SAME: tl.constexpr, BY_GRADIENT: tl.constexpr, DOWN: tl.constexpr,
     ZERO: tl.constexpr, X: tl.constexpr, AVERAGED: tl.constexpr, DECAYED: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Take all steps of a worker whose verdict is its own ballot."""
-    row, start, a, b = _place(pieces, programs)
+    row, start, a, b = _place(tiles, programs)
     factor = _factor(scale, DOWN)
     zero = 0.0 if ZERO == ABSTAIN else 1.0 - 2.0 * ZERO
     if b - a == BLOCK:
@@ -80,10 +80,10 @@ def _lanes():
 
 
 @triton.jit
-def _place(pieces, programs):
-    """Return this program's piece, the first coordinate of its block, and which lanes of the block are in the piece."""
+def _place(tiles, programs):
+    """Return this program's tile, the first coordinate of its block, and which lanes of the block are in the tile."""
     mine = programs + 2 * tl.program_id(0).to(tl.int64)
-    row = pieces + COLUMNS * tl.load(mine)
+    row = tiles + COLUMNS * tl.load(mine)
     start = tl.load(mine + 1).to(tl.int64) * BLOCK
     a = tl.maximum(tl.load(row + 5) - start, 0).to(tl.int32)
     b = tl.minimum(tl.load(row + 6) - start, BLOCK).to(tl.int32)
@@ -99,7 +99,7 @@ def _factor(scale, DOWN: tl.constexpr):
 
 @triton.jit
 def _address(row, column: tl.constexpr, start, T: tl.constexpr, ALIGNED: tl.constexpr):
-    """Return the addresses of a block of one of a piece's tensors; bfloat16's are of uint16."""
+    """Return the addresses of a block of one of a tile's tensors; bfloat16's are of uint16."""
     first = tl.load(row + column).to(tl.pointer_type(tl.uint16 if tl.bfloat16 == T else T))
     if ALIGNED:
         first = tl.multiple_of(first, 16)

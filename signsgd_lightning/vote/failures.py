@@ -142,7 +142,7 @@ def _exchange_words(group: dist.ProcessGroup, own: tuple[int | None, str]) -> _W
 
 
 def _reachable(group: dist.ProcessGroup, rank: int) -> bool:
-    """Whether the connection still stands, as far as Gloo knows; after a timeout it has closed them all."""
+    """Tell whether the connection still stands, as far as Gloo knows; after a timeout it has closed them all."""
     if _compat.backend(group, "cpu") != "gloo":
         return False
     try:

@@ -72,7 +72,7 @@ class Slice(NamedTuple):
 
     @property
     def size(self) -> int:
-        """How many coordinates."""
+        """The number of coordinates."""
         return self.last - self.first
 
 

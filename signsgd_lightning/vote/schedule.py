@@ -32,7 +32,7 @@ class AtStep(Schedule):
     """All ballots leave at the step: while one bucket travels the next is cast."""
 
     def cast(self, vote: "Vote", given: "StepInput") -> "Ballot | None":
-        """As `Schedule.cast`."""
+        """Cast the whole ballot now; see `Schedule.cast`."""
         ballot = vote.begin(given)
         if ballot is not None and ballot.round is not None:
             for bucket in list(ballot.round.waiting):
@@ -170,7 +170,7 @@ class _Begun:
         return [view for view, _, _ in cover(self.round.share.views, bucket.lo, bucket.hi)]
 
     def is_ready(self, bucket: "Bucket") -> bool:
-        """Whether all gradients of a bucket are final."""
+        """Tell whether all gradients of a bucket are final."""
         return all(id(view.parameter) in self.final for view in self.covered(bucket))
 
     def note_versions(self) -> None:
@@ -204,7 +204,7 @@ class _Begun:
                 )
 
     def _changed(self, parameter: Tensor, gradient: Tensor) -> bool:
-        """Whether a gradient is another than it was; versions do not tell of changes through `.data` or NumPy."""
+        """Tell whether a gradient changed; versions do not tell of changes through `.data` or NumPy."""
         seen = self.final.get(id(parameter))
         version = None if self.versions is None else self.versions.get(id(parameter))
         other = version is not None and version != _compat.version(gradient)

@@ -10,7 +10,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 
-pytestmark = pytest.mark.timeout(600)  # seconds each on a quiet machine, many times that on a busy one
+# Seconds each on a quiet machine, many times that on a busy one.
+pytestmark = [pytest.mark.timeout(600), pytest.mark.nightly, pytest.mark.multiprocess]
 
 
 def _run(name: str, folder: Path) -> list[str]:

@@ -20,6 +20,8 @@ from benchmarks.papers.tasks import Images, Task, Text
 from benchmarks.papers.training import PER_LAYER, VOTED, Job, Run, Store, best, schedule, train
 from signsgd_lightning import Signum
 
+pytestmark = pytest.mark.multiprocess
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -103,6 +105,7 @@ def _run(*arguments: object, timeout: float = 280) -> str:
     return done.stdout
 
 
+@pytest.mark.nightly
 def test_verdict_momentum(tmp_path: Path) -> None:
     printed = _run("benchmarks.papers.verdict_momentum", "--short", "--out", tmp_path)
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".png", ".txt"]
@@ -112,6 +115,7 @@ def test_verdict_momentum(tmp_path: Path) -> None:
         assert len(re.findall(rf"(?:Signum|verdict momentum 0\.\d+) .* {workers} workers", printed)) == 4
 
 
+@pytest.mark.nightly
 def test_cifar10(tmp_path: Path) -> None:
     printed = _run("benchmarks.papers.cifar10", "--short", "--methods", "SGD", "Signum", "--out", tmp_path)
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".png", ".txt"]
@@ -121,6 +125,7 @@ def test_cifar10(tmp_path: Path) -> None:
     assert len(best) == 2
 
 
+@pytest.mark.nightly
 def test_verdict_variants(tmp_path: Path) -> None:
     printed = _run("benchmarks.papers.verdict_variants", "--short", "--tasks", "resnet", "--out", tmp_path)
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".png", ".txt"]
@@ -131,6 +136,7 @@ def test_verdict_variants(tmp_path: Path) -> None:
         assert row.startswith(method)
 
 
+@pytest.mark.nightly
 def test_densities(tmp_path: Path) -> None:
     printed = _run("benchmarks.papers.densities", "--short", "--out", tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["densities.png", "densities.txt"]
@@ -152,6 +158,7 @@ def test_looking_at_the_geometry_changes_no_training() -> None:
     assert len({record["geometry/gradient_density"] for record in seen}) == 4, "the weights had moved"
 
 
+@pytest.mark.nightly
 @pytest.mark.net
 @pytest.mark.skipif(not available(), reason="needs root and iproute2")
 def test_gpt_over_a_slow_network(tmp_path: Path) -> None:
@@ -177,6 +184,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.nightly
 def test_imagenet_recipe_in_lightning(folder: Path, tmp_path: Path) -> None:
     common = [folder, "--accelerator", "cpu", "--size", 32, "--batch-size", 6, "--loaders", 0, "--out", tmp_path]
     command = ["benchmarks.papers.imagenet_lightning", *common, "--devices", 2]
@@ -184,6 +192,7 @@ def test_imagenet_recipe_in_lightning(folder: Path, tmp_path: Path) -> None:
     assert "after 2 epochs and 4 steps" in _run(*command, "--epochs", 2, "--resume")
 
 
+@pytest.mark.nightly
 @pytest.mark.slow  # TensorFlow takes minutes to trace a ResNet-50 of two replicas
 @pytest.mark.timeout(900)
 def test_imagenet_recipe_in_keras(folder: Path, tmp_path: Path) -> None:

@@ -28,7 +28,9 @@ end = train(int(sys.argv[2]), Path(sys.argv[3]))
 Path(sys.argv[4]).write_text(json.dumps(end))
 """
 
+NIGHTLY = pytest.mark.nightly
 pytestmark = [
+    pytest.mark.multiprocess,
     pytest.mark.net,
     pytest.mark.skipif(not available(), reason="network namespaces need root and iproute2"),
 ]
@@ -72,7 +74,10 @@ def _pull(victim: int, delay: float, folder: Path) -> None:
     judge(ends, victim, when)
 
 
-@pytest.mark.parametrize("moments", [1, pytest.param(20, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])])
+@pytest.mark.parametrize(
+    "moments",
+    [pytest.param(1, marks=NIGHTLY), pytest.param(20, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])],
+)
 def test_cut_off_rank_is_named(moments: int, tmp_path: Path, fault: Fault) -> None:
     draw = random.Random(3)
     for k in range(moments):

@@ -32,6 +32,8 @@ from tests.workers import Workers, fresh_workers
 
 from .conftest import Fault
 
+pytestmark = pytest.mark.multiprocess
+
 GROUP_TIMEOUT = 4.0
 
 

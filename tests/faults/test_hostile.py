@@ -17,6 +17,8 @@ from tests.workers import Workers, fresh_workers
 
 from .conftest import Fault
 
+pytestmark = pytest.mark.multiprocess
+
 RANKS, LENGTH, HOSTILE = 3, 3000, 1
 TELLERS_BYTES = 128
 """Of a ballot of LENGTH bits, in each of RANKS shards."""

@@ -20,6 +20,9 @@ from tests.workers import Workers
 
 from .conftest import Fault
 
+NIGHTLY = pytest.mark.nightly
+pytestmark = pytest.mark.multiprocess
+
 EPOCHS = 40
 SCRIPT = """
 import sys
@@ -87,7 +90,10 @@ def _names_of(path: str) -> list[str]:
     return [Path(path).name] if path else []
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(20, marks=[pytest.mark.slow, pytest.mark.timeout(900)])])
+@pytest.mark.parametrize(
+    "kills",
+    [pytest.param(1, marks=NIGHTLY), pytest.param(20, marks=[pytest.mark.slow, pytest.mark.timeout(900)])],
+)
 def test_killed_runs_go_on_bit_for_bit(kills: int, tmp_path: Path, fault: Fault) -> None:
     with fault("the whole run is killed at a random moment and goes on from its checkpoint", kills):
         _compare(kills, tmp_path)

@@ -18,6 +18,8 @@ from tests.workers import Workers, fresh_workers
 
 from .conftest import Fault
 
+pytestmark = pytest.mark.multiprocess
+
 
 def _momentum(number: int, rank: int) -> torch.Tensor:
     return torch.full((20_000,), number + rank / 4)

@@ -14,6 +14,8 @@ from tests.workers import fresh_workers
 from .conftest import Fault
 from .endless import train
 
+pytestmark = pytest.mark.multiprocess
+
 RANKS, GROUP_TIMEOUT = 4, 5.0
 SPAN = 0.1
 """Seconds within which a fault comes: several steps."""
@@ -64,7 +66,7 @@ def judge(ends: list[tuple[str, float] | None], victim: int, when: float) -> Non
             assert 0 < failed - when < GROUP_TIMEOUT + 5
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.nightly)])
 @pytest.mark.parametrize("moments", [2, pytest.param(20, marks=[pytest.mark.slow, pytest.mark.timeout(900)])])
 def test_lost_rank_is_named(number: signal.Signals, moments: int, tmp_path: Path, fault: Fault) -> None:
     draw = random.Random(int(number))

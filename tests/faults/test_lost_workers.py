@@ -45,7 +45,14 @@ def _endless(victim: int, number: int) -> tuple[str, float]:
     return "no error", 0.0
 
 
-@pytest.mark.parametrize(("number", "victim"), [(signal.SIGKILL, 1), (signal.SIGKILL, 0), (signal.SIGSTOP, 1)])
+@pytest.mark.parametrize(
+    ("number", "victim"),
+    [
+        (signal.SIGKILL, 1),
+        pytest.param(signal.SIGKILL, 0, marks=pytest.mark.nightly),
+        pytest.param(signal.SIGSTOP, 1, marks=pytest.mark.nightly),
+    ],
+)
 def test_a_lost_worker_ends_the_others(
     number: signal.Signals, victim: int, fresh_cluster: Callable[[int], Cluster], fault: Fault
 ) -> None:

@@ -35,6 +35,7 @@ print(min(times), hashlib.sha1(data).hexdigest())
 """
 
 pytestmark = [
+    pytest.mark.multiprocess,
     pytest.mark.net,
     pytest.mark.skipif(not available(), reason="network namespaces need root and iproute2"),
 ]

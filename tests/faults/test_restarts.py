@@ -19,6 +19,9 @@ from tests.workers import Workers
 from .conftest import Fault
 from .test_killed_runs import assert_same
 
+NIGHTLY = pytest.mark.nightly
+pytestmark = pytest.mark.multiprocess
+
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "tutorials" / "torchrun_restarts.py"
 
@@ -97,7 +100,7 @@ def _kill_one(process: subprocess.Popen[bytes], folder: Path, draw: random.Rando
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("kills", [1, pytest.param(5, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [pytest.param(1, marks=NIGHTLY), pytest.param(5, marks=pytest.mark.slow)])
 def test_killed_workers_change_nothing(kills: int, tmp_path: Path, fault: Fault) -> None:
     with _started(tmp_path / "straight", 0) as straight:
         _finish(straight, tmp_path / "straight")

@@ -28,7 +28,8 @@ LOG = re.compile(r"^[IWEF]\d{4} \d\d:\d\d:(?!.*oneDNN)", re.MULTILINE)
 
 ROW = re.compile(r"^(.{34}) *([\d.]+)% *([\d,]+) *([\d.]+)× *([\d.]+) ms  bit-identical$", re.MULTILINE)
 
-pytestmark = pytest.mark.timeout(300)  # TensorFlow is imported by up to three processes: long where cores are shared
+# TensorFlow is imported by up to three processes: long where cores are shared.
+pytestmark = [pytest.mark.timeout(300), pytest.mark.multiprocess]
 
 Start = Callable[..., "subprocess.Popen[str]"]
 

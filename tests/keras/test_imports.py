@@ -11,6 +11,8 @@ import signsgd_keras
 
 from .backends import BACKENDS
 
+pytestmark = pytest.mark.multiprocess
+
 ROOT = Path(signsgd_keras.__file__).parents[1]
 FRAMEWORKS = ("tensorflow", "jax", "torch", "lightning", "pytorch_lightning", "signsgd_lightning")
 

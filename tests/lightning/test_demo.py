@@ -12,11 +12,13 @@ import pytest
 
 from signsgd_lightning.__main__ import main
 
+pytestmark = pytest.mark.multiprocess
+
 ROOT = Path(__file__).parents[2]
 ROW = re.compile(r"^(.{34}) *([\d.]+)% .* bit-identical$", re.MULTILINE)
 
 
-@pytest.mark.parametrize("adversaries", ["nan", "silent"])
+@pytest.mark.parametrize("adversaries", ["nan", pytest.param("silent", marks=pytest.mark.nightly)])
 def test_a_vote_outlives_a_worker_that_lies(adversaries: str, tmp_path: Path) -> None:
     """A mean does not outlive NaN."""
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])

@@ -8,6 +8,8 @@ import pytest
 
 import signsgd_lightning
 
+pytestmark = pytest.mark.multiprocess
+
 ROOT = Path(signsgd_lightning.__file__).parents[1]
 
 PLAIN = """

@@ -11,6 +11,8 @@ import pytest
 
 from tests.workers import free_port
 
+pytestmark = pytest.mark.multiprocess
+
 ROOT = Path(__file__).parents[2]
 LIGHTNING = """
 import sys
@@ -108,7 +110,14 @@ def _same_on_both_ranks(folder: Path) -> None:
     assert lines[0].startswith("4 steps, 2 votes, [[")
 
 
-@pytest.mark.parametrize("strategy", ["majority_vote", "majority_vote_spawn", "majority_vote_fork"])
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        "majority_vote",
+        pytest.param("majority_vote_spawn", marks=pytest.mark.nightly),
+        pytest.param("majority_vote_fork", marks=pytest.mark.nightly),
+    ],
+)
 def test_lightnings_own_launchers(strategy: str, tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text(LIGHTNING)
     _run("train.py", strategy, str(tmp_path), folder=tmp_path)

@@ -13,6 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 from signsgd_lightning import PeerLostError, Signum, enable_majority_vote
 from tests.workers import fresh_workers
 
+pytestmark = pytest.mark.multiprocess
+
 
 def _fail(group: str, victim: int, number: signal.Signals) -> tuple[int | None, str]:
     """Lose the victim as it is about to swap, in its node or with its counterparts; return what the others saw."""

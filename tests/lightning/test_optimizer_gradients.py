@@ -46,7 +46,7 @@ def test_memory_layout_changes_nothing(
     options: Options, layout: str, gradient_layout: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Over more coordinates than are worked on at a time."""
-    monkeypatch.setattr(kernels.NumpyKernel, "CHUNK", 100)
+    monkeypatch.setattr(kernels.NumpyKernel, "TILE", 100)
     torch.manual_seed(0)
     values = torch.randn(4, 5, 6, 7)
     plain, odd = nn.Parameter(values.clone()), nn.Parameter(laid_out(values, layout))
@@ -62,8 +62,8 @@ def test_memory_layout_changes_nothing(
     assert (plain != values).all()
 
 
-def test_parameter_of_several_chunks_is_stepped_whole() -> None:
-    p = nn.Parameter(torch.zeros(2 * kernels.NumpyKernel.CHUNK + 3))
+def test_parameter_of_several_tiles_is_stepped_whole() -> None:
+    p = nn.Parameter(torch.zeros(2 * kernels.NumpyKernel.TILE + 3))
     p.grad = torch.linspace(-1, 1, p.numel()).sin()
     Signum([p], lr=0.5, betas=(0.5, 0.25), verdict_momentum=0.5).step()
     assert torch.equal(p, -0.25 * p.grad.sign())

@@ -234,6 +234,7 @@ def _die_in_backward(victim: int) -> int | None:
     return None
 
 
+@pytest.mark.multiprocess
 def test_a_rank_that_dies_in_its_backward_pass_is_named() -> None:
     with fresh_workers(3) as workers:
         ends = workers.run(3, _die_in_backward, 1, lost=(1,), group_timeout=6.0, timeout=40)

@@ -16,6 +16,8 @@ from signsgd_lightning.vote.failures import first_lost
 from tests.votes import set_bucket_size
 from tests.workers import Workers, fresh_workers
 
+pytestmark = pytest.mark.multiprocess
+
 GROUP_TIMEOUT = 4.0
 
 

@@ -92,6 +92,7 @@ def _by_default(dtype: torch.dtype, options: dict[str, Any]) -> Any:
     return one
 
 
+@pytest.mark.multiprocess
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_defaults_do_not_reach_a_vote(dtype: torch.dtype, workers: Workers) -> None:
     """Set on one rank alone; and a default device on all."""
@@ -99,6 +100,7 @@ def test_defaults_do_not_reach_a_vote(dtype: torch.dtype, workers: Workers) -> N
         judge(own.run(2, _by_default, dtype, {}), betas=(0.5, 0.5))
 
 
+@pytest.mark.multiprocess
 def test_defaults_do_not_reach_a_vote_between_nodes() -> None:
     with fresh_workers(4) as own:
         ends = own.run(4, _by_default, torch.float64, {"vote_between": "nodes"}, ranks_per_node=2)
@@ -134,6 +136,7 @@ def _compiled_step() -> Any:
     return one
 
 
+@pytest.mark.multiprocess
 def test_a_compiled_step_votes() -> None:
     with fresh_workers(2) as own:
         judge(own.run(2, _compiled_step), betas=(0.5, 0.5))
@@ -455,6 +458,7 @@ def _lying() -> str:
     return _told(optimizer.step)
 
 
+@pytest.mark.multiprocess
 def test_an_adversary_of_another_shape_is_refused() -> None:
     with fresh_workers(2) as own:
         told = own.run(2, _lying, group_timeout=4)
@@ -511,6 +515,7 @@ def _of_kind(backend: str | None, options: dict[str, Any], folder: str) -> list[
     return [p.detach().numpy().tobytes() for p in ddp.parameters()]
 
 
+@pytest.mark.multiprocess
 @pytest.mark.parametrize("backend", [None, "cpu:gloo"])
 @pytest.mark.parametrize("options", [{}, {"vote_between": "nodes"}], ids=["ranks", "nodes"])
 def test_backends_of_other_names(backend: str | None, options: dict[str, Any], tmp_path: Path) -> None:
@@ -539,6 +544,7 @@ def _by_file(path: str) -> tuple[int | None, str]:
     return None, ""
 
 
+@pytest.mark.multiprocess
 def test_a_lost_rank_is_named_over_a_file(tmp_path: Path) -> None:
     with fresh_workers(3) as own:
         ends = own.run(3, _by_file, str(tmp_path / "store"), lost=(2,), group_timeout=4, timeout=60)
@@ -567,6 +573,7 @@ def _in_a_subgroup() -> tuple[int | None, str]:
     return None, "no error"
 
 
+@pytest.mark.multiprocess
 def test_a_lost_rank_of_a_subgroup_has_its_global_number() -> None:
     with fresh_workers(3) as own:
         ends = own.run(3, _in_a_subgroup, lost=(2,), timeout=60)

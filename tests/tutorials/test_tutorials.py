@@ -60,7 +60,8 @@ TELLING = {
 
 PRIVATE = re.compile(r"site-packages|/(tmp|home|root|Users|usr|opt|mnt|var|work)/|Traceback|Warning")
 
-pytestmark = pytest.mark.timeout(480)  # several processes that import a framework take long on a busy machine
+# Several processes that import a framework take long on a busy machine.
+pytestmark = [pytest.mark.timeout(480), pytest.mark.multiprocess]
 
 
 def _run(*command: str, folder: Path) -> str:
@@ -108,7 +109,10 @@ def _cells(notebook: Any) -> list[tuple[str, str]]:
     return [(cell.cell_type, cell.source) for cell in notebook.cells]
 
 
-@pytest.mark.parametrize("name", NOTEBOOKS)
+LONG = ("03_keras", "04_will_signs_work_for_my_model", "05_choosing_lr_and_betas")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.nightly) if n in LONG else n for n in NOTEBOOKS])
 def test_runs_as_a_script(name: str, tmp_path: Path) -> None:
     printed = _run(str(TUTORIALS / f"{name}.py"), folder=tmp_path)
     _assert_tells(name, printed)
