@@ -14,7 +14,7 @@ Our words and the papers' symbols (arXiv 1802.04434 and 1810.05291):
 | zeros | what a zero and a tie count as | ``sign(0)`` |
 """
 
-from .ballots import BLOCK, Zeros, check_zeros, default_zeros, pack, planes, unpack, zero_bit
+from .ballots import TILE, Zeros, check_zeros, default_zeros, pack, planes, unpack, zero_bit
 from .membership import inherited, predecessors, redistribute
 from .reference import Reference
 from .settings import (
@@ -37,7 +37,7 @@ from .update import (
 from .vote import majority, tally, verdict
 
 __all__ = [
-    "BLOCK",
+    "TILE",
     "Reference",
     "WarmupSteps",
     "Zeros",

@@ -12,8 +12,8 @@ Zeros = Literal["alternate", "abstain", "positive"]
 Ballot = npt.NDArray[np.uint8]
 """Packed bits, shape (planes, ⌈length/8⌉): the sign plane, and under "abstain" the vote plane below it."""
 
-BLOCK = 131_072
-"""Coordinates worked on at a time: few enough that a block and its temporaries stay in the core's own cache."""
+TILE = 131_072
+"""Coordinates worked on at a time: few enough that a tile and its temporaries stay in the core's own cache."""
 
 _BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
 _SIGNS = (1 - 2 * _BITS.astype(np.int8)).astype(np.float32)  # byte -> eight of ±1
@@ -97,14 +97,14 @@ def pack(
     elif out.shape != shape or out.dtype != np.uint8:
         raise ValueError(f"out must be uint8 of shape {shape}, got {out.dtype} of shape {out.shape}")
     with np.errstate(invalid="ignore"):  # bfloat16 warns of NaN where NumPy's own dtypes do not
-        for lo, hi in _blocks(flat.size):
-            block, cut = flat[lo:hi], slice(lo // 8, -(-hi // 8))
+        for lo, hi in _tiles(flat.size):
+            tile, cut = flat[lo:hi], slice(lo // 8, -(-hi // 8))
             if bit == 1:  # all that is not positive
-                np.invert(_packbits(block > 0), out=out[0, cut])
+                np.invert(_packbits(tile > 0), out=out[0, cut])
             else:
-                out[0, cut] = _packbits(block < 0)
+                out[0, cut] = _packbits(tile < 0)
             if zeros == "abstain":
-                out[1, cut] = out[0, cut] | _packbits(block > 0)
+                out[1, cut] = out[0, cut] | _packbits(tile > 0)
     if bit == 1 and flat.size % 8:
         out[0, -1] &= (1 << flat.size % 8) - 1
     return out
@@ -138,7 +138,7 @@ def unpack(ballot: Ballot, length: int, out: npt.NDArray[np.float32] | None = No
     rows = out.reshape(width, 8)
     np.take(_SIGNS, ballot[0, :width], axis=0, out=rows, mode="clip")
     if ballot.shape[0] == 2:
-        for lo, hi in _blocks(width):
+        for lo, hi in _tiles(width):
             rows[lo:hi] *= np.take(_VOTES, ballot[1, lo:hi], axis=0, mode="clip")
     return out[:length]
 
@@ -147,5 +147,5 @@ def _packbits(bits: npt.NDArray[np.bool_]) -> npt.NDArray[np.uint8]:
     return np.packbits(bits, bitorder="little")
 
 
-def _blocks(length: int) -> Iterator[tuple[int, int]]:
-    return ((lo, min(lo + BLOCK, length)) for lo in range(0, length, BLOCK))
+def _tiles(length: int) -> Iterator[tuple[int, int]]:
+    return ((lo, min(lo + TILE, length)) for lo in range(0, length, TILE))

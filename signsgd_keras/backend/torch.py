@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 from keras import ops
 
-from signsgd_core import BLOCK
+from signsgd_core import TILE
 
 from .base import Backend, Product
 
@@ -29,8 +29,8 @@ class Torch(Backend):
             yield tuple(tensors)
             return
         flat = [None if tensor is None else tensor.view(-1) for tensor in tensors]
-        for lo in range(0, given[0].numel(), BLOCK):
-            yield tuple(None if tensor is None else tensor[lo : lo + BLOCK] for tensor in flat)
+        for lo in range(0, given[0].numel(), TILE):
+            yield tuple(None if tensor is None else tensor[lo : lo + TILE] for tensor in flat)
 
     def write(self, target: Tensor, value: Tensor) -> None:
         """Set a tile in place."""

@@ -1,4 +1,4 @@
-"""CPU: NumPy on the tensors' own memory, in blocks that stay in the core's cache."""
+"""CPU: NumPy on the tensors' own memory, in tiles that stay in the core's cache."""
 
 from collections.abc import Iterator
 
@@ -32,18 +32,18 @@ class NumpyKernel(Kernel):
         return torch.from_numpy(core.unpack(ballot.numpy(), length))
 
     def verdict(self, ballots: Tensor, zeros: Zeros, step: int, masks: Tensor | None) -> Tensor:
-        """Return the verdict on a shard in blocks of words; see `Kernel.verdict`."""
+        """Return the verdict on a shard in tiles of words; see `Kernel.verdict`."""
         out = torch.empty_like(ballots[0])
         words = out.numpy().view(np.uint64)
-        for cut, block, mask in _blocks(ballots, masks):
-            for plane, bits in zip(words, core.verdict(block, zeros, step, mask), strict=True):
+        for cut, tile, mask in _tiles(ballots, masks):
+            for plane, bits in zip(words, core.verdict(tile, zeros, step, mask), strict=True):
                 plane[cut] = bits
         return out
 
     def count_ties(self, ballots: Tensor, masks: Tensor | None) -> int:
         """Return how many tallies are tied; see `Kernel.count_ties`."""
         return sum(
-            int(np.bitwise_count(core.majority(block, mask)[1]).sum()) for _, block, mask in _blocks(ballots, masks)
+            int(np.bitwise_count(core.majority(tile, mask)[1]).sum()) for _, tile, mask in _tiles(ballots, masks)
         )
 
     def count_bits(self, words: Tensor) -> int:
@@ -61,10 +61,10 @@ def unpackbits(words: Tensor, length: int) -> Tensor:
     return torch.from_numpy(np.unpackbits(words.numpy(), axis=-1, count=length, bitorder="little")).bool()
 
 
-def _blocks(ballots: Tensor, masks: Tensor | None) -> Iterator[tuple[slice, list[list[Words]], list[Words] | None]]:
+def _tiles(ballots: Tensor, masks: Tensor | None) -> Iterator[tuple[slice, list[list[Words]], list[Words] | None]]:
     words = ballots.numpy().view(np.uint64)
     mask_words = None if masks is None else masks.numpy().view(np.uint64)
     for lo in range(0, words.shape[-1], _WORDS):
         cut = slice(lo, lo + _WORDS)
-        block = [[plane[cut] for plane in ballot] for ballot in words]
-        yield cut, block, None if mask_words is None else [mask[cut] for mask in mask_words]
+        tile = [[plane[cut] for plane in ballot] for ballot in words]
+        yield cut, tile, None if mask_words is None else [mask[cut] for mask in mask_words]

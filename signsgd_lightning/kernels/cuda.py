@@ -27,7 +27,7 @@ OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 _TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 _BLOCK: int = loops.BLOCK.value
 _KEPT = 1024
-"""How many tables of each kind stay on the device for the next step: a vote's has one a block, group and dtype."""
+"""How many tables of each kind stay on the device for the next step: a vote's has one a bucket, group and dtype."""
 
 _Tile = tuple[int, ...]
 """Those of triton_loops.py."""

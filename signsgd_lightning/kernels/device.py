@@ -1,4 +1,4 @@
-"""A device without loops of its own: whole blocks at a time in tensor operations, so nothing is copied to the host."""
+"""A device without loops of its own: whole buckets at a time in tensor operations, so nothing is copied to the host."""
 
 import torch
 from torch import Tensor

@@ -3,7 +3,7 @@
 A program takes BLOCK coordinates of one tensor, counted from the tensor's own first, so that its memory is read in
 vectors wherever in the ballot they lie. Two tables tell it which: `programs`, int32 rows of a tile's number and a
 block of it; and `tiles`, int64 rows of COLUMNS numbers: the addresses of g, m, x and u, 0 for none; the bit of the
-tensor's first coordinate, negative where an earlier block of the vote has it; and from which coordinate to which.
+tensor's first coordinate, negative where an earlier bucket of the vote has it; and from which coordinate to which.
 """
 
 import triton

@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays, floating_dtypes
 
-from signsgd_core import BLOCK, Zeros, check_zeros, pack, planes, unpack, zero_bit
+from signsgd_core import TILE, Zeros, check_zeros, pack, planes, unpack, zero_bit
 
 RULES: tuple[Zeros, ...] = get_args(Zeros)
-LENGTHS = [0, 1, 7, 8, 9, 997, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK + 9]
+LENGTHS = [0, 1, 7, 8, 9, 997, TILE - 1, TILE, TILE + 1, 2 * TILE + 9]
 FLOATS = [np.float16, np.float32, np.float64, ml_dtypes.bfloat16]
 
 
@@ -123,9 +123,9 @@ def test_values_are_left_as_they_were() -> None:
 
 
 def test_out() -> None:
-    values = values_of(BLOCK + 9)
+    values = values_of(TILE + 9)
     for zeros in RULES:
-        memory = np.full((planes(zeros), 2 * (BLOCK // 8 + 2)), 170, np.uint8)
+        memory = np.full((planes(zeros), 2 * (TILE // 8 + 2)), 170, np.uint8)
         out = memory[:, ::2]
         assert pack(values, zeros, step=1, out=out) is out
         np.testing.assert_array_equal(out, naive(values, zeros, step=1))

@@ -14,6 +14,8 @@ from tests.keras.models import Array, arrays, compiled, data, same
 from .conftest import Fault
 from .lies import CASES, SHAPES, Moody, adversaries, given, reference, train
 
+pytestmark = pytest.mark.multiprocess
+
 REPLICAS = 4
 
 

@@ -15,6 +15,8 @@ from tests.keras.models import Array, arrays, components, same
 
 from .conftest import Fault
 
+pytestmark = pytest.mark.multiprocess
+
 REPLICAS, SIZE, EPOCHS, LR = 3, 45, 4, 2.0**-6
 WILD = [np.nan, np.inf, -np.inf, 1e38, -1e38, 3e38, -3e38]
 

@@ -2,6 +2,7 @@
 
 import keras
 import numpy as np
+import pytest
 
 from signsgd_keras import LossScaleOptimizer, Signum
 from tests.devices import mirrored
@@ -9,6 +10,8 @@ from tests.keras.models import arrays, compiled, components, data, dataset, repl
 
 from .conftest import Fault
 from .overflows import OVERFLOWS, expected, given, judge, run
+
+pytestmark = pytest.mark.multiprocess
 
 LR = 2.0**-4
 

@@ -13,6 +13,8 @@ from tests.keras.models import compiled, data, net
 from .conftest import Fault
 from .flips import STEPS, FlipBit, train
 
+pytestmark = pytest.mark.multiprocess
+
 REPLICAS = 3
 
 

@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pytest
 
-from signsgd_core import BLOCK
+from signsgd_core import TILE
 from signsgd_keras.backend import current
 from signsgd_keras.update import Update
 
@@ -19,7 +19,7 @@ def pair(*shape: int) -> tuple[Any, Any]:
 
 
 @everywhere
-@pytest.mark.parametrize("shape", [(), (0,), (3, 5), (BLOCK,), (BLOCK + 1,), (2, BLOCK - 3)], ids=str)
+@pytest.mark.parametrize("shape", [(), (0,), (3, 5), (TILE,), (TILE + 1,), (2, TILE - 3)], ids=str)
 def test_tiles_cover_everything_once(shape: tuple[int, ...]) -> None:
     """Adding one to every tile adds one everywhere, in the variable itself."""
     variable, tensor = pair(*shape)
@@ -33,7 +33,7 @@ def test_tiles_cover_everything_once(shape: tuple[int, ...]) -> None:
     np.testing.assert_array_equal(numbers(variable), eighths(*shape) + 1, strict=True)
     assert sum(sizes) == np.prod(shape)
     if keras.backend.backend() == "torch":
-        assert all(size == BLOCK for size in sizes[:-1])
+        assert all(size == TILE for size in sizes[:-1])
     else:
         assert len(sizes) == 1
 

@@ -17,6 +17,8 @@ from tests.clusters import Cluster
 from tests.devices import mirrored
 from tests.votes import SIZES, STEPS, Figures, expected_figures, given_gradients
 
+pytestmark = pytest.mark.multiprocess
+
 
 class Given(keras.layers.Layer):  # type: ignore[misc]
     """Its output's derivatives by its weights are its inputs."""

@@ -14,6 +14,8 @@ import tensorflow as tf
 from signsgd_keras import Signum, VoteMonitor
 from tests.devices import mirrored
 
+pytestmark = pytest.mark.multiprocess
+
 STEPS = 3
 """Of an epoch, with 4 rows each, 2 a replica."""
 

@@ -14,6 +14,8 @@ from tests.devices import mirrored
 
 from .models import Array, arrays, compiled, data, same
 
+pytestmark = pytest.mark.multiprocess
+
 REPLICAS = 3
 EPOCHS = 4
 

@@ -18,6 +18,8 @@ from tests.devices import mirrored
 from .cluster_strategy import strategy
 from .models import Array, arrays, compiled, components, data, same
 
+pytestmark = pytest.mark.multiprocess
+
 LR = 2.0**-4
 LOST = "an earlier version wrote this tf.train.Checkpoint, of each momentum that of replica 0 alone"
 

@@ -12,6 +12,8 @@ from tests.devices import mirrored
 
 from .models import compiled, components, data, net, plain, same
 
+pytestmark = pytest.mark.multiprocess
+
 DEVICES = ["CPU:0", "CPU:1", "CPU:2"]
 
 

@@ -15,6 +15,8 @@ from tests.devices import mirrored
 
 from .models import Array, arrays, compiled, data, dataset, gradients, net, plain, same, shares
 
+pytestmark = pytest.mark.multiprocess
+
 STEPS, ROWS = 6, 4
 """Of an epoch; so many rows a batch, half of them each replica's."""
 

@@ -12,6 +12,8 @@ from tests.devices import mirrored
 
 from .models import Array, arrays, compiled, components, data, same
 
+pytestmark = pytest.mark.multiprocess
+
 REPLICAS, BATCH = 3, 6
 SCALES = [4.0, 8.0, 2.0]
 

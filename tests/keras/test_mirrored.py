@@ -12,6 +12,8 @@ from tests.devices import mirrored
 
 from .models import Array, arrays, compiled, data, dataset, net, plain, replay, same, shares
 
+pytestmark = pytest.mark.multiprocess
+
 LR = 2.0**-4
 BETAS: dict[str, Any] = {"beta_1": 0.5, "beta_2": 0.75}
 

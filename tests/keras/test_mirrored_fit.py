@@ -15,6 +15,8 @@ from tests.devices import mirrored
 
 from .models import Array, arrays, compiled, data, dataset, net, replay, same, shares
 
+pytestmark = pytest.mark.multiprocess
+
 LR = 2.0**-4
 
 

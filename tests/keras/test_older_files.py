@@ -13,6 +13,8 @@ import tensorflow as tf
 from tests.devices import mirrored  # noqa: F401  before TensorFlow runs
 from tests.fixtures.keras import write
 
+pytestmark = pytest.mark.multiprocess
+
 FOLDER = Path(__file__).parents[1] / "fixtures" / "keras"
 
 

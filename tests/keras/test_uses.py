@@ -16,6 +16,8 @@ from tests.devices import mirrored
 from .models import Batch, arrays, compiled, data, dataset, net, replay, same, shares
 from .test_imports import printed
 
+pytestmark = pytest.mark.multiprocess
+
 LR = 2.0**-4
 
 

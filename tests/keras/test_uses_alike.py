@@ -14,6 +14,8 @@ from tests.devices import mirrored
 from .models import Array, arrays, compiled, data, dataset, net, replay, same, weights
 from .test_uses import LR, Around, fit, signum, steps
 
+pytestmark = pytest.mark.multiprocess
+
 
 class Calling(Around):
     """As above, by the other's `apply`."""

@@ -211,12 +211,14 @@ def _kernel(cache: Path, **environment: str) -> str:
     ).stdout
 
 
+@pytest.mark.multiprocess
 def test_without_a_compiler_numpy_goes_on(tmp_path: Path) -> None:
     said = _kernel(tmp_path, CC="there-is-no-such-compiler")
     assert said.startswith("NumpyKernel signsgd could not compile its loops and goes on with NumPy's")
     assert "there-is-no-such-compiler" in said
 
 
+@pytest.mark.multiprocess
 def test_it_is_compiled_once(tmp_path: Path) -> None:
     assert _kernel(tmp_path) == "NativeKernel\n"
     (made,) = (tmp_path / "signsgd").iterdir()
@@ -226,12 +228,14 @@ def test_it_is_compiled_once(tmp_path: Path) -> None:
     ctypes.CDLL(str(made))
 
 
+@pytest.mark.multiprocess
 def test_a_compiler_with_other_options_compiles_anew(tmp_path: Path) -> None:
     for compiler in ("cc", "cc -g"):
         assert _kernel(tmp_path, CC=compiler) == "NativeKernel\n"
     assert len(list((tmp_path / "signsgd").iterdir())) == 2
 
 
+@pytest.mark.multiprocess
 def test_a_folder_that_cannot_be_written_to(tmp_path: Path) -> None:
     (tmp_path / "signsgd").write_text("a file in its place")
     assert _kernel(tmp_path).startswith("NumpyKernel signsgd could not compile")

@@ -21,6 +21,7 @@ CHECKS = Path(__file__).with_name("triton_checks.py")
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
+@pytest.mark.multiprocess
 @pytest.mark.parametrize("interpret", ["1", pytest.param("0", marks=[pytest.mark.cuda, GPU])])
 def test_equal_to_numpy(interpret: str) -> None:
     """In a process of its own: whether loops are interpreted is settled when Triton is imported."""
