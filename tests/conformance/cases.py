@@ -19,7 +19,7 @@ Array = npt.NDArray[np.float32]
 Gradients = list[list[list[Array | None]]]  # [step][worker][tensor]
 Trajectory = list[list[Array]]  # [step][tensor]
 Absent = Literal["", "somewhere", "everywhere"]
-Pair = tuple[tuple[str, Any], tuple[str, Any]]  # two fields of a case, each a name and a value
+Meeting = tuple[tuple[str, Any], ...]  # fields of a case, each a name and a value
 
 SHAPES: tuple[tuple[int, ...], ...] = ((3, 5), (), (0,), (701,), (2, 3, 4))
 STEPS = 5
@@ -109,10 +109,13 @@ def cases() -> tuple[Case, ...]:
     return tuple(case for case in starmap(Case, product(*OPTIONS)) if (case.workers, case.absent) != (1, "somewhere"))
 
 
-def pairs(case: Case) -> set[Pair]:
-    """Return every two fields of a case, with their values."""
-    fields = ((name, getattr(case, name)) for name in case.__dataclass_fields__)
-    return set(combinations(fields, 2))
+def pairs(case: Case) -> set[Meeting]:
+    """Return every two fields of a case with their values; and what a tally depends on, for two workers and three."""
+    fields = [(name, getattr(case, name)) for name in case.__dataclass_fields__]
+    found: set[Meeting] = set(combinations(fields, 2))
+    if case.workers in (2, 3):
+        found.add(tuple((name, value) for name, value in fields if name in ("workers", "zeros", "absent")))
+    return found
 
 
 def covering(table: Iterable[Case]) -> list[Case]:
@@ -121,7 +124,7 @@ def covering(table: Iterable[Case]) -> list[Case]:
     Faults come of one option, or of two that meet; every triple would take forty times as many cases.
     """
     by_case = {case: pairs(case) for case in table}
-    missing, chosen = set[Pair]().union(*by_case.values()), []
+    missing, chosen = set[Meeting]().union(*by_case.values()), []
     while missing:
         best = max(by_case, key=lambda case: len(missing & by_case[case]))
         missing -= by_case[best]

@@ -101,6 +101,7 @@ def test_replicas_of_one_process(start: Start, tmp_path: Path) -> None:
     assert (tmp_path / "here" / "accuracy_against_bytes.png").stat().st_size > 10_000
 
 
+@pytest.mark.nightly
 def test_worker_processes_count_what_they_send(start: Start, tmp_path: Path) -> None:
     process = start("--workers=2", "--steps=8", "--processes", "--out=there")
     rows = _rows(process, "what one worker sent, counted by the kernel")
@@ -113,6 +114,7 @@ def test_worker_processes_count_what_they_send(start: Start, tmp_path: Path) -> 
     assert _workers(process.pid) == []
 
 
+@pytest.mark.nightly
 def test_a_vote_outlives_a_worker_that_sends_nan_and_a_mean_does_not(start: Start) -> None:
     process = start("--workers=3", "--steps=8", "--adversaries=nan", "--no-plot")
     output, errors = process.communicate(timeout=240)
@@ -124,6 +126,7 @@ def test_a_vote_outlives_a_worker_that_sends_nan_and_a_mean_does_not(start: Star
     assert "adversaries: the last 1 of 3 workers (nan), in every run\n" in output
 
 
+@pytest.mark.nightly
 def test_no_worker_is_left_behind(start: Start) -> None:
     """One worker dies, the demo is told to end, the demo is killed: the others end too."""
     dying, told, killed = (start("--workers=2", "--processes", "--no-plot") for _ in range(3))

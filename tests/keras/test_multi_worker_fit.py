@@ -33,7 +33,7 @@ def _train(name: str) -> Trained:
         return train(name)
 
 
-@pytest.mark.parametrize("name", ["Adam", "SGD"])
+@pytest.mark.parametrize("name", ["Adam", pytest.param("SGD", marks=pytest.mark.nightly)])
 def test_keras_own_optimizers_train_as_in_one_process(name: str, cluster: Callable[[int], Cluster]) -> None:
     """All batches split evenly, so that the mean over workers is that of the batch; to rounding."""
     one = train(name)

@@ -58,7 +58,9 @@ def _fail_at(moment: int, victim: int, signal_number: int) -> tuple[int | None, 
     return None, "the step went through", time.monotonic() - begin
 
 
-@pytest.mark.parametrize("victim", [0, 1, 2])
+@pytest.mark.parametrize(
+    "victim", [pytest.param(0, marks=pytest.mark.nightly), 1, pytest.param(2, marks=pytest.mark.nightly)]
+)
 @pytest.mark.parametrize(("name", "signal_number"), [("killed", signal.SIGKILL), ("stopped", signal.SIGSTOP)])
 def test_lost_rank_is_named(name: str, signal_number: int, victim: int) -> None:
     moment = victim * 2  # the header, a block's ballots, a block's verdict
