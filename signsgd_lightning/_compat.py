@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
+    from lightning.pytorch.strategies import DDPStrategy
 
 _STATE_DICT = "torch.distributed.checkpoint.state_dict"
 
@@ -104,6 +105,11 @@ def stands_for_no_optimizer(optimizer: object) -> bool:
     from lightning.pytorch.core.optimizer import _MockOptimizer
 
     return isinstance(optimizer, _MockOptimizer)
+
+
+def ddp_options(strategy: "DDPStrategy") -> dict[str, Any]:
+    """Return what Lightning's strategy hands on to `DistributedDataParallel`, to be added to; for `strategy`."""
+    return strategy._ddp_kwargs
 
 
 def is_local(path: Any) -> bool:

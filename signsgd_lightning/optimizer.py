@@ -36,9 +36,9 @@ class Signum(Optimizer):
 
     By itself it is a worker whose verdict is its own ballot. Under `enable_majority_vote` or `MajorityVoteStrategy`
     every rank votes at `step`, so all that happens between ``backward()`` and ``step()`` (accumulation, clipping,
-    gradient hooks) concerns the rank's own gradient. A gradient entry that is NaN, ±Inf or beyond
-    float32's range counts as 0; a parameter whose ``grad`` is None abstains on this rank, and stays untouched if it is
-    None on all.
+    gradient hooks) concerns the rank's own gradient. Under a gradient scaler that is scaled until `step`. A gradient
+    entry that is NaN, ±Inf or beyond float32's range counts as 0; a parameter whose ``grad`` is None abstains on this
+    rank, and stays untouched if it is None on all.
 
     The momenta are float32 whatever the parameter's dtype (`momentum_dtype` halves the worker's own), and exist only
     where a setting needs them:
@@ -256,6 +256,14 @@ class Signum(Optimizer):
             settings["betas"] = tuple(map(float, settings["betas"]))
             lines += [f"group {k}: {name}={value!r}" for name, value in settings.items()]
         return lines
+
+    def unscale_at_step(self, does: bool) -> None:
+        """Set whether `step` takes a gradient scaler's factor out, which it does at first; scalers and Lightning ask.
+
+        Args:
+            does: False where there is no scaler, so that Lightning clips the gradients.
+        """
+        self._step_supports_amp_scaling = does
 
     def views(self) -> list[FlatView]:
         """Return all parameters in the order of the groups, as flat views."""

@@ -7,6 +7,7 @@ from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch.distributed as dist
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
@@ -48,12 +49,14 @@ class MajorityVoteStrategy(DDPStrategy):
         overlap: let ballots travel while the backward pass goes on (`signsgd_lightning.vote.schedule.DuringBackward`);
             excludes gradient clipping, gradient scalers, several optimizers and a vote between nodes.
         **kwargs: those of `lightning.pytorch.strategies.DDPStrategy`, but for communication hooks. ``timeout`` bounds
-            how long a rank waits for a lost one. ``gradient_as_bucket_view`` is True unless given: DDP then neither
-            copies gradients into its buckets and back, nor keeps 4 bytes a parameter for them.
+            how long a rank waits for a lost one. ``gradient_as_bucket_view`` is True unless given, or unless the
+            module steps by hand: DDP then neither copies gradients into its buckets and back, nor keeps 4 bytes a
+            parameter for them, but the next backward pass writes into gradients that were kept.
 
     Raises:
         ValueError: for a communication hook, another `state_dict_type` or `vote_between`, or a sharded checkpoint of
-            a vote between nodes; for what `overlap` excludes.
+            a vote between nodes; for what `overlap` excludes; at the start of `fit` for a sharded checkpoint beside a
+            CheckpointIO plugin, and for ``gradient_clip_val`` under a gradient scaler.
         TypeError: before the first step, if an optimizer is not a `Signum`.
         RuntimeError: before the first step, if the ranks differ in model or settings.
 
@@ -87,7 +90,6 @@ class MajorityVoteStrategy(DDPStrategy):
                 "a vote between nodes saves one file: leave out state_dict_type='sharded' (it resumes from a sharded "
                 "checkpoint of a vote between ranks)"
             )
-        kwargs.setdefault("gradient_as_bucket_view", True)
         super().__init__(**kwargs)
         self.state_dict_type = state_dict_type
 
@@ -105,17 +107,40 @@ class MajorityVoteStrategy(DDPStrategy):
     def configure_ddp(self) -> None:
         """Wrap the model, once all ranks are sure to have the same: DDP would leave some with a lost connection."""
         assert self.model is not None
+        assert self.lightning_module is not None
         agree_on_model(self.model)
+        # It saves copies. A loop by hand may keep gradients, which the next backward pass would overwrite.
+        automatic = self.lightning_module.automatic_optimization
+        _compat.ddp_options(self).setdefault("gradient_as_bucket_view", automatic)
         super().configure_ddp()
 
     def setup(self, trainer: "Trainer") -> None:
         """Set up DDP and the optimizers, then let them vote."""
         self.options.exclude({"gradient_clip_val": bool(trainer.gradient_clip_val)})
+        scaler = getattr(self.precision_plugin, "scaler", None)
+        if trainer.gradient_clip_val and scaler is not None:
+            raise ValueError(
+                f"gradient_clip_val={trainer.gradient_clip_val} cannot clip under precision='16-mixed', which scales "
+                "gradients until the step: take precision='bf16-mixed', or clip in on_before_optimizer_step at the "
+                "threshold times trainer.precision_plugin.scaler.get_scale()"
+            )
+        if self.state_dict_type == "sharded" and not self._writes_by_torch:
+            raise ValueError(
+                f"state_dict_type='sharded' would pass over {type(self.checkpoint_io).__name__}: leave that plugin "
+                "out, or take state_dict_type='full'"
+            )
         super().setup(trainer)
         if trainer.state.fn == TrainerFn.FITTING:
             assert isinstance(self.model, DistributedDataParallel)
             optimizers: Any = [o for o in self.optimizers if not _compat.stands_for_no_optimizer(o)]
             let_vote(self.model, optimizers, self.options, place=(self.num_processes, self.local_rank))
+            for optimizer in optimizers:
+                see_through(optimizer).unscale_at_step(scaler is not None)  # where it does, Lightning clips nothing
+
+    @property
+    def _writes_by_torch(self) -> bool:
+        """Whether files are written by torch.save, at once, under the name that is asked for."""
+        return type(self.checkpoint_io) is TorchCheckpointIO
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
         """Return an optimizer's state with the momenta of all ranks, or this rank's where each saves its own."""
@@ -151,6 +176,8 @@ class MajorityVoteStrategy(DDPStrategy):
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         """Write a checkpoint so that what has that name is always a whole one, whenever the run is killed.
 
+        With a CheckpointIO plugin it is that plugin's affair.
+
         Raises:
             IsADirectoryError: if something else than a checkpoint has that name.
             ValueError: for a sharded checkpoint that is not to be on a local or mounted file system.
@@ -163,7 +190,7 @@ class MajorityVoteStrategy(DDPStrategy):
                     f"{filepath}: take such a path, or state_dict_type='full'"
                 )
             save_shards(checkpoint, self.broadcast(os.fspath(filepath)))
-        elif not self.is_global_zero or not local:
+        elif not self.is_global_zero or not local or not self._writes_by_torch:
             super().save_checkpoint(checkpoint, filepath, storage_options)
         else:
             check_target(os.fspath(filepath))
@@ -225,9 +252,12 @@ class MajorityVoteStrategy(DDPStrategy):
         return tensor if self._interrupted else super().reduce(tensor, *args, **kwargs)
 
     def teardown(self) -> None:
-        """Let other optimizers have the model."""
+        """Let other optimizers have the model, and other loops the optimizers."""
         if isinstance(self.model, DistributedDataParallel):
             release(self.model)
+        for optimizer in map(see_through, self.optimizers):
+            if isinstance(optimizer, Signum):
+                optimizer.unscale_at_step(True)
         super().teardown()
 
     def on_exception(self, exception: BaseException) -> None:

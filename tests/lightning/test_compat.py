@@ -11,6 +11,7 @@ import torch.distributed as dist
 from lightning.fabric.utilities import cloud_io
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.core import optimizer as lightning_optimizer
+from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from torch.distributed import distributed_c10d
 from torch.distributed.checkpoint import state_dict as checkpoint
@@ -131,6 +132,7 @@ def test_lightning(tmp_path: Path) -> None:
     module.trainer = trainer
     assert _compat.trainer_of(module) is trainer
     assert _compat.logged_step(trainer) == 0
+    assert _compat.ddp_options(DDPStrategy(bucket_cap_mb=3)) == {"bucket_cap_mb": 3}
 
 
 def test_no_other_module_touches_a_private_name() -> None:

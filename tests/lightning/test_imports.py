@@ -60,16 +60,14 @@ def test_lightning_is_imported_when_asked_for() -> None:
 )
 def test_the_strategy_by_name(imports: str) -> None:
     """Whichever of the two is imported first."""
-    assert printed(BY_NAME.format(imports=imports, name="majority_vote")) == [
-        "MajorityVoteStrategy {'gradient_as_bucket_view': True}"
-    ]
+    assert printed(BY_NAME.format(imports=imports, name="majority_vote")) == ["MajorityVoteStrategy {}"]
 
 
 def test_its_variants_by_name() -> None:
     code = BY_NAME.format(
         imports="import signsgd_lightning, lightning.pytorch", name="majority_vote_find_unused_parameters_true"
     )
-    assert printed(code) == ["MajorityVoteStrategy {'find_unused_parameters': True, 'gradient_as_bucket_view': True}"]
+    assert printed(code) == ["MajorityVoteStrategy {'find_unused_parameters': True}"]
 
 
 def test_without_lightning() -> None:
