@@ -133,3 +133,9 @@ def test_a_sample_of_coordinates() -> None:
     assert all((a == b).all() for a, b in zip(chosen, sample(sizes, 10_000), strict=True))
     with pytest.raises(ValueError, match="coordinates must be 1 or more, got 0"):
         sample(sizes, 0)
+
+
+def test_the_noise_of_the_mean_is_subtracted() -> None:
+    """Four samples of mean 3 and variance 4: 9/4 without the correction, 9/4 − 1/4 with it."""
+    rows = [np.array([3 + x], np.float32) for x in (-np.sqrt(3), -np.sqrt(3), np.sqrt(3), np.sqrt(3))]
+    assert float(Moments.of(rows).snr[0]) == pytest.approx(math.sqrt(2), rel=1e-6)

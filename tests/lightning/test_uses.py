@@ -604,3 +604,23 @@ def test_a_group_that_was_destroyed(workers: Workers) -> None:
     for told in workers.run(2, _group_gone):
         assert "process group" in told
         assert "destroyed" in told
+
+
+def _loaded_apart() -> tuple[str, int]:
+    """Load a state whose verdict momentum is another on rank 1, where the parameters are the same."""
+    ddp = DistributedDataParallel(_net())
+    optimizer = Signum(ddp.parameters(), lr=0.125, betas=(0.0, 0.0), verdict_momentum=0.5)
+    enable_majority_vote(ddp, optimizer)
+    _backward(ddp, 0)
+    optimizer.step()
+    state = optimizer.state_dict()
+    if dist.get_rank() == 1:
+        state["state"][0]["verdict_momentum"] = state["state"][0]["verdict_momentum"] + 0.25
+    optimizer.load_state_dict(state)
+    return _told(optimizer.step), optimizer.t
+
+
+def test_values_that_were_loaded_are_compared_verdict_momenta_too(workers: Workers) -> None:
+    for told, steps in workers.run(3, _loaded_apart):
+        assert told.startswith("RanksDifferError: before the first vote rank 1 differs from the other ranks in 0.weight")
+        assert steps == 1
