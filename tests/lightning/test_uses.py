@@ -622,5 +622,7 @@ def _loaded_apart() -> tuple[str, int]:
 
 def test_values_that_were_loaded_are_compared_verdict_momenta_too(workers: Workers) -> None:
     for told, steps in workers.run(3, _loaded_apart):
-        assert told.startswith("RanksDifferError: before the first vote rank 1 differs from the other ranks in 0.weight")
+        assert told.startswith(
+            "RanksDifferError: before the first vote rank 1 differs from the other ranks in 0.weight"
+        )
         assert steps == 1
