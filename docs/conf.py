@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+import tomllib
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ sys.path.insert(0, str(ROOT))  # the packages beside these pages, whatever is in
 project = "signsgd"
 author = "The signsgd authors"
 copyright = "The signsgd authors"
-release = version = "0.1.0"
+release = version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax"]
 exclude_patterns = ["_build", "jupyter_execute"]
@@ -41,7 +42,7 @@ python_use_unqualified_type_names = True
 html_theme = "furo"
 pygments_style = "friendly"
 pygments_dark_style = "github-dark"
-html_title = "signsgd 0.1.0"
+html_title = f"signsgd {release}"
 html_copy_source = False
 html_show_sphinx = False
 

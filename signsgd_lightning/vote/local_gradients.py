@@ -36,7 +36,7 @@ def keep_local(model: nn.Module, *, guard: bool) -> None:
         _GUARDS[model] = None
     if guard and _GUARDS[model] is None:
         handles = [register_optimizer_step_pre_hook(_Guard(model)), *_refuse_other_wrappers(model)]
-        _GUARDS[model] = weakref.finalize(model, _remove, handles)
+        _GUARDS[model] = weakref.finalize(model, remove_hooks, handles)
 
 
 def release(model: nn.Module) -> None:
@@ -86,7 +86,8 @@ def _refuse_other_wrappers(model: nn.Module) -> list[RemovableHandle]:
     return handles
 
 
-def _remove(handles: Iterable[RemovableHandle]) -> None:
+def remove_hooks(handles: Iterable[RemovableHandle]) -> None:
+    """Remove hooks by their handles."""
     for handle in handles:
         handle.remove()
 

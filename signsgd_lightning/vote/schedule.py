@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 
 from .. import _compat
 from ..memory import as_bytes
 from ..views import FlatView, cover
+from .local_gradients import remove_hooks
 
 if TYPE_CHECKING:
     from ..optimizer import Signum
@@ -64,7 +64,7 @@ class DuringBackward(Schedule):
 
         parameters = [view.parameter for view in optimizer.views() if view.parameter.requires_grad]
         handles = [p.register_post_accumulate_grad_hook(hook) for p in parameters]  # type: ignore[no-untyped-call]
-        weakref.finalize(self, _remove, handles)
+        weakref.finalize(self, remove_hooks, handles)
 
     @torch.no_grad()
     def arrive(self, parameter: Tensor) -> None:
@@ -219,8 +219,3 @@ def _sample(parameter: Tensor) -> Tensor:
 
 
 _SAMPLES = 64
-
-
-def _remove(handles: Iterable[RemovableHandle]) -> None:
-    for handle in handles:
-        handle.remove()

@@ -65,7 +65,7 @@ class Topology(ABC):
 
     @abstractmethod
     def share(self, views: Sequence[FlatView], present: Tensor, bucket_size: int, note: Note | None) -> Share:
-        """Return what this rank votes on, with its worker's gradient.
+        """Return what this rank votes on, with its worker's gradient; `keep_share` comes before it.
 
         Args:
             views: all parameters of the optimizer.
@@ -160,7 +160,6 @@ class Nodes(Topology):
 
     def share(self, views: Sequence[FlatView], present: Tensor, bucket_size: int, note: Note | None) -> Share:
         """Average the gradients of the node and return this rank's share."""
-        self.keep_share(views)
         by_node, device = self.by_worker(present).bool(), views[0].parameter.device
         voted = by_node.any(0).nonzero().flatten().tolist()
         chosen = {k for k in voted if views[k].parameter.numel()}

@@ -121,7 +121,7 @@ def pairs(case: Case) -> set[Meeting]:
 def covering(table: Iterable[Case]) -> list[Case]:
     """Return few cases in which every pair of values is found that is found in a table; greedily, so always the same.
 
-    Faults come of one option, or of two that meet; every triple would take forty times as many cases.
+    Faults come of one option, or mostly of two that meet; all of `cases` are some fifty times as many.
     """
     by_case = {case: pairs(case) for case in table}
     missing, chosen = set[Meeting]().union(*by_case.values()), []

@@ -109,9 +109,8 @@ def _judge(kind: str, right: list[Snapshot], victim: int, swap: int, after: bool
     for rank, end in enumerate(ends):
         if rank != victim:
             snapshots, erred, _ = end
-            assert erred, (
-                f"rank {rank} trained on"
-            )  # whom it names: tests/lightning/test_peers.py, with all of the grace
+            # Whom it names is tested in tests/lightning/test_peers.py, with all of the grace.
+            assert erred, f"rank {rank} trained on"
             assert snapshots[-1] == snapshots[-2], f"rank {rank} was left between two steps"
             assert snapshots[:-1] == right[: len(snapshots) - 1]
             assert len(snapshots) <= 3  # it errs in this step, or in the next
@@ -120,7 +119,7 @@ def _judge(kind: str, right: list[Snapshot], victim: int, swap: int, after: bool
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("after", [False, pytest.param(True, marks=pytest.mark.nightly)], ids=["before", "after"])
 def test_killed_at_every_point(after: bool, kind: str, fault: Fault) -> None:
-    """Before the victim sends, or as soon as it has sent; the last is a point between the first's."""
+    """Before the victim sends, or as soon as it has sent."""
     ranks, _, swaps = KINDS[kind]
     right = _undisturbed(kind)
     with fault(f"a rank is killed at a point of a step, {kind}: the others are as before it", swaps):
