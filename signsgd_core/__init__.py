@@ -16,6 +16,7 @@ Our words and the papers' symbols (arXiv 1802.04434 and 1810.05291):
 
 from .ballots import TILE, Zeros, check_zeros, default_zeros, pack, planes, unpack, zero_bit
 from .membership import inherited, predecessors, redistribute
+from .polar import NS_COEFFICIENTS, NS_STEPS, Matrices, check_newton_schulz, matrices, newton_schulz, polar
 from .reference import Reference
 from .settings import (
     WarmupSteps,
@@ -37,11 +38,15 @@ from .update import (
 from .vote import majority, tally, verdict
 
 __all__ = [
+    "NS_COEFFICIENTS",
+    "NS_STEPS",
     "TILE",
+    "Matrices",
     "Reference",
     "WarmupSteps",
     "Zeros",
     "check_betas",
+    "check_newton_schulz",
     "check_settings",
     "check_share",
     "check_size",
@@ -53,8 +58,11 @@ __all__ = [
     "finite",
     "inherited",
     "majority",
+    "matrices",
+    "newton_schulz",
     "pack",
     "planes",
+    "polar",
     "predecessors",
     "redistribute",
     "tally",
