@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from .checkpoint.gathered import gather_state, scatter_state
 from .enable import enable_majority_vote
+from .groups import signmuon_groups
 from .optimizer import Signum
 from .registration import register_when_imported
 from .vote import PeerLostError, RanksDifferError
@@ -27,6 +28,7 @@ __all__ = [
     "enable_majority_vote",
     "gather_state",
     "scatter_state",
+    "signmuon_groups",
 ]
 
 _HOMES = {

@@ -11,7 +11,7 @@ from torch.optim.optimizer import ParamsT
 import signsgd_core as core
 from signsgd_core import WarmupSteps, Zeros
 
-from . import kernels
+from . import kernels, polar, settings
 from ._compat import called_by_torch
 from .checkpoint import loading
 from .memory import check_memory
@@ -21,11 +21,16 @@ from .vote import StepInput, Vote
 
 
 class Signum(Optimizer):
-    r"""Train by sign momentum: signSGD, Signum, Lion, or voted signSGD with verdict momentum, by its settings.
+    r"""Train by sign momentum: signSGD, Signum, Lion, SignMuon, or signSGD with verdict momentum, by its settings.
 
     .. math::
         c_i = β_1 m_i + (1-β_1) g_i, \quad m_i ← β_2 m_i + (1-β_2) g_i, \\
         V = \mathrm{majority}_i(\mathrm{sign}\, c_i), \quad u ← γ u + (1-γ) V, \quad x ← x - lr (u + λ x)
+
+    and with ``orthogonalize=True``, for matrices
+
+    .. math::
+        c_i ← \mathrm{polar}(c_i), \quad x ← x - lr (u / \sqrt{\mathrm{fan\_in}} + λ x)
 
     | setting | is |
     |---|---|
@@ -33,6 +38,7 @@ class Signum(Optimizer):
     | ``betas=(β, β)``, the default | Signum |
     | ``β1 ≠ β2``, e.g. ``(0.9, 0.99)`` | Lion |
     | ``betas=(0, 0), verdict_momentum=0.8`` | voted signSGD with verdict momentum |
+    | ``orthogonalize=True, betas=(0.9, 0.95)`` | SignMuon, for hidden matrices; `signmuon_groups` makes the groups |
 
     By itself it is a worker whose verdict is its own ballot. Under `enable_majority_vote` or `MajorityVoteStrategy`
     every rank votes at `step`, so all that happens between ``backward()`` and ``step()`` (accumulation, clipping,
@@ -60,12 +66,19 @@ class Signum(Optimizer):
         momentum_dtype: torch.bfloat16 keeps ``state[p]["momentum"]`` in 2 bytes a parameter instead of 4. Steps 2 and 3
             are computed in float32 all the same, the ballot from the direction as computed, and the momentum is
             rounded once, to the nearest, ties to even. None is float32. The verdict momentum is always float32.
+        orthogonalize: vote by the signs of the direction's polar factor, near ``U·Vᵀ`` of its singular value
+            decomposition. Parameters have two to four dimensions, of which the first has the rows.
+        ns_steps: iterations of Newton–Schulz, as in `torch.optim.Muon`.
+        ns_coefficients: of each iteration.
+        matrices: how many matrices each parameter of the group holds, one below the other, as `torch.chunk` cuts them:
+            3 for a fused projection of queries, keys and values.
 
     Raises:
-        ValueError: if a setting is outside its range, or a parameter is complex.
+        ValueError: if a setting is outside its range, a parameter is complex, or one that is to be orthogonalized is no
+            matrix.
         RuntimeError: at `step`, if a gradient is sparse.
 
-    Source: arXiv 1802.04434 (Signum, warmup), 1810.05291 (majority vote), 2302.06675 (Lion).
+    Source: arXiv 1802.04434 (Signum, warmup), 1810.05291 (majority vote), 2302.06675 (Lion), 2605.16311 (SignMuon).
 
     Example:
         >>> model = torch.nn.Linear(4, 1)
@@ -92,6 +105,10 @@ class Signum(Optimizer):
         warmup_steps: WarmupSteps = 0,
         maximize: bool = False,
         momentum_dtype: torch.dtype | None = None,
+        orthogonalize: bool = False,
+        ns_steps: int = core.NS_STEPS,
+        ns_coefficients: tuple[float, float, float] = core.NS_COEFFICIENTS,
+        matrices: int = 1,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -102,13 +119,17 @@ class Signum(Optimizer):
             "warmup_steps": warmup_steps,
             "maximize": maximize,
             "momentum_dtype": momentum_dtype,
+            "orthogonalize": orthogonalize,
+            "ns_steps": ns_steps,
+            "ns_coefficients": ns_coefficients,
+            "matrices": matrices,
             "step": 0,
         }
-        _check_settings(defaults)
+        settings.check(defaults)
         # No attributes of the class: a wrapper that looks like one of its instances would find those before its own.
         self.vote, self._lost_vote = None, False
         self._saved_by: tuple[int, int] | None = None
-        self._checked: list[tuple[Any, ...]] = []
+        self._checked: list[dict[str, Any]] = []
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -122,15 +143,16 @@ class Signum(Optimizer):
         if isinstance(param_group, dict):  # else torch says what is wrong
             if "betas" in param_group:
                 param_group["betas"] = core.check_betas(param_group["betas"])
-            settings = {**self.defaults, **param_group}
-            _check_settings(settings)
-            zeros, others = settings["zeros"], {group["zeros"] for group in self.param_groups}
+            given = {**self.defaults, **param_group}
+            settings.check(given)
+            zeros, others = given["zeros"], {group["zeros"] for group in self.param_groups}
             if others - {zeros}:
                 raise ValueError(
                     f"zeros must be the same in all parameter groups, got {zeros!r} beside {others.pop()!r}"
                 )
         super().add_param_group(param_group)
         try:
+            settings.check_matrices(self.param_groups[-1], len(self.param_groups) - 1)
             for k, p in enumerate(self.param_groups[-1]["params"]):
                 if not p.is_floating_point() or p.dtype.itemsize < 2:
                     size = " of 2 bytes or more" if p.is_floating_point() else ""
@@ -139,7 +161,7 @@ class Signum(Optimizer):
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
-        self._checked.append(_settings_of(self.param_groups[-1]))
+        self._checked.append(settings.checked(self.param_groups[-1]))
         if self.vote is not None:
             self.vote.verify_next()
 
@@ -230,6 +252,8 @@ class Signum(Optimizer):
         super().__setstate__(state)
         for name, value in (("vote", None), ("_lost_vote", False), ("_saved_by", None), ("_checked", [])):
             self.__dict__.setdefault(name, value)
+        for group in self.param_groups:
+            group.update({**settings.LATER, **group})
 
     @property
     def t(self) -> int:
@@ -248,14 +272,7 @@ class Signum(Optimizer):
 
     def settings_in_words(self) -> list[str]:
         """Return what all ranks must have in common for a vote."""
-        lines = [f"zeros={self.zeros!r}"]
-        for k, group in enumerate(self.param_groups):
-            settings = {name: value for name, value in group.items() if name in self.defaults and name != "zeros"}
-            for name in ("lr", "weight_decay", "verdict_momentum"):  # 0 and 0.0 are one value in several spellings
-                settings[name] = float(settings[name])
-            settings["betas"] = tuple(map(float, settings["betas"]))
-            lines += [f"group {k}: {name}={value!r}" for name, value in settings.items()]
-        return lines
+        return [f"zeros={self.zeros!r}", *settings.in_words(self.param_groups, list(self.defaults))]
 
     def unscale_at_step(self, does: bool) -> None:
         """Set whether `step` takes a gradient scaler's factor out, which it does at first; scalers and Lightning ask.
@@ -284,19 +301,13 @@ class Signum(Optimizer):
         Raises:
             ValueError: if one is not, or a schedule made a momentum of none.
         """
-        settings = [_settings_of(group) for group in self.param_groups]
-        if settings == self._checked:
+        now = [settings.checked(group) for group in self.param_groups]
+        if now == self._checked:
             return
         for k, group in enumerate(self.param_groups):
-            _check_settings(group)
-            before = dict(zip(_CHECKED, self._checked[k], strict=True)) if k < len(self._checked) else group
-            if before["betas"][0] == 0 < group["betas"][0] and group["betas"][1] == 0:
-                raise ValueError(
-                    f"betas were {before['betas']} and are {group['betas']} now, by which the last gradient votes "
-                    "instead of this one: tell a schedule that cycles momentum with the learning rate, as OneCycleLR, "
-                    "cycle_momentum=False"
-                )
-        self._checked = settings
+            settings.check_change(self._checked[k] if k < len(self._checked) else group, group)
+            settings.check_matrices(group, k)
+        self._checked = now
 
     def _forget_scaler(self) -> None:
         """Remove what a gradient scaler set for the time of a step: torch does so only after one that returns."""
@@ -319,6 +330,7 @@ class Signum(Optimizer):
         for view in views:
             by_kernel.setdefault(kernels.for_device(view.parameter.device), []).append(view)
         for kernel, own in by_kernel.items():
+            polar.orthogonalize(own, range(len(own)))
             kernel.alone(own, self.zeros, self.t)
             for view in own:
                 view.finish()
@@ -369,24 +381,4 @@ def _check_gradient(gradient: Tensor, parameter: Tensor, number: int) -> None:
         raise RuntimeError(
             "Signum does not support sparse gradients: a coordinate without an entry would still have to vote. Build "
             "the embedding with sparse=False."
-        )
-
-
-_CHECKED = ("lr", "betas", "weight_decay", "verdict_momentum", "zeros", "warmup_steps", "momentum_dtype")
-
-
-def _settings_of(group: dict[str, Any]) -> tuple[Any, ...]:
-    """Return what a step checks of a group; what states of earlier versions lack has its default."""
-    return tuple(group.get(name) for name in _CHECKED)
-
-
-def _check_settings(settings: dict[str, Any]) -> None:
-    lr = settings["lr"]
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError(f"lr must be a number or a tensor of one element, got a tensor of shape {tuple(lr.shape)}")
-    names = ("betas", "weight_decay", "verdict_momentum", "zeros", "warmup_steps")
-    core.check_settings(lr, *(settings[name] for name in names))
-    if settings.get("momentum_dtype") not in (None, torch.bfloat16):
-        raise ValueError(
-            f"momentum_dtype must be None, which is float32, or torch.bfloat16, got {settings['momentum_dtype']!r}"
         )

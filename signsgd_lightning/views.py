@@ -29,6 +29,8 @@ class FlatView:
         inverse_scale: factor on the gradient, where a gradient scaler asks for one.
         start: its first coordinate in the long vector of all views.
         sent: what counts as its gradient, where that is not the parameter's own.
+        shape: of the model's parameter that this is all of, where `parameter` is flat.
+        orthogonal: whether its gradient is a polar factor, so that step 2b is done.
     """
 
     parameter: Tensor
@@ -38,6 +40,8 @@ class FlatView:
     inverse_scale: Tensor | None = None
     start: int = 0
     sent: Tensor | None = None
+    shape: torch.Size | None = None
+    orthogonal: bool = False
 
     @property
     def stop(self) -> int:
@@ -89,6 +93,16 @@ class FlatView:
         return self.entry(VERDICT_MOMENTUM)
 
     @property
+    def matrices(self) -> core.Matrices:
+        """How the parameter is matrices, where its group is orthogonalized."""
+        return core.matrices(self.shape or self.parameter.shape, self.group["matrices"])
+
+    @property
+    def scale(self) -> float:
+        """The factor on the verdict, or its momentum, in step 8: ``1/√fan_in`` of a matrix, else 1."""
+        return self.matrices.scale if self.group["orthogonalize"] else 1.0
+
+    @property
     def by_gradient(self) -> bool:
         """Whether the ballot is the gradient's sign, while the momentum settles."""
         steps = self.group["warmup_steps"]
@@ -116,7 +130,8 @@ class FlatView:
             if value is not None:
                 entries[entry.name] = value.view(-1)[first:last]
         sent = self.flat_gradient[first:last] if self.present else None
-        return FlatView(x, self.group, {x: entries}, self.present, self.inverse_scale, sent=sent)
+        shape = self.parameter.shape if last - first == self.parameter.numel() else None
+        return FlatView(x, self.group, {x: entries}, self.present, self.inverse_scale, sent=sent, shape=shape)
 
     def shared(self) -> list[Tensor]:
         """Return what is the same on all ranks, as far as it is there: the parameter, its verdict momentum."""
@@ -128,7 +143,7 @@ class FlatView:
         entries = self.state.get(self.parameter, {})
         return [entry.name for entry in ENTRIES if not entry.private and entry.name in entries]
 
-    def directions(self, lo: int, hi: int) -> tuple[Tensor, Tensor]:
+    def directions(self, lo: int, hi: int) -> Tensor:
         """Take the gradient into the momentum and return what to vote with: steps 1-3.
 
         Args:
@@ -136,19 +151,19 @@ class FlatView:
             hi: the one after the last.
 
         Returns:
-            The direction, float32, and the gradient as it came, to count what was not finite.
+            The direction, float32.
         """
         gradient = self.gradient(lo, hi)
         g = torch.nan_to_num(-gradient if self.group["maximize"] else gradient, nan=0.0, posinf=0.0, neginf=0.0)
         beta1, beta2 = self.group["betas"]
         momentum = self.momentum
         if momentum is None:
-            return g, gradient
+            return g
         m = momentum.view(-1)[lo:hi]
         exact = m.float()  # a narrower momentum rounds once, when it is stored
         c = core.direction(exact, g, beta1)
         m.copy_(c if beta1 == beta2 else core.update_momentum(exact, g, beta2))
-        return (g if self.by_gradient else c), gradient
+        return g if self.by_gradient else c
 
     def apply(self, lo: int, hi: int, verdict: Tensor) -> None:
         """Move the parameter by the verdict, float32 of `hi − lo` coordinates: steps 7 and 8."""
@@ -159,6 +174,8 @@ class FlatView:
             mean.copy_(u)
         x = self.x[lo:hi]
         exact = torch.promote_types(x.dtype, torch.float32)  # half types round once, at the end
+        if self.scale != 1.0:
+            u = self.scale * u
         x.copy_(core.update_parameters(x.to(exact), u.to(exact), float(group["lr"]), group["weight_decay"]))
 
     def finish(self) -> None:

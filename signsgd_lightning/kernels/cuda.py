@@ -19,7 +19,6 @@ from ..views import FlatView, cover
 from . import triton_loops as loops
 from . import triton_tally as tally
 from .device import DeviceKernel
-from .staged import Note
 
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 """Without fusion: a fused multiply-add rounds once where NumPy and torch round twice."""
@@ -48,7 +47,6 @@ class TritonKernel(DeviceKernel):
         step: int,
         worker: int,
         out: Tensor,
-        note: Note | None = None,
     ) -> None:
         """Cast a ballot in one pass over memory; see `Kernel.cast`."""
         words = _words(out)
@@ -58,8 +56,6 @@ class TritonKernel(DeviceKernel):
                 g = _gradient(view)
                 batch = batches.setdefault((id(view.group), g.dtype), _Batch(view))
                 batch.add((g, view.momentum, None, None), view.start - lo, a, b)
-                if note is not None:
-                    note(view.gradient(a, b))
         for batch in batches.values():
             settings = {**_casting(batch.view), "G": _TYPES[batch.dtype(0)], "ZERO": _zero(zeros, step, worker)}
             batch.launch(loops.cast, signs=words[0], votes=_votes(words), **settings)
@@ -73,7 +69,7 @@ class TritonKernel(DeviceKernel):
         for view, a, b in cover(views, lo, hi):
             at = view.start - lo
             if _is_fast(view.x):
-                batch = batches.setdefault((id(view.group), view.x.dtype), _Batch(view))
+                batch = batches.setdefault((id(view.group), view.scale, view.x.dtype), _Batch(view))
                 batch.add((None, None, view.x, view.verdict_momentum), at, a, b)
             else:
                 byte, skipped = divmod(at + a, 8)
@@ -90,7 +86,7 @@ class TritonKernel(DeviceKernel):
                 others.append(view)
                 continue
             x, g = view.x, _gradient(view)
-            batch = batches.setdefault((id(view.group), x.device, x.dtype, g.dtype), _Batch(view))
+            batch = batches.setdefault((id(view.group), view.scale, x.device, x.dtype, g.dtype), _Batch(view))
             batch.add((g, view.momentum, x, view.verdict_momentum), 0, 0, x.numel())
         for batch in batches.values():
             settings = {**_casting(batch.view), **_moving(batch.view), "ZERO": _zero(zeros, step, 0)}
@@ -187,7 +183,7 @@ def _casting(view: FlatView) -> dict[str, Any]:
 def _moving(view: FlatView) -> dict[str, Any]:
     """Return the settings of steps 7 and 8."""
     lr, decay, gamma = (float(view.group[name]) for name in ("lr", "weight_decay", "verdict_momentum"))
-    numbers = {"lr": lr, "decay": decay, "gamma": gamma, "rest": 1.0 - gamma}
+    numbers = {"lr": lr, "decay": decay, "gamma": gamma, "rest": 1.0 - gamma, "u_scale": view.scale}
     return {**numbers, "AVERAGED": view.verdict_momentum is not None, "DECAYED": decay != 0.0}
 
 

@@ -21,6 +21,7 @@ typedef struct {
 
 typedef struct {
     float lr, decay, gamma, rest;   // γ and 1 − γ
+    float scale;                    // of the verdict: 1/√fan_in of a matrix, else 1
 } Move;
 
 // Coordinates of one tensor; m and u are null where there is none. The loops take those whose bits are in [lo, hi).
@@ -100,11 +101,13 @@ static inline void directions(const Tile *p, int64_t at, int n, float *restrict 
     if (there != m) memcpy(m, there, n * sizeof *m);
 }
 
-// u ← γ·u + (1−γ)·V,  x ← x − lr·(u + λ·x)  (steps 7 and 8); v is V, and u afterwards
+// u ← γ·u + (1−γ)·V,  x ← x − lr·(s·u + λ·x)  (steps 7 and 8); v is V, and s·u afterwards
 static inline void update(float *restrict x, float *restrict u, float *restrict v, const Move *s) {
-    const float lr = s->lr, decay = s->decay, gamma = s->gamma, rest = s->rest;
+    const float lr = s->lr, decay = s->decay, gamma = s->gamma, rest = s->rest, scale = s->scale;
     if (u)
         for (int i = 0; i < WORD; i++) v[i] = u[i] = gamma * u[i] + rest * v[i];
+    if (scale != 1.0f)
+        for (int i = 0; i < WORD; i++) v[i] = scale * v[i];
     if (decay != 0.0f)
         for (int i = 0; i < WORD; i++) x[i] = x[i] - lr * (v[i] + decay * x[i]);
     else

@@ -17,7 +17,6 @@ from signsgd_core import Zeros
 from ..memory import is_plain
 from ..views import FlatView, cover
 from .cpu import NumpyKernel
-from .staged import Note
 
 _ABSTAIN = 2
 _ALONE = 1 << 17
@@ -34,7 +33,7 @@ class _Cast(ctypes.Structure):
 
 
 class _Move(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_float) for name in ("lr", "decay", "gamma", "rest")]
+    _fields_ = [(name, ctypes.c_float) for name in ("lr", "decay", "gamma", "rest", "scale")]
 
 
 class NativeKernel(NumpyKernel):
@@ -56,7 +55,6 @@ class NativeKernel(NumpyKernel):
         step: int,
         worker: int,
         out: Tensor,
-        note: Note | None = None,
     ) -> None:
         """Cast a ballot in one pass over memory; see `Kernel.cast`."""
         settings, tiles = _Settings(_zero(zeros, step, worker)), list[_Tile]()
@@ -75,16 +73,13 @@ class NativeKernel(NumpyKernel):
                     values = view.flat_gradient[i : min(i + self.TILE, b)].float().contiguous()
                     tile = (len(values), at + i, values.data_ptr(), _address(m, i), 0, 0, chosen, 0)
                     _share_out(self._library.cast, [tile], *planes)
-            if note is not None:
-                for i in range(a, b, self.TILE):
-                    note(view.gradient(i, min(i + self.TILE, b)))
         _share_out(self._library.cast, tiles, *planes)
 
     def apply(self, views: Sequence[FlatView], lo: int, hi: int, verdict: Tensor) -> None:
         """Move the parameters in one pass over memory; see `Kernel.apply`."""
         settings, tiles = _Settings(), list[_Tile]()
         planes = _addresses(verdict)
-        add = _Move(lr=-1.0)  # 0 + V
+        add = _Move(lr=-1.0, scale=1.0)  # 0 + V
         for view, a, b in cover(views, lo, hi):
             at = view.start - lo
             if _is_fast(view.parameter):
@@ -128,7 +123,7 @@ class _Settings:
 
     def __init__(self, zero: int = 0) -> None:
         self._zero = zero
-        self._casts, self._moves = dict[int, _Cast](), dict[int, _Move]()
+        self._casts, self._moves = dict[int, _Cast](), dict[tuple[int, float], _Move]()
 
     def cast(self, view: FlatView) -> int:
         """Return the address of the settings of steps 1 to 4."""
@@ -142,11 +137,11 @@ class _Settings:
 
     def move(self, view: FlatView) -> int:
         """Return the address of the settings of steps 7 and 8."""
-        group = view.group
-        if id(group) not in self._moves:
+        group, key = view.group, (id(view.group), view.scale)
+        if key not in self._moves:
             gamma = group["verdict_momentum"]
-            self._moves[id(group)] = _Move(float(group["lr"]), group["weight_decay"], gamma, 1 - gamma)
-        return ctypes.addressof(self._moves[id(group)])
+            self._moves[key] = _Move(float(group["lr"]), group["weight_decay"], gamma, 1 - gamma, view.scale)
+        return ctypes.addressof(self._moves[key])
 
 
 def _share_out(loop: Callable[..., None], tiles: list[_Tile], *planes: int | None) -> None:

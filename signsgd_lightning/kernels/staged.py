@@ -1,7 +1,7 @@
 """What every kernel can do, and how one without loops of its own casts and applies: tile by tile in torch."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -10,9 +10,6 @@ import signsgd_core as core
 from signsgd_core import Zeros
 
 from ..views import FlatView, cover
-
-Note = Callable[[Tensor], None]
-"""Is shown every gradient as it came."""
 
 
 class Kernel(ABC):
@@ -50,7 +47,6 @@ class Kernel(ABC):
         step: int,
         worker: int,
         out: Tensor,
-        note: Note | None = None,
     ) -> None:
         """Take gradients into momenta and write this worker's ballot: steps 1-4 of [lo, hi) of the long vector.
 
@@ -62,7 +58,6 @@ class Kernel(ABC):
             step: `t`.
             worker: `i`.
             out: zeros, uint8 of shape (planes, at least ⌈(hi − lo)/8⌉).
-            note: is shown every gradient.
         """
         size = min(self.TILE, hi - lo)
         staging = torch.empty(size, dtype=torch.float32, device=out.device)
@@ -73,10 +68,7 @@ class Kernel(ABC):
                 if not view.present:
                     place.zero_()
                     continue
-                c, gradient = view.directions(a, b)
-                place.copy_(c)
-                if note is not None:
-                    note(gradient)
+                place.copy_(view.directions(a, b))
             self.pack(staging[: last - first], zeros, step, worker, out[:, (first - lo) // 8 : -(-(last - lo) // 8)])
 
     def apply(self, views: Sequence[FlatView], lo: int, hi: int, verdict: Tensor) -> None:
@@ -95,7 +87,7 @@ class Kernel(ABC):
             length = view.parameter.numel()
             for lo in range(0, length, min(self.TILE, max(length, 1))):
                 hi = min(lo + self.TILE, length)
-                c, _ = view.directions(lo, hi)
+                c = view.directions(lo, hi)
                 verdict = c.sign()
                 if bit is not None:
                     verdict = verdict.masked_fill(c == 0, 1 - 2 * bit)

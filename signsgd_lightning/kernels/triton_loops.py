@@ -40,22 +40,22 @@ def cast(
 
 @triton.jit
 def apply(
-    tiles, programs, signs, votes, words, lr, decay, gamma, rest,
+    tiles, programs, signs, votes, words, lr, decay, gamma, rest, u_scale,
     X: tl.constexpr, AVERAGED: tl.constexpr, DECAYED: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Move parameters by the verdict (steps 7 and 8); its planes have `words` words, `votes` is None with one plane."""
     row, start, a, b = _place(tiles, programs)
     v = _read(signs, votes, words, tl.load(row + 4) + start)
     if b - a == BLOCK:
-        _move(row, start, v, lr, decay, gamma, rest, None, X, AVERAGED, DECAYED, ALIGNED)
+        _move(row, start, v, lr, decay, gamma, rest, u_scale, None, X, AVERAGED, DECAYED, ALIGNED)
     else:
         inside = (_lanes() >= a) & (_lanes() < b)
-        _move(row, start, v, lr, decay, gamma, rest, inside, X, AVERAGED, DECAYED, ALIGNED)
+        _move(row, start, v, lr, decay, gamma, rest, u_scale, inside, X, AVERAGED, DECAYED, ALIGNED)
 
 
 @triton.jit
 def alone(
-    tiles, programs, scale, beta1, rest1, beta2, rest2, lr, decay, gamma, rest,
+    tiles, programs, scale, beta1, rest1, beta2, rest2, lr, decay, gamma, rest, u_scale,
     G: tl.constexpr, M: tl.constexpr, SAME: tl.constexpr, BY_GRADIENT: tl.constexpr, DOWN: tl.constexpr,
     ZERO: tl.constexpr, X: tl.constexpr, AVERAGED: tl.constexpr, DECAYED: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
@@ -66,12 +66,12 @@ def alone(
     if b - a == BLOCK:
         c = _directions(row, start, factor, beta1, rest1, beta2, rest2, None, G, M, SAME, BY_GRADIENT, ALIGNED)
         v = tl.where(c > 0.0, 1.0, tl.where(c < 0.0, -1.0, zero))
-        _move(row, start, v, lr, decay, gamma, rest, None, X, AVERAGED, DECAYED, ALIGNED)
+        _move(row, start, v, lr, decay, gamma, rest, u_scale, None, X, AVERAGED, DECAYED, ALIGNED)
     else:
         inside = (_lanes() >= a) & (_lanes() < b)
         c = _directions(row, start, factor, beta1, rest1, beta2, rest2, inside, G, M, SAME, BY_GRADIENT, ALIGNED)
         v = tl.where(c > 0.0, 1.0, tl.where(c < 0.0, -1.0, zero))
-        _move(row, start, v, lr, decay, gamma, rest, inside, X, AVERAGED, DECAYED, ALIGNED)
+        _move(row, start, v, lr, decay, gamma, rest, u_scale, inside, X, AVERAGED, DECAYED, ALIGNED)
 
 
 @triton.jit
@@ -147,15 +147,16 @@ def _directions(
 
 @triton.jit
 def _move(
-    row, start, v, lr, decay, gamma, rest, inside,
+    row, start, v, lr, decay, gamma, rest, u_scale, inside,
     X: tl.constexpr, AVERAGED: tl.constexpr, DECAYED: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """Take u ← γ·u + (1−γ)·V,  x ← x − lr·(u + λ·x)  (steps 7 and 8)."""
+    """Take u ← γ·u + (1−γ)·V,  x ← x − lr·(s·u + λ·x)  (steps 7 and 8), s the `u_scale`."""
     u = v
     if AVERAGED:
         average = _address(row, 3, start, tl.float32, ALIGNED)
         u = gamma * _load(average, inside, tl.float32) + rest * v
         _store(average, u, inside, tl.float32)
+    u = u_scale * u
     address = _address(row, 2, start, X, ALIGNED)
     x = _load(address, inside, X)
     if DECAYED:

@@ -79,7 +79,9 @@ class Slice(NamedTuple):
 def cut(views: Sequence[FlatView], ranks: int) -> list[list[Slice]]:
     """Cut the parameters into one share a rank of a node.
 
-    Each parameter group is a long vector of its own, in equal shares: one that is added later moves no momentum.
+    Each parameter group is a long vector of its own, in equal shares: one that is added later moves no momentum. One
+    with ``orthogonalize=True`` is shared out in whole matrices, since a polar factor needs all of one: the largest
+    first, each to the rank that has least of the group.
 
     Args:
         views: all parameters of the optimizer, group by group.
@@ -91,12 +93,20 @@ def cut(views: Sequence[FlatView], ranks: int) -> list[list[Slice]]:
     shares: list[list[Slice]] = [[] for _ in range(ranks)]
     for _, members in groupby(enumerate(views), key=lambda member: id(member[1].group)):
         group = [(number, view.parameter.numel()) for number, view in members]
+        if views[group[0][0]].group["orthogonalize"]:
+            loads = [0] * ranks
+            for number, length in sorted(group, key=lambda member: -member[1]):
+                k = loads.index(min(loads))
+                loads[k] += length
+                if length:
+                    shares[k].append(Slice(number, 0, length))
+            continue
         size, start = -(-sum(length for _, length in group) // ranks), 0
         for number, length in group:
             for k in range(start // size, -(-(start + length) // size)) if length else ():
                 shares[k].append(Slice(number, max(k * size - start, 0), min((k + 1) * size - start, length)))
             start += length
-    return shares
+    return [sorted(share) for share in shares]
 
 
 def _check(rows: Sequence[Sequence[int]]) -> None:

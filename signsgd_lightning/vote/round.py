@@ -11,7 +11,8 @@ from signsgd_core.wire import WORD_BITS, shard_bytes
 
 from .. import kernels
 from ..kernels.cpu import packbits
-from ..views import lay_out
+from ..polar import orthogonalize
+from ..views import cover, lay_out
 from .observers import Observer, note_for
 from .topology import Share
 from .transport import Message, PointToPoint
@@ -65,17 +66,24 @@ class Round:
         last = self.waiting[-1]
         self._bytes = last.lo // 8 + workers.world_size * last.shard_bytes
         self._sent: list[_Sent] = []
+        self._cast = list(share.views)  # what ballots are cast from: polar factors take their places in it
         self._note = note_for(observers)
         self._present = None if share.present.all() else share.present
 
     def send(self, bucket: Bucket) -> None:
         """Cast this worker's ballots of a bucket and send them on their way."""
         self.waiting.remove(bucket)
+        covered = [k for k, view in enumerate(self._cast) if view.start < bucket.hi and view.stop > bucket.lo]
+        self._tell_gradients(bucket)
+        orthogonalize(self._cast, covered)
         workers, device = self.workers.world_size, self._device
         ballot = torch.zeros(planes(self.zeros), workers * bucket.shard_bytes, dtype=torch.uint8, device=device)
         kernels.for_device(device).cast(
-            self.share.views, bucket.lo, bucket.hi, self.zeros, self.step, self.workers.rank, ballot, self._note
+            self._cast, bucket.lo, bucket.hi, self.zeros, self.step, self.workers.rank, ballot
         )
+        for k in covered:
+            if bucket.lo <= self._cast[k].start and self._cast[k].stop <= bucket.hi:
+                self._cast[k] = self.share.views[k]  # a polar factor is not needed any more
         rows = ballot.view(len(ballot), workers, -1).transpose(0, 1).contiguous().to(self.workers.wire(device))
         received = torch.zeros_like(rows)  # what a worker leaves out counts as its own zeros, never as old memory
         self._sent.append(_Sent(bucket, rows, received, self.workers.swap(rows, received, Message.BALLOTS)))
@@ -115,6 +123,15 @@ class Round:
             part.view(count, workers, width).copy_(everyone.transpose(0, 1))
             self._tell(kernel, sent, part)
         return bits
+
+    def _tell_gradients(self, bucket: Bucket) -> None:
+        """Show the observers this rank's gradients of a bucket, before they are taken into a ballot."""
+        if self._note is None:
+            return
+        size = kernels.for_device(self._device).TILE
+        for view, a, b in cover(self.share.views, bucket.lo, bucket.hi):
+            for i in range(a, b, size) if view.present else ():
+                self._note(view.gradient(i, min(i + size, b)))
 
     def _tell(self, kernel: kernels.Kernel, sent: _Sent, bits: Tensor) -> None:
         """Tell the observers of a bucket's verdict."""

@@ -238,7 +238,7 @@ class Nodes(Topology):
         """Return a slice with the node's state and mean gradient; the optimizer keeps the state for the slice."""
         kept = view.state.get(view.parameter, {})
         entries = {entry.name: kept[entry.name].view(-1) for entry in private(view.group) if entry.name in kept}
-        own = FlatView(part.parameter, part.group, {part.parameter: entries}, present, sent=mean)
+        own = FlatView(part.parameter, part.group, {part.parameter: entries}, present, sent=mean, shape=part.shape)
         for entry in private(view.group):
             view.state[view.parameter][entry.name] = entry.of(entries, part.parameter, part.group)
         return own

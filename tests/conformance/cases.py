@@ -1,10 +1,11 @@
 """The one case table: what every front end must reproduce with `==`.
 
-All numbers are dyadic (gradients in eighths, betas in halves and quarters, lr a power of two), so that every step is
-exact in float32 and no order of operations can be told from another.
+All numbers are dyadic (gradients in eighths, betas in halves and quarters, lr a power of two, √fan_in one too), so that
+every step is exact in float32 and no order of operations can be told from another. A polar factor is not: where one is
+so near 0 that rounding decides its sign, and the verdict with it, nothing is compared from then on.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from functools import cache
 from itertools import combinations, product, starmap
@@ -17,11 +18,18 @@ from signsgd_core import Reference, Zeros
 
 Array = npt.NDArray[np.float32]
 Gradients = list[list[list[Array | None]]]  # [step][worker][tensor]
+Decided = npt.NDArray[np.bool_]
 Trajectory = list[list[Array]]  # [step][tensor]
 Absent = Literal["", "somewhere", "everywhere"]
 Meeting = tuple[tuple[str, Any], ...]  # fields of a case, each a name and a value
 
-SHAPES: tuple[tuple[int, ...], ...] = ((3, 5), (), (0,), (701,), (2, 3, 4))
+SHAPES: tuple[tuple[int, ...], ...] = ((7, 4), (), (0,), (701,), (3, 2, 2, 4))
+MATRICES = {k: 1 for k, shape in enumerate(SHAPES) if len(shape) > 1}
+"""Which tensors are orthogonalized, rows first, and how many matrices each is."""
+
+TOLERANCE, TOLERANCE_CUDA = 1e-3, 0.1
+"""How near 0 a polar factor's entry is undecided, in the matrix's root mean squares; the second in bfloat16 on CUDA."""
+
 STEPS = 5
 LR = 0.25
 
@@ -40,6 +48,7 @@ class Case:
     weight_decay: float = 0.0
     warmup_steps: int = 0
     absent: Absent = ""
+    orthogonalize: bool = False
 
     def __str__(self) -> str:
         words = [f"M{self.workers}", f"betas{self.betas[0]}-{self.betas[1]}", self.zeros]
@@ -47,6 +56,7 @@ class Case:
         words += [f"decay{self.weight_decay}"] * bool(self.weight_decay)
         words += [f"warmup{self.warmup_steps}"] * bool(self.warmup_steps)
         words += [f"absent_{self.absent}"] * bool(self.absent)
+        words += ["polar"] * self.orthogonalize
         return "-".join(words)
 
     def parameters(self) -> list[Array]:
@@ -72,8 +82,10 @@ class Case:
             return (t + i + k) % 3 == 0 or (t, k) == (2, 3)  # tensor 3 on no worker at step 2
         return self.absent == "everywhere" and t % 2 == 1 and k % 2 == 1
 
-    def reference(self, dtype: npt.DTypeLike = np.float32) -> Trajectory:
-        """The parameters after each step, [step][tensor], by the executable specification."""
+    def reference(
+        self, dtype: npt.DTypeLike = np.float32, tolerance: float = TOLERANCE
+    ) -> tuple[Trajectory, list[list[Decided]]]:
+        """The parameters after each step by the specification, and where they are decided; [step][tensor]."""
         reference = Reference(
             [x.astype(dtype) for x in self.parameters()],
             self.workers,
@@ -83,12 +95,15 @@ class Case:
             self.verdict_momentum,
             self.zeros,
             self.warmup_steps,
+            orthogonalize=MATRICES if self.orthogonalize else {},
+            tolerance=tolerance,
         )
-        trajectory = []
+        trajectory, decided = [], []
         for gradients in self.gradients():
             reference.step(gradients)
             trajectory.append([x.copy() for x in reference.parameters])
-        return trajectory
+            decided.append([~undecided for undecided in reference.undecided])
+        return trajectory, decided
 
 
 OPTIONS = (
@@ -99,6 +114,7 @@ OPTIONS = (
     (0.0, 0.5),  # weight decay
     (0, 2),  # warmup steps
     ("", "somewhere", "everywhere"),  # absent; with one worker the last two are the same
+    (False, True),  # orthogonalize
 )
 """What a `Case` can be, field by field."""
 
@@ -107,6 +123,24 @@ OPTIONS = (
 def cases() -> tuple[Case, ...]:
     """Every case that could be run, in a fixed order."""
     return tuple(case for case in starmap(Case, product(*OPTIONS)) if (case.workers, case.absent) != (1, "somewhere"))
+
+
+def assert_reference(
+    case: Case, trajectory: Trajectory, without: Collection[int] = (), tolerance: float = TOLERANCE
+) -> None:
+    """Demand `==` with the specification after each step, wherever it is decided.
+
+    Args:
+        case: that was run.
+        trajectory: what came out, [step][tensor].
+        without: numbers of the tensors that it lacks.
+        tolerance: of the reference.
+    """
+    for t, (step, *there) in enumerate(zip(trajectory, *case.reference(tolerance=tolerance), strict=True)):
+        expected = [(k, x, decided) for k, (x, decided) in enumerate(zip(*there, strict=True)) if k not in without]
+        for ours, (k, x, decided) in zip(step, expected, strict=True):
+            assert (ours.shape, ours.dtype) == (x.shape, x.dtype)
+            np.testing.assert_array_equal(ours[decided], x[decided], err_msg=f"tensor {k} after step {t}")
 
 
 def pairs(case: Case) -> set[Meeting]:

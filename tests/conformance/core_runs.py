@@ -7,7 +7,7 @@ import numpy as np
 
 import signsgd_core as core
 
-from .cases import LR, Array, Case, Trajectory
+from .cases import LR, MATRICES, Array, Case, Trajectory
 
 
 def packed(cases: Sequence[Case]) -> list[Trajectory]:
@@ -22,16 +22,20 @@ def _train(case: Case) -> Trajectory:
     for t, gradients in enumerate(case.gradients()):
         for k, x in enumerate(xs):
             given = [gradients[i][k] for i in range(case.workers)]
-            verdict = _vote(case, t, given, [momentum[k] for momentum in momenta])
+            orthogonal = case.orthogonalize and k in MATRICES
+            verdict = _vote(case, t, given, [momentum[k] for momentum in momenta], orthogonal)
             if verdict is not None:
                 u = core.update_verdict_momentum(averages[k], verdict, case.verdict_momentum)
                 averages[k][...] = u
+                u = core.matrices(x.shape).scale * u if orthogonal else u
                 xs[k] = core.update_parameters(x, u, LR, case.weight_decay)
         trajectory.append([np.asarray(x).copy() for x in xs])
     return trajectory
 
 
-def _vote(case: Case, t: int, gradients: Sequence[Array | None], momenta: Sequence[Array]) -> Array | None:
+def _vote(
+    case: Case, t: int, gradients: Sequence[Array | None], momenta: Sequence[Array], orthogonal: bool
+) -> Array | None:
     """The verdict on one tensor; the worker without a gradient casts a ballot that its mask leaves out."""
     ballots: list[Any] = []
     masks = []
@@ -40,6 +44,7 @@ def _vote(case: Case, t: int, gradients: Sequence[Array | None], momenta: Sequen
         c = core.direction(m, g, case.betas[0]) if t >= case.warmup_steps else g
         if gradient is not None:
             m[...] = core.update_momentum(m, g, case.betas[1])
+        c = core.polar(c) if orthogonal else c
         ballots.append(core.pack(c, case.zeros, t, i))
         masks.append(np.full(ballots[-1].shape[1], 0 if gradient is None else 255, np.uint8))
     if all(gradient is None for gradient in gradients):

@@ -1,6 +1,8 @@
 """The torch side: `Signum` alone, and voting over DDP and Gloo."""
 
 from collections.abc import Sequence
+from itertools import groupby
+from operator import itemgetter
 
 import numpy as np
 import torch
@@ -10,12 +12,16 @@ from torch.nn.parallel import DistributedDataParallel
 from signsgd_lightning import Signum, enable_majority_vote, kernels
 from tests.votes import set_bucket_size
 
-from .cases import LR, Case, Trajectory
+from .cases import LR, MATRICES, Case, Trajectory
 
 
 def signum(parameters: Sequence[Tensor], case: Case, momentum_dtype: torch.dtype | None = None) -> Signum:
+    """Parameters stay in their order, in as many groups as that takes."""
+    orthogonalize = [case.orthogonalize and k in MATRICES for k in range(len(parameters))]
+    alike = groupby(zip(parameters, orthogonalize, strict=True), key=itemgetter(1))
+    groups = [{"params": [p for p, _ in members], "orthogonalize": which} for which, members in alike]
     return Signum(
-        parameters,
+        groups,
         lr=LR,
         betas=case.betas,
         weight_decay=case.weight_decay,

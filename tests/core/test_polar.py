@@ -138,12 +138,12 @@ def test_a_matrix_of_zeros_casts_the_ballots_of_the_zero_rule() -> None:
 def test_entries_that_are_not_finite_count_as_zeros_before_the_norm() -> None:
     wild, tame = random((2, 4)), random((2, 4))
     wild[0, 1], tame[0, 1] = np.inf, 0
-    ends = []
+    ends: list[Any] = []
     for g in (wild, tame):
         reference = sign_muon(1)
         reference.step([[g, None]])
         ends.append(reference.parameters[0])
-    np.testing.assert_array_equal(*ends)
+    np.testing.assert_array_equal(ends[0], ends[1])
 
 
 def test_undecided_is_what_rounding_could_turn() -> None:

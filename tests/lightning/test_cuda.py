@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import signsgd_core as core
 from signsgd_lightning import Signum, enable_majority_vote, kernels
-from tests.conformance.cases import Array, Case, Trajectory, cases
+from tests.conformance.cases import TOLERANCE_CUDA, Case, Trajectory, assert_reference, cases
 from tests.conformance.torch_runs import signum, train
 from tests.votes import set_bucket_size
 from tests.workers import Workers
@@ -37,12 +37,6 @@ def _vote(table: list[Case], backend: str, overlap: bool) -> list[Trajectory]:
     return trajectories
 
 
-def assert_equal(trajectory: Trajectory, expected: list[list[Array]]) -> None:
-    for t, (step, right) in enumerate(zip(trajectory, expected, strict=True)):
-        for x, y in zip(step, right, strict=True):
-            np.testing.assert_array_equal(x, y, err_msg=f"after step {t}", strict=True)
-
-
 @pytest.mark.parametrize("zeros", ["alternate", "abstain", "positive"])
 @pytest.mark.parametrize("length", [1, 8, 9, 100_003])
 def test_kernel(zeros: core.Zeros, length: int) -> None:
@@ -57,7 +51,8 @@ def test_kernel(zeros: core.Zeros, length: int) -> None:
 @pytest.mark.parametrize("case", [case for case in cases() if case.workers == 1], ids=str)
 def test_alone(case: Case) -> None:
     parameters = [torch.from_numpy(x).cuda().requires_grad_() for x in case.parameters()]
-    assert_equal(train(parameters, signum(parameters, case), case, rank=0), case.reference())
+    trajectory = train(parameters, signum(parameters, case), case, rank=0)
+    assert_reference(case, trajectory, tolerance=TOLERANCE_CUDA)
 
 
 @pytest.mark.parametrize("overlap", [False, True])
@@ -68,7 +63,7 @@ def test_vote(workers: Workers, backend: str, overlap: bool) -> None:
     table = [case for case in cases() if case.workers == 2]
     for trajectories in workers.run(2, _vote, table, backend, overlap):
         for trajectory, case in zip(trajectories, table, strict=True):
-            assert_equal(trajectory, case.reference())
+            assert_reference(case, trajectory, tolerance=TOLERANCE_CUDA)
 
 
 class _Model(pl.LightningModule):

@@ -33,6 +33,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"betas": (0.9, 0.9), "warmup_steps": 2},
     {"betas": (0.9, 0.9), "momentum_dtype": torch.bfloat16},
     {"betas": (0.95, 0.98), "momentum_dtype": torch.bfloat16, "verdict_momentum": 0.7, "warmup_steps": 2},
+    {"betas": (0.9, 0.9), "orthogonalize": True, "matrices": 1, "verdict_momentum": 0.7, "weight_decay": 0.1},
 ]
 KERNELS: list[Kernel] = [NumpyKernel(), DeviceKernel()]
 
@@ -45,7 +46,7 @@ def compiled() -> Kernel:
 
 
 def group(step: int, **chosen: Any) -> dict[str, Any]:
-    usual = {"weight_decay": 0.0, "verdict_momentum": 0.0, "warmup_steps": 0, "maximize": False}
+    usual = {"weight_decay": 0.0, "verdict_momentum": 0.0, "warmup_steps": 0, "maximize": False, "orthogonalize": False}
     return {"lr": 0.0123, **usual, **chosen, "step": step}
 
 
@@ -76,7 +77,8 @@ def views_of(
             kept = settings.get("momentum_dtype") if name == "momentum" else None
             state[p][name] = finite(random, size, kept or torch.float32).to(device).view_as(p).contiguous()
         inverse = None if scale is None else torch.tensor(scale, device=device)
-        views.append(FlatView(p, group(step, **settings), state, k != 3, inverse))
+        matrix = torch.Size((1, size)) if settings.get("orthogonalize") else None  # one row, which scales step 8
+        views.append(FlatView(p, group(step, **settings), state, k != 3, inverse, shape=matrix))
     lay_out(views)
     return views, state
 
