@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from signsgd_core import Reference
-from signsgd_core.adversaries import Adversary, Randomize, invert, send_nan, silent
+from signsgd_core.adversaries import ADVERSARIES, Adversary, Randomize, invert, send_nan, silent
 
 WORKERS, SIZE = 7, 20
 
@@ -77,3 +77,12 @@ def test_randomize() -> None:
         assert 0.45 < (np.sign(different) == np.sign(first)).mean() < 0.55
     assert 0.48 < (first < 0).mean() < 0.52
     assert (gradient == 5).all()
+
+
+def test_those_that_collude_send_the_same_whatever_their_seeds() -> None:
+    gradient = np.ones((10, 10), np.float32)
+    sent = [ADVERSARIES["collude"](seed)(gradient) for seed in (1, 2)]
+    np.testing.assert_array_equal(sent[0], sent[1])
+    assert set(np.unique(sent[0])) == {-1.0, 1.0}
+    noise = [ADVERSARIES["random"](seed)(gradient) for seed in (1, 2)]
+    assert (noise[0] != noise[1]).any()

@@ -13,7 +13,8 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 from signsgd_core import Zeros
 from signsgd_core.network.traffic import majority_vote
 from signsgd_core.wire import HEADER_BYTES
-from signsgd_lightning import VoteMonitor
+from signsgd_lightning import VoteMonitor, kernels
+from signsgd_lightning.vote.observers import VoteStatistics
 from tests.votes import SIZES, STEPS, Figures, expected_figures, given_gradients
 from tests.workers import Workers
 
@@ -79,6 +80,27 @@ def test_bytes_with_presence_bits(workers: Workers) -> None:
     expected = [whole + 2 * HEADER_BYTES, whole + 2 * 1, whole, without + 2 * 1, whole, whole]
     for rows, _ in workers.run(3, _sparse_use, given):
         assert [row["vote/bytes_per_step"] for _, row in rows] == expected
+
+
+def _accumulated(given: Any) -> tuple[list[Any], Figures]:
+    return _monitor(given, {"log_every_n_steps": 1, "accumulate_grad_batches": 2})
+
+
+def test_bytes_of_a_vote_on_several_batches(workers: Workers) -> None:
+    whole = majority_vote(sum(SIZES), 2)
+    for rows, _ in workers.run(2, _accumulated, given_gradients(2)):
+        assert [row["vote/bytes_per_step"] for _, row in rows] == [whole + HEADER_BYTES, whole, whole]
+
+
+def test_padding_is_no_coordinate_where_a_mask_tells_of_some() -> None:
+    """Of 50 coordinates in 64 bits a rank voted on all but three, in one of them unlike the verdict."""
+    statistics, ballot = VoteStatistics(), torch.zeros(1, 8, dtype=torch.uint8)
+    mask = torch.full((1, 8), 255, dtype=torch.uint8)
+    mask[0, 0] = 0b11111000
+    bits = torch.zeros(1, 8, dtype=torch.uint8)
+    bits[0, 0] = 0b00001001  # the first of these is where it did not vote
+    statistics.verdict(kernels.for_device(ballot.device), 0, 50, ballot, bits, mask)
+    assert statistics.take(["coordinates", "disagreements"]) == [47, 1]
 
 
 def _to_csv(given: Any, folder: str) -> None:

@@ -140,8 +140,8 @@ def test_a_step_alone(chosen: dict[str, Any], dtype: torch.dtype, zeros: Any, co
         assert outcomes[0] == outcomes[2]
 
 
-@given(st.lists(st.integers(0, 2**64 - 1), min_size=6, max_size=40), st.integers(1, 300), st.integers(0, 3), st.data())
-@settings(deadline=None, max_examples=60)
+@given(st.lists(st.integers(0, 2**64 - 1), min_size=6, max_size=40), st.integers(1, 70), st.integers(0, 3), st.data())
+@settings(deadline=None, max_examples=40)
 def test_verdicts(words: list[int], workers: int, step: int, data: st.DataObject) -> None:
     library = build.load()
     assert library is not None
@@ -157,6 +157,15 @@ def test_verdicts(words: list[int], workers: int, step: int, data: st.DataObject
         for kernel in (NativeKernel(library), NumpyKernel())
     )
     assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 4, 7, 8, 15, 16, 64])
+def test_all_of_one_mind(workers: int, compiled: Kernel) -> None:
+    """The largest count there is: of a power of two it has a bit more."""
+    for byte in (0, 255):
+        ballots = torch.full((workers, 1, 16), byte, dtype=torch.uint8)
+        for kernel in (compiled, *KERNELS):
+            assert kernel.verdict(ballots, "alternate", 0, None).unique().tolist() == [byte]
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)

@@ -30,9 +30,17 @@ def _fit(path: str) -> str:
     return "it was loaded"
 
 
+_MADE = "made by code"
+
+
 class _Hostile:
+    """Makes a directory where it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
     def __reduce__(self) -> Any:
-        return os.mkdir, ("hacked",)
+        return os.mkdir, (str(self.path),)
 
 
 def _halve(path: Path) -> None:
@@ -44,7 +52,9 @@ BREAK: dict[str, Any] = {
     "half a meta.pt": lambda folder: _halve(folder / "meta.pt"),
     "no index": lambda folder: (folder / ".metadata").unlink(),
     "half an index": lambda folder: _halve(folder / ".metadata"),
-    "code as index": lambda folder: (folder / ".metadata").write_bytes(pickle.dumps(_Hostile())),
+    "code as index": lambda folder: (folder / ".metadata").write_bytes(
+        pickle.dumps(_Hostile(folder.parent / "hacked"))
+    ),
     "another index": lambda folder: (folder / ".metadata").write_bytes(pickle.dumps({"a": 1})),
     "no shard": lambda folder: (folder / "__1_0.distcp").unlink(),
     "half a shard": lambda folder: _halve(folder / "__1_0.distcp"),
@@ -64,7 +74,7 @@ def test_broken_directories_are_named(tmp_path: Path, workers: Workers) -> None:
         for message in workers.run(2, _fit, str(path)):
             assert message.startswith(f"{path} is not a whole checkpoint"), f"{name}: {message}"
             assert "nothing was loaded (rank " in message
-    assert not Path("hacked").exists()
+    assert not (tmp_path / _MADE).exists()
 
 
 def _save_where(path: str) -> str:
