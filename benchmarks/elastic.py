@@ -84,7 +84,7 @@ def worker(folder: Path, until: int) -> None:
     classes = int(data.train_labels.max()) + 1
     model = Observed(
         network(data.train_images.shape[1:], classes),
-        lambda parameters: Signum(parameters, LEARNING_RATES["Signum"]),
+        lambda model: Signum(model.parameters(), LEARNING_RATES["Signum"]),
         len(data.test_labels),
     )
     trainer = pl.Trainer(

@@ -4,7 +4,7 @@ import hashlib
 import logging
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from statistics import median
 from typing import Any
 
@@ -24,9 +24,9 @@ from signsgd_core import demo
 from signsgd_core.adversaries import Adversary
 from signsgd_core.network import traffic
 
-from . import MajorityVoteStrategy, Signum
+from . import MajorityVoteStrategy, Signum, signmuon_groups
 
-LEARNING_RATES = {"AdamW": 2e-3, "Signum": 4e-4, "verdict momentum": 2e-3}
+LEARNING_RATES = {"AdamW": 2e-3, "Signum": 4e-4, "verdict momentum": 2e-3, "SignMuon": 2e-2}
 """The best of a small grid on the digits."""
 
 BATCH_SIZE = 32
@@ -98,7 +98,7 @@ class Images(pl.LightningDataModule):
 class Classifier(pl.LightningModule):
     """A network, an optimizer, a cosine schedule."""
 
-    def __init__(self, model: nn.Module, optimizer: Callable[[Iterable[nn.Parameter]], Optimizer], tested: int) -> None:
+    def __init__(self, model: nn.Module, optimizer: Callable[[nn.Module], Optimizer], tested: int) -> None:
         super().__init__()
         self.model, self.optimizer, self.tested = model, optimizer, tested
 
@@ -119,7 +119,7 @@ class Classifier(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Return the optimizer and its schedule."""
-        optimizer = self.optimizer(self.parameters())
+        optimizer = self.optimizer(self.model)
         schedule = CosineAnnealingLR(optimizer, int(self.trainer.estimated_stepping_batches))
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
@@ -186,7 +186,7 @@ class Liar(pl.Callback):
 def train(
     method: str,
     strategy: str | Strategy,
-    optimizer: Callable[..., Optimizer],
+    optimizer: Callable[[nn.Module], Optimizer],
     data: demo.Data,
     options: Any,
     *callbacks: pl.Callback,
@@ -219,7 +219,7 @@ def train(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run all three methods, print the table, save the plot."""
+    """Run all methods, print the table, save the plot."""
     workers = "worker processes (default: 4 on the CPU, one per GPU where there are GPUs)"
     parser = demo.parser("python -m signsgd_lightning", __doc__.splitlines()[0], workers, LEARNING_RATES)
     options = parser.parse_args(arguments)
@@ -230,23 +230,30 @@ def main(arguments: list[str] | None = None) -> None:
         data = demo.load(options.data, options.out, tell=rank_zero_only.rank == 0)  # type: ignore[attr-defined]
     except ValueError as error:
         parser.error(str(error))
-    adamw_lr, signum_lr, verdict_lr = options.lr
+    adamw_lr, signum_lr, verdict_lr, signmuon_lr = options.lr
     gamma, zeros = options.verdict_momentum, options.zeros
 
-    def signum(parameters: Iterable[nn.Parameter]) -> Signum:
-        return Signum(parameters, signum_lr, options.betas, zeros=zeros)
+    def adamw(model: nn.Module) -> AdamW:
+        return AdamW(model.parameters(), adamw_lr)
 
-    def verdict_momentum(parameters: Iterable[nn.Parameter]) -> Signum:
-        return Signum(parameters, verdict_lr, (0, 0), zeros=zeros, verdict_momentum=gamma)
+    def signum(model: nn.Module) -> Signum:
+        return Signum(model.parameters(), signum_lr, options.betas, zeros=zeros)
+
+    def verdict_momentum(model: nn.Module) -> Signum:
+        return Signum(model.parameters(), verdict_lr, (0, 0), zeros=zeros, verdict_momentum=gamma)
+
+    def signmuon(model: nn.Module) -> Signum:
+        return Signum(signmuon_groups(model, signmuon_lr, verdict_lr), zeros=zeros)
 
     def vote() -> MajorityVoteStrategy:
         return MajorityVoteStrategy(adversaries=demo.adversaries(options))
 
     liar = Liar(demo.adversaries(options))
     results = [
-        train("AdamW, plain DDP", "ddp", lambda parameters: AdamW(parameters, adamw_lr), data, options, liar),
+        train("AdamW, plain DDP", "ddp", adamw, data, options, liar),
         train(f"Signum {options.betas}, vote", vote(), signum, data, options),
         train(f"verdict momentum {gamma}, vote", vote(), verdict_momentum, data, options),
+        train("SignMuon, vote", vote(), signmuon, data, options),
     ]
     rank_zero_only(demo.report)(results, options)
 

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, get_args
 from uuid import uuid4
@@ -68,7 +69,13 @@ def parser(
     defaults, (*names, last) = tuple(learning_rates.values()), learning_rates
     rates = f"learning rate, one for all or one each for {', '.join(names)} and {last}"
     default = ",".join(map(str, defaults))
-    add("--lr", type=_rates, default=defaults, metavar="LR[,LR,LR]", help=f"{rates} (default: {default})")
+    add(
+        "--lr",
+        type=partial(_rates, len(defaults)),
+        default=defaults,
+        metavar="LR[,LR,…]",
+        help=f"{rates} (default: {default})",
+    )
     add("--betas", type=_betas, default=(0.9, 0.9), metavar="B1,B2", help="of Signum (default: 0.9,0.9)")
     add("--verdict-momentum", type=_share, default=0.8, metavar="G", help="of the third run (default: %(default)s)")
     add("--zeros", choices=get_args(Zeros), help="what zeros and ties count as (default: alternate)")
@@ -208,13 +215,13 @@ def _share(text: str) -> float:
     return values[0]
 
 
-def _rates(text: str) -> tuple[float, ...]:
+def _rates(count: int, text: str) -> tuple[float, ...]:
     rates = _numbers(text)
-    if len(rates) not in (1, 3) or min(rates) <= 0:
+    if len(rates) not in (1, count) or min(rates) <= 0:
         raise argparse.ArgumentTypeError(
-            f"must be one or three positive numbers such as 1e-3 or 1e-3,5e-4,1e-3, got {text!r}"
+            f"must be 1 or {count} positive numbers such as 1e-3 or 1e-3,5e-4,…, got {text!r}"
         )
-    return rates * 3 if len(rates) == 1 else rates
+    return rates * count if len(rates) == 1 else rates
 
 
 def _betas(text: str) -> tuple[float, float]:

@@ -147,7 +147,7 @@ def test_no_worker_is_left_behind(start: Start) -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--lr", "1,2"], "--lr: must be one or three positive numbers such as 1e-3 or"),
+        (["--lr", "1,2"], "--lr: must be 1 or 3 positive numbers such as 1e-3 or"),
         (["--workers", "0"], "--workers: must be a whole number of 1 or more, got '0'"),
         (["--betas", "0.9"], "--betas: betas must be a pair of numbers"),
         (
