@@ -12,11 +12,11 @@
 # Two changed lines make a Lightning training vote:
 #
 # ```diff
-# +from signsgd_lightning import Signum
+# +from signsgd_lightning import Signum, signmuon_groups
 #  …
 #      def configure_optimizers(self):
 # -        return torch.optim.AdamW(self.parameters(), lr=0.04)
-# +        return Signum(self.parameters(), lr=0.02, betas=(0, 0), verdict_momentum=0.8)
+# +        return Signum(signmuon_groups(self, lr=0.04, other_lr=0.04))
 #  …
 # -trainer = Trainer(devices=2, strategy="ddp")
 # +trainer = Trainer(devices=2, strategy="majority_vote")
@@ -44,7 +44,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader, TensorDataset
 
 from signsgd_core.network import traffic
-from signsgd_lightning import MajorityVoteStrategy, Signum, VoteMonitor
+from signsgd_lightning import MajorityVoteStrategy, Signum, VoteMonitor, signmuon_groups
 
 torch.set_num_threads(1)  # processes with running OpenMP threads are not safe to fork
 for name in ("lightning.pytorch", "lightning.fabric", "torch.multiprocessing.spawn"):
@@ -54,7 +54,7 @@ plt.rcParams.update({"figure.dpi": 80, "figure.figsize": (6.5, 3.2), "figure.con
 folder = TemporaryDirectory()
 
 # %% [markdown]
-# ## A model, trained three times
+# ## A model, trained four times
 #
 # The digits of scikit-learn and a module that takes its optimizer from outside, so that we can exchange it.
 
@@ -75,7 +75,7 @@ class Digits(LightningModule):
         return nn.functional.cross_entropy(self.model(batch[0]), batch[1])
 
     def configure_optimizers(self):
-        optimizer = self.optimizer(self.parameters())
+        optimizer = self.optimizer(self.model)
         if not self.cosine:
             return optimizer
         schedule = CosineAnnealingLR(optimizer, int(self.trainer.estimated_stepping_batches))
@@ -96,20 +96,27 @@ def fit(optimizer, strategy="majority_vote_notebook", epochs=10, cosine=True, re
 
 
 # %% [markdown]
-# AdamW under plain DDP, the vote with verdict momentum, and the papers' Signum, each on two processes, from the same
-# weights, over the same batches, with the best learning rate of a small grid that we tried beforehand. The vote with
-# verdict momentum also gets a `VoteMonitor`, which logs to whatever logger the trainer has.
+# AdamW under plain DDP, and three votes: SignMuon, verdict momentum, and the papers' Signum, each on two processes, from
+# the same weights, over the same batches, with the best learning rate of a small grid that we tried beforehand. The vote
+# with verdict momentum also gets a `VoteMonitor`, which logs to whatever logger the trainer has.
+#
+# `signmuon_groups` parts the parameters: hidden matrices vote by the signs of their polar factors, all others by the
+# signs of their gradients, with verdict momentum.
 
 # %%
 logger = CSVLogger(folder.name, name="vote", version=0)
 monitor = {"callbacks": [VoteMonitor()], "logger": logger, "log_every_n_steps": 1}
-adamw, _ = fit(lambda parameters: torch.optim.AdamW(parameters, lr=0.04), "ddp_notebook")
-voted, trainer = fit(lambda parameters: Signum(parameters, 0.02, (0, 0), verdict_momentum=0.8), **monitor)
-signum, _ = fit(lambda parameters: Signum(parameters, lr=0.008, betas=(0.9, 0.9)))
+adamw, _ = fit(lambda model: torch.optim.AdamW(model.parameters(), lr=0.04), "ddp_notebook")
+voted, trainer = fit(lambda model: Signum(model.parameters(), 0.02, (0, 0), verdict_momentum=0.8), **monitor)
+signum, _ = fit(lambda model: Signum(model.parameters(), lr=0.008, betas=(0.9, 0.9)))
+signmuon, _ = fit(lambda model: Signum(signmuon_groups(model, lr=0.04, other_lr=0.04)))
+for group in Signum(signmuon_groups(signmuon.model)).param_groups:
+    print(f"{group['name']}: {', '.join(group['param_names'])}")
 
 count = sum(parameter.numel() for parameter in voted.parameters())
 sent = trainer.callback_metrics["vote/bytes_per_step"].item()
-for name, model in (("AdamW, plain DDP", adamw), ("verdict momentum, vote", voted), ("Signum, vote", signum)):
+models = {"AdamW, plain DDP": adamw, "SignMuon, vote": signmuon, "verdict momentum, vote": voted, "Signum, vote": signum}
+for name, model in models.items():
     print(f"{name:22}  test accuracy {model.accuracy():.1%}")
 ring = traffic.ring_all_reduce(count, 2, 32)
 print(f"{count:,} parameters; bytes per step and worker: vote {sent:,.0f}, DDP {ring:,} ({ring / sent:.0f} times that)")
@@ -160,8 +167,8 @@ print(f"{(gradient == 0).float().mean():.0%} of the gradient is exactly 0")
 
 
 # %%
-def grouped(parameters):
-    parameters = list(parameters)
+def grouped(model):
+    parameters = list(model.parameters())
     weights = {"params": [p for p in parameters if p.ndim > 1], "weight_decay": 0.01}
     biases = {"params": [p for p in parameters if p.ndim == 1], "lr": 0.005}
     return Signum([weights, biases], lr=0.02, betas=(0, 0), verdict_momentum=0.8)
@@ -187,8 +194,8 @@ print(f"accuracy {model.accuracy():.1%}")
 
 # %%
 kinds = {
-    "verdict momentum": lambda parameters: Signum(parameters, 0.02, (0, 0), verdict_momentum=0.8),
-    "Signum": lambda parameters: Signum(parameters, lr=0.008, betas=(0.9, 0.9)),
+    "verdict momentum": lambda model: Signum(model.parameters(), 0.02, (0, 0), verdict_momentum=0.8),
+    "Signum": lambda model: Signum(model.parameters(), lr=0.008, betas=(0.9, 0.9)),
 }
 for k, (name, optimizer) in enumerate(kinds.items()):
     save = ModelCheckpoint(Path(folder.name, str(k)), filename="{epoch}", every_n_epochs=1, save_top_k=-1)
@@ -211,11 +218,11 @@ def refused(function):
         print(f"- {str(error).strip().splitlines()[-1]}")
 
 
-refused(lambda: fit(lambda parameters: torch.optim.AdamW(parameters)))
-refused(lambda: fit(lambda parameters: Signum(parameters, lr=0.01 / (1 + dist.get_rank()))))
-refused(lambda: fit(lambda parameters: Signum(parameters, zeros="ignore")))
+refused(lambda: fit(lambda model: torch.optim.AdamW(model.parameters())))
+refused(lambda: fit(lambda model: Signum(model.parameters(), lr=0.01 / (1 + dist.get_rank()))))
+refused(lambda: fit(lambda model: Signum(model.parameters(), zeros="ignore")))
 refused(lambda: MajorityVoteStrategy(ddp_comm_state=object()))
-refused(lambda: fit(lambda parameters: Signum(parameters), "auto", devices=1, callbacks=[VoteMonitor()]))
+refused(lambda: fit(lambda model: Signum(model.parameters()), "auto", devices=1, callbacks=[VoteMonitor()]))
 
 # %% [markdown]
 # ## What to use when
