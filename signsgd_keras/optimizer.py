@@ -186,7 +186,7 @@ class Signum(keras.optimizers.Optimizer):  # type: ignore[misc]
         self.orthogonalize, self.other_lr_ratio = orthogonalize, ratio
         self._newton_schulz = NewtonSchulz(int(ns_steps), tuple(map(float, ns_coefficients)))
         self._selection = Selection(orthogonalize, keywords, exclude_embeddings)
-        self._updates: Any = None  # a `_Updates`, once this is built
+        self._matrices = _Opaque(())  # of each variable, once this is built
         self._backend = backend.current()
         self.workers: Any = self._backend.workers(self)
         self.vote: Any = None  # among several replicas a `signsgd_keras.vote.Vote`, once this is built
@@ -227,24 +227,18 @@ class Signum(keras.optimizers.Optimizer):  # type: ignore[misc]
         check_real(variables)
         self.workers.check_build(self.name)
         matrices = self._selection.matrices(variables)
-        updates = [self._update(matrix) for matrix in matrices]
         if self.replicas > 1:
             from .vote import vote_among  # needs TensorFlow, which alone has replicas
 
             self.vote = vote_among(self.workers)
-            slots = [Slot(v, {}, self._decay(v), update) for v, update in zip(variables, updates, strict=True)]
+            pairs = zip(variables, matrices, strict=True)
+            slots = [Slot(v, {}, self._decay(v), self._update(matrix)) for v, matrix in pairs]
             self.vote.agree(slots, self._settings(), self.weight_decay)
         self._selection.check(matrices)  # where workers agree, all of them fail
         super().build(variables)
-        self._updates = _Updates(updates)
+        self._matrices = _Opaque(matrices)
         for entry in state.MOMENTA:
             setattr(self, entry.attribute, self._add_momenta(entry))
-
-    def _add_momenta(self, entry: state.Momentum) -> list[Variable | None] | None:
-        """Return a variable of an entry for each model variable that needs it, None for others; None if none does."""
-        pairs = zip(self._trainable_variables, self._updates.by_number, strict=True)
-        found = [self.add_optimizer_variables([v], entry.name)[0] if entry.needed(u) else None for v, u in pairs]
-        return found if any(entry.needed(u) for u in self._updates.by_number) else None
 
     def add_variable_from_reference(
         self, reference_variable: Variable, name: str | None = None, initializer: Any = "zeros"
@@ -274,7 +268,7 @@ class Signum(keras.optimizers.Optimizer):  # type: ignore[misc]
         i = self._get_variable_index(variable)
         lists = {entry.name: getattr(self, entry.attribute) for entry in state.MOMENTA}
         found = {name: variables[i] for name, variables in lists.items() if variables and variables[i] is not None}
-        return Slot(variable, found, self._decay(variable), self._updates.by_number[i])
+        return Slot(variable, found, self._decay(variable), self._update(self._matrices.values[i]))
 
     def update_step(self, gradient: Tensor, variable: Variable, learning_rate: Tensor) -> None:
         """Take one step of one variable without a vote: steps 1-8 with the worker's ballot for a verdict.
@@ -378,8 +372,16 @@ class Signum(keras.optimizers.Optimizer):  # type: ignore[misc]
                     lambda: None,
                 )
 
+    def _add_momenta(self, entry: state.Momentum) -> list[Variable | None] | None:
+        """Return an entry's variable for each model variable that needs it, and None for others; None if none does."""
+        needed = [entry.needed(self._update(matrix)) for matrix in self._matrices.values]
+        if not any(needed):
+            return None
+        pairs = zip(self._trainable_variables, needed, strict=True)
+        return [self.add_optimizer_variables([v], entry.name)[0] if need else None for v, need in pairs]
+
     def _update(self, matrix: Matrices | None) -> Update:
-        """Return the formulas of a variable that is orthogonalized as a matrix, or is not."""
+        """Return the formulas, by the settings now, of a variable that is orthogonalized as a matrix or is not."""
         if matrix is not None:
             polar = Polar(matrix, self._newton_schulz)
             return Update(self.beta_1, self.beta_2, 0.0, self._warmup, self._backend, polar)
@@ -395,8 +397,8 @@ class Signum(keras.optimizers.Optimizer):  # type: ignore[misc]
         return {name: getattr(self, name) for name in AGREED}
 
 
-class _Updates:
-    """The formulas of all variables; opaque to Keras and TensorFlow, which look for variables in lists."""
+class _Opaque:
+    """Values that Keras and TensorFlow do not look into for variables, as they do into lists."""
 
-    def __init__(self, by_number: Sequence[Update]) -> None:
-        self.by_number = by_number
+    def __init__(self, values: Sequence[Any]) -> None:
+        self.values = values

@@ -58,6 +58,7 @@ class Judge:
         **settings: Any,
     ) -> None:
         start = parameters() if start is None else start
+        self.ratio = RATIO
         self.columns_first, self.shapes = set(columns_first), [x.shape for x in start]
         self.numbers = {True: list(matrices), False: [k for k in range(len(start)) if k not in matrices]}
         xs = [self._rows_first(k, start[k]) for k in matrices]
@@ -71,7 +72,7 @@ class Judge:
     def step(self, given: Sequence[Sequence[Array]], lr: float = LR) -> list[Array]:
         """Take a step and return the parameters."""
         for kind, reference in self.references.items():
-            reference.lr = lr if kind else lr * RATIO
+            reference.lr = lr if kind else lr * self.ratio
             reference.step([[self._rows_first(k, worker[k], kind) for k in self.numbers[kind]] for worker in given])
         return self._all("parameters")
 

@@ -174,3 +174,15 @@ def test_it_learns_in_every_precision() -> None:
         with policy(precision):
             history = losses(model_of(Signum(0.05, orthogonalize=True)), epochs=8)
         assert history[-1] < 0.6 * history[0], (precision, history)
+
+
+@everywhere
+def test_settings_may_change_between_steps() -> None:
+    optimizer, xs, judge = signum(), variables(parameters()), Judge()
+    for t, ((*step,),) in enumerate(gradients()):
+        if t == 2:
+            optimizer.beta_1, optimizer.other_lr_ratio = 0.25, 2 * RATIO
+            judge.references[True].betas, judge.ratio = (0.25, 0.75), 2 * RATIO
+        train(optimizer, [step], xs)
+        judge.step([step])
+    judge.check([numbers(x) for x in xs])
