@@ -7,10 +7,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from signsgd_core import NS_COEFFICIENTS, polar
+from signsgd_core import NS_COEFFICIENTS, TILE, polar
 from signsgd_keras import Signum
 
-from .backends import Array, assert_equal, everywhere, numbers, train, variables
+from .backends import Array, assert_equal, eighths, everywhere, numbers, train, variables
 from .orthogonal import LR, MATRICES, RATIO, SETTINGS, SHAPES, Judge, gradients, parameters
 from .test_optimizer import COMPILED
 from .test_optimizer_fit import losses, model_of, policy
@@ -83,6 +83,18 @@ def test_polar_factor(shape: tuple[int, ...]) -> None:
     zeros = factor(keras.ops.zeros(shape))
     assert not numbers(zeros).any()
     assert keras.backend.standardize_dtype(zeros.dtype) == "float32"
+
+
+@everywhere
+def test_a_matrix_of_several_tiles() -> None:
+    """A backend that works on tiles takes it whole."""
+    start: list[Array] = [eighths(256, 2 + TILE // 256)]
+    xs, optimizer, judge = variables(start), signum(), Judge(start=start, matrices=[0])
+    for t in range(2):
+        g = np.random.default_rng(t).standard_normal(start[0].shape).astype(np.float32)
+        train(optimizer, [[g]], xs)
+        judge.step([[np.asarray(g, np.float32)]])
+    judge.check([numbers(x) for x in xs])
 
 
 @everywhere
