@@ -108,8 +108,8 @@ def check_checkpoint(optimizer: Optimizer, path: str) -> None:
     for name, kinds in saved.items():
         known = check_name(optimizer, name)
         _check_kinds(optimizer, kinds)
-        if optimizer.orthogonalize:
-            lists = {entry.name: _compat.saved_numbers(path, name, entry.attribute) for entry in state.MOMENTA}
+        lists = {entry.name: _compat.saved_numbers(path, name, entry.attribute) for entry in state.MOMENTA}
+        if optimizer.orthogonalize or len({tuple(numbers) for numbers in lists.values() if numbers}) > 1:
             _check_parts(optimizer, [_part(*each) for each in lists.items()])
         if not known:
             warn_of_unknown(optimizer, name)
@@ -167,7 +167,7 @@ def _check_kinds(optimizer: Optimizer, saved: list[str]) -> None:
     if optimizer.built and set(kept) != set(saved):
         raise ValueError(
             f"the saved Signum kept {', '.join(dict.fromkeys(saved))} and {optimizer.name!r} keeps {', '.join(kept)}: "
-            "make it with the settings that were saved (beta_1, verdict_momentum, use_ema, "
+            "make it with the settings that were saved (beta_1, verdict_momentum, orthogonalize, use_ema, "
             f"gradient_accumulation_steps, a schedule); {_KEPT}"
         )
 

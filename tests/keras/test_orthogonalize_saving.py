@@ -136,3 +136,17 @@ def test_a_checkpoint_of_other_matrices_is_refused(tmp_path: Path) -> None:
     path = tf.train.Checkpoint(model=found[0], optimizer=found[0].optimizer).write(str(tmp_path / "a"))
     with pytest.raises(ValueError, match="the saved Signum orthogonalized other variables than"):
         tf.train.Checkpoint(model=found[1], optimizer=found[1].optimizer).read(path)
+
+
+PLAIN: dict[str, Any] = {"orthogonalize": False, "other_learning_rate": None, "verdict_momentum": 0.8}
+
+
+@pytest.mark.parametrize("both", [(PLAIN, {}), ({}, PLAIN)], ids=["plain saved", "orthogonalized saved"])
+def test_a_checkpoint_of_matrices_is_none_of_variables(both: tuple[dict[str, Any], ...], tmp_path: Path) -> None:
+    """The same kinds of state, of all variables or of one kind each."""
+    saved, loading = (model_of(**settings) for settings in both)
+    for model in (saved, loading):
+        batches(model, 0, 2)
+    path = tf.train.Checkpoint(model=saved, optimizer=saved.optimizer).write(str(tmp_path / "a"))
+    with pytest.raises(ValueError, match="the saved Signum orthogonalized other variables than"):
+        tf.train.Checkpoint(model=loading, optimizer=loading.optimizer).read(path)
