@@ -1,48 +1,40 @@
 """Signum: a Keras optimizer on every backend, and the voter of its replica under `tf.distribute`."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import keras
 from keras import ops
 
 import signsgd_core as core
-from signsgd_core import WarmupSteps, Zeros
+from signsgd_core import Matrices, WarmupSteps, Zeros
 
 from . import backend, state
 from .checkpoints import origin, saving
-from .state import Slot
+from .polar import NewtonSchulz, Polar, Selection
+from .settings import AGREED, check_flag, check_keywords, lr_ratio
+from .slot import Slot
 from .step import Accumulation, StepInput
 from .update import Update
-from .variables import check_real, check_shapes
+from .variables import check_real, check_shapes, path
 
 Tensor = Any
 Variable = Any
 
-AGREED = (
-    "beta_1",
-    "beta_2",
-    "verdict_momentum",
-    "zero_rule",
-    "warmup_steps",
-    "weight_decay",
-    "clipnorm",
-    "clipvalue",
-    "global_clipnorm",
-    "gradient_accumulation_steps",
-    "use_ema",
-    "ema_momentum",
-    "ema_overwrite_frequency",
-)
-"""The settings that all workers must have in common, in the order of error messages."""
-
 
 @keras.saving.register_keras_serializable(package="signsgd")
 class Signum(keras.optimizers.Optimizer):  # type: ignore[misc]
-    """Train by sign momentum: signSGD, Signum, Lion, or voted signSGD with verdict momentum, by its settings.
+    """Train by sign momentum: signSGD, Signum, Lion, verdict momentum, or SignMuon, by its settings.
 
     ```
     c_i = β1·m_i + (1−β1)·g_i        m_i ← β2·m_i + (1−β2)·g_i        V = majority_i(sign c_i)
     u ← γ·u + (1−γ)·V                x ← x − lr·(u + λ·x)
+    ```
+
+    and for a matrix that is orthogonalized
+
+    ```
+    V = majority_i(sign polar(c_i))                x ← x − lr·(V/√fan_in + λ·x)
     ```
 
     | setting | is |
@@ -51,6 +43,7 @@ class Signum(keras.optimizers.Optimizer):  # type: ignore[misc]
     | `beta_1=β, beta_2=β`, the default | Signum |
     | `beta_1 ≠ beta_2`, e.g. 0.9 and 0.99 | Lion |
     | `beta_1=0.0, beta_2=0.0, verdict_momentum=0.8` | voted signSGD with verdict momentum |
+    | `orthogonalize=True, exclude_layers=["output"]` | SignMuon for matrices, verdict momentum for all the rest |
 
     With one replica it is a worker whose verdict is its own ballot, on TensorFlow, JAX and torch. Made in the scope of
     a `tf.distribute.MirroredStrategy` or a `MultiWorkerMajorityVoteStrategy`, every step is a majority vote of all
@@ -61,13 +54,31 @@ class Signum(keras.optimizers.Optimizer):  # type: ignore[misc]
     ``mixed_float16`` take `LossScaleOptimizer(Signum(…))`, by which every replica has a loss scale of its own: Keras'
     own, which `compile` would take, drops the step of all replicas where the first one overflows.
 
+    **SignMuon.** With `orthogonalize=True` a worker votes on a matrix by the signs of its direction's polar factor,
+    near ``U·Vᵀ`` of the singular value decomposition, by Newton–Schulz in float32. Which variables are matrices is
+    decided as in `keras.optimizers.Muon`, when the optimizer is built; `orthogonalized` names them:
+
+    - Variables of two to four dimensions are, but for biases and the scales of normalizations and activations. All
+      others step by `verdict_momentum` with betas of 0, at a learning rate of their own.
+    - Embeddings and what `exclude_layers` names are not. Usually name your output layer there.
+    - A kernel's last dimension has the rows, all dimensions before it are the `fan_in` columns: (in, out) of a `Dense`
+      layer, (h, w, in, out) of a convolution, (heads, size, dim) of the output of a `MultiHeadAttention`.
+    - The kernels (dim, heads, size) of `query`, `key`, `value` and `gate` beside such an `attention_output` have `dim`
+      columns. An `EinsumDense` of your own has its rows last.
+    - Kernels with "depthwise" in their path are not, nor are those of convolutions with a single filter: they have no
+      matrix of more than one row.
+    - A kernel that holds several matrices, as that of a recurrent layer does, is orthogonalized as one.
+
     Args:
         learning_rate: A float, a `keras.optimizers.schedules.LearningRateSchedule` instance, or a callable that takes
             no arguments and returns the actual value to use. Defaults to `1e-4`. First try a fifth of the rate that
-            AdamW has, or with `verdict_momentum` twice that rate.
-        beta_1: β1 in [0, 1), the weight of the momentum in the direction.
-        beta_2: β2 in [0, 1), the weight of the momentum in the next one.
-        verdict_momentum: γ in [0, 1); measured best at 0.8 or below, and with betas of 0.
+            AdamW has, or with `verdict_momentum` twice that rate, or with `orthogonalize` twice the rate of Muon,
+            such as 0.02.
+        beta_1: β1 in [0, 1), the weight of the momentum in the direction; of matrices alone where there are any.
+        beta_2: β2 in [0, 1), the weight of the momentum in the next one; of matrices alone where there are any.
+            Defaults to 0.9, with `orthogonalize` to 0.95.
+        verdict_momentum: γ in [0, 1); measured best at 0.8 or below, and with betas of 0. Defaults to 0; with
+            `orthogonalize` it is that of the variables that are no matrices, and defaults to 0.8.
         zeros: what exact zeros and ties count as: `"alternate"` (default with several replicas), `"abstain"` (default
             with one) or `"positive"`; see `signsgd_core.zero_bit`.
         warmup_steps: for how many first steps the ballot is the sign of the gradient while the momentum accumulates;
@@ -82,27 +93,44 @@ class Signum(keras.optimizers.Optimizer):  # type: ignore[misc]
         loss_scale_factor: Float or `None`. The loss is multiplied by it, and the gradients divided.
         gradient_accumulation_steps: Int or `None`. Vote once in so many steps, with the mean of the gradients since.
         name: String. The name of the optimizer.
+        orthogonalize: Boolean. Whether matrices vote by their polar factor.
+        exclude_layers: List of strings, keywords of layers to exclude: regular expressions that `re.search` looks for
+            in the paths of variables.
+        exclude_embeddings: Boolean. Whether to exclude variables with "embedding" in their path.
+        other_learning_rate: Float. The rate of the variables that are no matrices, where `learning_rate` is a float
+            too. The two stay in this proportion, whatever sets or schedules `learning_rate`.
+        other_lr_ratio: Float. That proportion itself, the other rate divided by `learning_rate`: with a schedule, give
+            this one. Defaults to 1.
+        ns_steps: Int. Newton–Schulz iterations.
+        ns_coefficients: Three floats, the coefficients of each. It is recommended to use the default.
+
+    Attributes:
+        orthogonalized: the paths of the variables that are orthogonalized, once this is built.
 
     Raises:
-        ValueError: if a setting is outside its range, or, at the first step, if optimizer or variables were not made in
-            the scope of the strategy that runs them, it cannot vote, or a gradient has another shape than its variable.
+        ValueError: if a setting is outside its range, or, when this is built or at the first step, if optimizer or
+            variables were not made in the scope of the strategy that runs them, it cannot vote, there is no matrix to
+            orthogonalize, or a gradient has another shape than its variable.
 
     References:
         - [signSGD, Signum, momentum warmup](https://arxiv.org/abs/1802.04434)
         - [majority vote](https://arxiv.org/abs/1810.05291)
         - [Lion](https://arxiv.org/abs/2302.06675)
+        - [SignMuon](https://arxiv.org/abs/2605.16311)
+        - [Muon](https://kellerjordan.github.io/posts/muon/), [its scale](https://arxiv.org/abs/2502.16982)
 
     Example:
         >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
         >>> model.compile(optimizer=Signum(learning_rate=1e-3), loss="mse")
+        >>> model.compile(optimizer=Signum(0.02, orthogonalize=True), loss="mse")
     """
 
     def __init__(
         self,
         learning_rate: Any = 1e-4,
         beta_1: float = 0.9,
-        beta_2: float = 0.9,
-        verdict_momentum: float = 0.0,
+        beta_2: float | None = None,
+        verdict_momentum: float | None = None,
         zeros: Zeros | None = None,
         warmup_steps: WarmupSteps = 0,
         weight_decay: float | None = None,
@@ -115,8 +143,21 @@ class Signum(keras.optimizers.Optimizer):  # type: ignore[misc]
         loss_scale_factor: float | None = None,
         gradient_accumulation_steps: int | None = None,
         name: str | None = None,
+        orthogonalize: bool = False,
+        exclude_layers: Sequence[str] | None = None,
+        exclude_embeddings: bool = True,
+        other_learning_rate: float | None = None,
+        other_lr_ratio: float | None = None,
+        ns_steps: int = core.NS_STEPS,
+        ns_coefficients: Sequence[float] = core.NS_COEFFICIENTS,
         **kwargs: Any,
     ) -> None:
+        check_flag("orthogonalize", orthogonalize)
+        check_flag("exclude_embeddings", exclude_embeddings)
+        keywords = check_keywords(exclude_layers)
+        core.check_newton_schulz(ns_steps, ns_coefficients)
+        beta_2 = (0.95 if orthogonalize else 0.9) if beta_2 is None else beta_2
+        verdict_momentum = (0.8 if orthogonalize else 0.0) if verdict_momentum is None else verdict_momentum
         if isinstance(learning_rate, float):
             core.check_size("learning_rate", learning_rate)
         for share, value in (("beta_1", beta_1), ("beta_2", beta_2), ("verdict_momentum", verdict_momentum)):
@@ -125,6 +166,7 @@ class Signum(keras.optimizers.Optimizer):  # type: ignore[misc]
         if zeros is not None:
             core.check_zeros(zeros)
         warmup = core.check_warmup_steps(warmup_steps, beta_2)
+        ratio = lr_ratio(orthogonalize, learning_rate, other_learning_rate, other_lr_ratio)
         super().__init__(
             learning_rate=learning_rate,
             weight_decay=weight_decay,
@@ -141,6 +183,10 @@ class Signum(keras.optimizers.Optimizer):  # type: ignore[misc]
         )
         self.beta_1, self.beta_2, self.verdict_momentum = float(beta_1), float(beta_2), float(verdict_momentum)
         self.zeros, self.warmup_steps, self._warmup = zeros, warmup_steps, warmup
+        self.orthogonalize, self.other_lr_ratio = orthogonalize, ratio
+        self._newton_schulz = NewtonSchulz(int(ns_steps), tuple(map(float, ns_coefficients)))
+        self._selection = Selection(orthogonalize, keywords, exclude_embeddings)
+        self._matrices = _Opaque(())  # of each variable, once this is built
         self._backend = backend.current()
         self.workers: Any = self._backend.workers(self)
         self.vote: Any = None  # among several replicas a `signsgd_keras.vote.Vote`, once this is built
@@ -155,6 +201,21 @@ class Signum(keras.optimizers.Optimizer):  # type: ignore[misc]
         """The zero rule in force."""
         return self.zeros or core.default_zeros(self.replicas)
 
+    @property
+    def ns_steps(self) -> int:
+        """Newton–Schulz iterations."""
+        return self._newton_schulz.steps
+
+    @property
+    def ns_coefficients(self) -> tuple[float, ...]:
+        """The coefficients of each Newton–Schulz iteration."""
+        return self._newton_schulz.coefficients
+
+    @property
+    def orthogonalized(self) -> list[str]:
+        """The paths of the variables that are orthogonalized, once this is built."""
+        return [path(v) for v in self._trainable_variables if self.slot(v).update.polar is not None]
+
     def build(self, variables: list[Variable]) -> None:
         """Create the momenta that the settings need.
 
@@ -165,16 +226,19 @@ class Signum(keras.optimizers.Optimizer):  # type: ignore[misc]
             return
         check_real(variables)
         self.workers.check_build(self.name)
+        matrices = self._selection.matrices(variables)
         if self.replicas > 1:
             from .vote import vote_among  # needs TensorFlow, which alone has replicas
 
             self.vote = vote_among(self.workers)
-            slots = [Slot(v, {}, self._decay(v)) for v in variables]
+            pairs = zip(variables, matrices, strict=True)
+            slots = [Slot(v, {}, self._decay(v), self._update(matrix)) for v, matrix in pairs]
             self.vote.agree(slots, self._settings(), self.weight_decay)
+        self._selection.check(matrices)  # where workers agree, all of them fail
         super().build(variables)
+        self._matrices = _Opaque(matrices)
         for entry in state.MOMENTA:
-            needed = entry.needed(self)
-            setattr(self, entry.attribute, self.add_optimizer_variables(variables, entry.name) if needed else None)
+            setattr(self, entry.attribute, self._add_momenta(entry))
 
     def add_variable_from_reference(
         self, reference_variable: Variable, name: str | None = None, initializer: Any = "zeros"
@@ -203,8 +267,8 @@ class Signum(keras.optimizers.Optimizer):  # type: ignore[misc]
         """Return a variable with its state, as a step needs it."""
         i = self._get_variable_index(variable)
         lists = {entry.name: getattr(self, entry.attribute) for entry in state.MOMENTA}
-        found = {name: variables[i] for name, variables in lists.items() if variables is not None}
-        return Slot(variable, found, self._decay(variable))
+        found = {name: variables[i] for name, variables in lists.items() if variables and variables[i] is not None}
+        return Slot(variable, found, self._decay(variable), self._update(self._matrices.values[i]))
 
     def update_step(self, gradient: Tensor, variable: Variable, learning_rate: Tensor) -> None:
         """Take one step of one variable without a vote: steps 1-8 with the worker's ballot for a verdict.
@@ -223,7 +287,7 @@ class Signum(keras.optimizers.Optimizer):  # type: ignore[misc]
                 "replicas: call apply() of it, also from an optimizer around it"
             )
         slot, dense = self.slot(variable), self._backend.dense(gradient, variable)
-        self._update().alone(dense, slot, self.zero_rule, self.iterations, learning_rate)
+        slot.step_alone(dense, self.zero_rule, self.iterations, learning_rate)
 
     def get_config(self) -> dict[str, Any]:
         """Return the settings, which make the same optimizer without its state."""
@@ -234,6 +298,13 @@ class Signum(keras.optimizers.Optimizer):  # type: ignore[misc]
             "verdict_momentum": self.verdict_momentum,
             "zeros": self.zeros,
             "warmup_steps": self.warmup_steps,
+            "orthogonalize": self.orthogonalize,
+            "exclude_layers": list(self._selection.exclude_layers),
+            "exclude_embeddings": self._selection.exclude_embeddings,
+            "other_learning_rate": None,  # from a rate that changed since, and rounded, the ratio would be another
+            "other_lr_ratio": self.other_lr_ratio if self.orthogonalize else None,
+            "ns_steps": self.ns_steps,
+            "ns_coefficients": list(self.ns_coefficients),
         }
 
     def save_own_variables(self, store: Any) -> None:
@@ -282,7 +353,6 @@ class Signum(keras.optimizers.Optimizer):  # type: ignore[misc]
             StepInput(
                 gradients=gradients,
                 slots=[self.slot(self._trainable_variables[k]) for k in numbers],
-                update=self._update(),
                 clip=self._clip_gradients,
                 zeros=self.zero_rule,
                 step=self.iterations,
@@ -302,7 +372,21 @@ class Signum(keras.optimizers.Optimizer):  # type: ignore[misc]
                     lambda: None,
                 )
 
-    def _update(self) -> Update:
+    def _add_momenta(self, entry: state.Momentum) -> list[Variable | None] | None:
+        """Return an entry's variable for each model variable that needs it, and None for others; None if none does."""
+        needed = [entry.needed(self._update(matrix)) for matrix in self._matrices.values]
+        if not any(needed):
+            return None
+        pairs = zip(self._trainable_variables, needed, strict=True)
+        return [self.add_optimizer_variables([v], entry.name)[0] if need else None for v, need in pairs]
+
+    def _update(self, matrix: Matrices | None) -> Update:
+        """Return the formulas, by the settings now, of a variable that is orthogonalized as a matrix or is not."""
+        if matrix is not None:
+            polar = Polar(matrix, self._newton_schulz)
+            return Update(self.beta_1, self.beta_2, 0.0, self._warmup, self._backend, polar)
+        if self.orthogonalize:
+            return Update(0.0, 0.0, self.verdict_momentum, self._warmup, self._backend, rate=self.other_lr_ratio)
         return Update(self.beta_1, self.beta_2, self.verdict_momentum, self._warmup, self._backend)
 
     def _decay(self, variable: Variable) -> float:
@@ -311,3 +395,10 @@ class Signum(keras.optimizers.Optimizer):  # type: ignore[misc]
 
     def _settings(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in AGREED}
+
+
+class _Opaque:
+    """Values that Keras and TensorFlow do not look into for variables, as they do into lists."""
+
+    def __init__(self, values: Sequence[Any]) -> None:
+        self.values = values

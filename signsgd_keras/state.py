@@ -4,9 +4,9 @@ Building, saving, the check of a file's origin, verification and the rule for an
 none of them names an entry of its own.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import keras
 import numpy as np
@@ -46,7 +46,7 @@ class Momentum(Entry):
 
     Attributes:
         attribute: of the optimizer, under which `tf.train.Checkpoint` keeps the list of them.
-        needed: optimizer -> whether its settings need it.
+        needed: a variable's `Update` -> whether its settings need it.
     """
 
     attribute: str = ""
@@ -64,7 +64,7 @@ MOMENTUM = Momentum(
     private=True,
     dtype="float32",
     attribute="_momentums",
-    needed=lambda signum: bool(signum.beta_1 > 0),  # else c = g, and it would never be read
+    needed=lambda update: bool(update.beta_1 > 0),  # else c = g, and it would never be read
 )
 """`m`, each replica's own."""
 
@@ -73,7 +73,7 @@ VERDICT_MOMENTUM = Momentum(
     dtype="float32",
     bound=1.0,
     attribute="_verdict_momentums",
-    needed=lambda signum: bool(signum.verdict_momentum > 0),
+    needed=lambda update: bool(update.gamma > 0),
 )
 """`u`, the same on all."""
 
@@ -86,45 +86,6 @@ LOSS_SCALE = (
     Entry("dynamic_scale", private=True, inherit=np.resize),  # a mean would be no power of two
 )
 """All that a `LossScaleOptimizer` keeps of its own: each replica's scale, and steps since it changed."""
-
-
-class Slot(NamedTuple):
-    """A model variable with the state that a step of it needs.
-
-    Attributes:
-        variable: `x`.
-        state: entry's name -> variable, of those `MOMENTA` that the settings need.
-        weight_decay: λ, 0 where the variable is excluded from it.
-    """
-
-    variable: Variable
-    state: Mapping[str, Variable]
-    weight_decay: float
-
-    @property
-    def momentum(self) -> Variable | None:
-        """`m`, None where the settings need none."""
-        return self.state.get(MOMENTUM.name)
-
-    @property
-    def verdict_momentum(self) -> Variable | None:
-        """`u`, None where the settings need none."""
-        return self.state.get(VERDICT_MOMENTUM.name)
-
-    @property
-    def shared(self) -> list[Variable]:
-        """Return what must be the same on all replicas: the variable, and of its state what is not private."""
-        return [self.variable, *(self.state[e.name] for e in MOMENTA if e.name in self.state and not e.private)]
-
-    @property
-    def size(self) -> int:
-        """The number of its coordinates."""
-        return int(np.prod(self.variable.shape))
-
-    @property
-    def ballot_bytes(self) -> int:
-        """The bytes that it takes of each plane of a ballot."""
-        return -(-self.size // 8)
 
 
 def named(name: str | None, entries: Sequence[Entry] = SIGNUM) -> Entry | None:

@@ -5,8 +5,7 @@ from typing import Any, NamedTuple
 
 from signsgd_core import Zeros
 
-from .state import Slot
-from .update import Update
+from .slot import Slot
 
 Tensor = Any
 Variable = Any
@@ -35,8 +34,7 @@ class StepInput(NamedTuple):
 
     Attributes:
         gradients: of this worker's replicas.
-        slots: the variables that they are of, with their state.
-        update: the formulas, with the optimizer's settings.
+        slots: the variables that they are of, with their state and formulas.
         clip: takes a replica's gradients and returns them clipped.
         zeros: the zero rule.
         step: `t`.
@@ -49,7 +47,6 @@ class StepInput(NamedTuple):
 
     gradients: Gradients
     slots: Sequence[Slot]
-    update: Update
     clip: Callable[[Sequence[Tensor]], Sequence[Tensor]]
     zeros: Zeros
     step: Tensor

@@ -1,4 +1,4 @@
-"""Steps 1-3, 7 and 8 on variables: gradient to direction and momentum, verdict to update."""
+"""Steps 1-3, 2b, 7 and 8 on variables: gradient to direction and momentum, verdict to update."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -7,10 +7,9 @@ import keras
 from keras import ops
 
 import signsgd_core as core
-from signsgd_core import Zeros
 
 from .backend import Backend
-from .state import Slot
+from .polar import Polar
 
 Tensor = Any
 Variable = Any
@@ -18,7 +17,7 @@ Variable = Any
 
 @dataclass(frozen=True)
 class Update:
-    """The formulas of `signsgd_core.update` with an optimizer's settings, as a backend computes them.
+    """The formulas of `signsgd_core.update` with a variable's settings, as a backend computes them.
 
     Attributes:
         beta_1: β1.
@@ -26,6 +25,8 @@ class Update:
         gamma: γ.
         warmup: for how many first steps the ballot is the sign of the gradient.
         backend: of Keras.
+        polar: of its direction; None where the variable is not orthogonalized.
+        rate: its learning rate, divided by the optimizer's.
     """
 
     beta_1: float
@@ -33,15 +34,22 @@ class Update:
     gamma: float
     warmup: int
     backend: Backend
+    polar: Polar | None = None
+    rate: float = 1.0
 
     def direction(self, gradient: Tensor, momentum: Variable | None, step: Tensor) -> Tensor:
-        """Take a gradient into the momentum and return the direction `c` to vote with, float32: steps 1-3.
+        """Take a gradient into the momentum and return the direction `c` to vote with, float32: steps 1-3 and 2b.
 
         Args:
             gradient: `g`, dense.
             momentum: `m`, float32 of the same shape; None where β1 = 0.
             step: `t`.
         """
+        c = self._direction(gradient, momentum, step)
+        return c if self.polar is None else self.polar(c)
+
+    def _direction(self, gradient: Tensor, momentum: Variable | None, step: Tensor) -> Tensor:
+        """Take a gradient into the momentum and return the direction: steps 1-3."""
         g = self.finite(ops.cast(gradient, "float32"))
         if momentum is None:
             return g
@@ -78,29 +86,14 @@ class Update:
         if verdict_momentum is not None:
             u = core.update_verdict_momentum(verdict_momentum, verdict, self.gamma)
             self.backend.write(verdict_momentum, u)
+        if self.polar is not None:
+            u = self.polar.matrix.scale * u  # the root mean square of an orthogonal update
         half = keras.backend.standardize_dtype(x.dtype) in ("float16", "bfloat16")
         exact = "float32" if half else x.dtype  # half types round once, at the end
         lr = ops.cast(learning_rate, exact)
+        lr = lr if self.rate == 1 else self.rate * lr
         if half:
             moved = core.update_parameters(ops.cast(x, exact), u, lr, decay)
             self.backend.write(x, ops.cast(moved, x.dtype))
         else:
             self.backend.descend(x, core.decayed(x, ops.cast(u, exact), decay), lr)
-
-    def alone(self, gradient: Tensor, slot: Slot, zeros: Zeros, step: Tensor, learning_rate: Tensor) -> None:
-        """Take one step of one variable without a vote: steps 1-8 with the worker's ballot for a verdict.
-
-        Args:
-            gradient: of the variable's shape, dense.
-            slot: the variable and its state.
-            zeros: the zero rule.
-            step: `t`.
-            learning_rate: `lr`.
-        """
-        bit = core.zero_bit(zeros, ops.cast(step, "int32"))
-        for x, g, m, u in self.backend.tiles(slot.variable, gradient, slot.momentum, slot.verdict_momentum):
-            c = self.direction(g, m, step)
-            verdict = ops.sign(c)
-            if bit is not None:
-                verdict = ops.where(ops.equal(c, 0), 1 - 2 * ops.cast(bit, c.dtype), verdict)
-            self.move(x, verdict, u, learning_rate, slot.weight_decay)

@@ -100,10 +100,10 @@ class Backend:
         """Return a gradient with an entry for every coordinate; an embedding's has some rows only."""
         return ops.convert_to_tensor(gradient, sparse=False)
 
-    def tiles(self, *arrays: Any) -> Iterator[tuple[Any, ...]]:
+    def tiles(self, *arrays: Any, whole: bool = False) -> Iterator[tuple[Any, ...]]:
         """Yield corresponding tiles of variables and tensors of one shape, each worked on by itself; None stays None.
 
-        The compiler or the device does best with the whole.
+        The compiler or the device does best with the whole; `whole` asks for it where a backend would rather cut.
         """
         yield arrays
 

@@ -20,12 +20,12 @@ Variable = Any
 class Torch(Backend):
     """The torch backend."""
 
-    def tiles(self, *arrays: Any) -> Iterator[tuple[Any, ...]]:
-        """Yield corresponding tiles: on a CPU flat views of a size that stays in the core's own cache."""
+    def tiles(self, *arrays: Any, whole: bool = False) -> Iterator[tuple[Any, ...]]:
+        """Yield corresponding tiles: on a CPU flat views of a size that stays in the core's own cache, or the whole."""
         tensors = [array.value if isinstance(array, keras.Variable) else array for array in arrays]
         tensors = [None if tensor is None else tensor.detach() for tensor in tensors]
         given = [tensor for tensor in tensors if tensor is not None]
-        if given[0].device.type != "cpu" or not all(tensor.is_contiguous() for tensor in given):
+        if whole or given[0].device.type != "cpu" or not all(tensor.is_contiguous() for tensor in given):
             yield tuple(tensors)
             return
         flat = [None if tensor is None else tensor.view(-1) for tensor in tensors]

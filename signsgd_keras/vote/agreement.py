@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from signsgd_core.wire import HEADER_BYTES, WIRE_VERSION, digest, disagreement
 
-from ..state import Slot
+from ..slot import Slot
 from ..variables import path
 
 Tensor = Any
@@ -99,6 +99,8 @@ def describe(slot: Slot, weight_decay: float | None) -> str:
     """
     variable, constraint = slot.variable, getattr(slot.variable, "constraint", None)
     text = f"{path(variable)}: shape {tuple(variable.shape)}"
+    if slot.update.polar is not None:
+        text += ", orthogonalized with {rows} rows and {fan_in} columns".format(**slot.update.polar.matrix._asdict())
     if slot.weight_decay != (weight_decay or 0.0):
         text += ", no weight decay"
     if constraint is not None:

@@ -12,7 +12,7 @@ from signsgd_core.wire import shard_bytes
 
 from .. import _compat
 from ..replicas import Replicas
-from ..state import Slot
+from ..slot import Slot
 from ..step import Gradients, StepInput
 from ..variables import path
 from .accumulation import vote_or_add
@@ -155,7 +155,7 @@ class Vote:
             observer.gradients(gradients)
         bit = core.zero_bit(given.zeros, _parity(given), replica % 2)
         pairs = zip(gradients, given.slots, strict=True)
-        ballots = [pack(given.update.direction(g, slot.momentum, given.step), bit) for g, slot in pairs]
+        ballots = [pack(slot.update.direction(g, slot.momentum, given.step), bit) for g, slot in pairs]
         # Padded to the size of all variables, with a gradient or without: an exchange of messages that differ in size
         # never ends, and workers that lack different gradients are to get as far as comparing their headers.
         count = self.replicas.count
@@ -208,7 +208,7 @@ class Vote:
         def move(x: Variable, bits: Tensor, u: Variable | None) -> None:
             signs = unpack(bits[:, first : first + slot.ballot_bytes], slot.size)
             v = tf.reshape(signs, slot.variable.shape)
-            given.update.move(x, v, u, given.learning_rate, slot.weight_decay)
+            slot.update.move(x, v, u, given.learning_rate, slot.weight_decay)
 
         u = None if slot.verdict_momentum is None else slot.verdict_momentum.value
         self.replicas.update(slot.variable, move, verdicts, u)

@@ -19,6 +19,41 @@ BAD: tuple[tuple[Settings, str], ...] = (
     ({"learning_rate": float("inf")}, "learning_rate must be 0 or more and finite, got inf"),
     ({"beta_1": 1.2}, "beta_1 must lie in [0, 1), got 1.2"),
     ({"beta_1": None}, "beta_1 must lie in [0, 1), got None"),
+    ({"orthogonalize": 1}, "orthogonalize must be True or False, got 1"),
+    ({"exclude_embeddings": None}, "exclude_embeddings must be True or False, got None"),
+    ({"exclude_layers": "output"}, "exclude_layers must be a list of keywords such as [\"output\"], got 'output'"),
+    ({"exclude_layers": [1]}, 'exclude_layers must be a list of keywords such as ["output"], got [1]'),
+    (
+        {"exclude_layers": ["("]},
+        "exclude_layers must be regular expressions, and '(' is none (missing ), unterminated subpattern at position "
+        "0): re.escape() makes one",
+    ),
+    ({"ns_steps": 0}, "ns_steps must be a whole number of 1 to 99, got 0"),
+    (
+        {"ns_coefficients": (1.0, 2.0)},
+        "ns_coefficients must be three finite numbers such as (3.4445, -4.775, 2.0315), got (1.0, 2.0)",
+    ),
+    (
+        {"other_learning_rate": 0.5},
+        "other_learning_rate=0.5 is of the variables that are not orthogonalized: it needs orthogonalize=True",
+    ),
+    (
+        {"other_lr_ratio": 0.5},
+        "other_lr_ratio=0.5 is of the variables that are not orthogonalized: it needs orthogonalize=True",
+    ),
+    (
+        {"orthogonalize": True, "other_lr_ratio": -1},
+        "other_lr_ratio must be 0 or more and finite, got -1",
+    ),
+    (
+        {"orthogonalize": True, "other_lr_ratio": 0.5, "other_learning_rate": 0.25},
+        "give other_learning_rate or other_lr_ratio, not both, got 0.25, 0.5",
+    ),
+    (
+        {"orthogonalize": True, "learning_rate": 0.0, "other_learning_rate": 0.25},
+        "other_learning_rate=0.25 needs a learning_rate above 0 to be in proportion to, got 0.0: with a schedule give "
+        "other_lr_ratio, the other rate divided by learning_rate",
+    ),
     ({"beta_2": 1}, "beta_2 must lie in [0, 1), got 1"),
     ({"beta_2": float("nan")}, "beta_2 must lie in [0, 1), got nan"),
     ({"verdict_momentum": 1}, "verdict_momentum must lie in [0, 1), got 1"),
@@ -39,11 +74,12 @@ OURS: tuple[Settings, ...] = (
     {"warmup_steps": "auto", "weight_decay": 0.5, "clipnorm": 2.0, "name": "vote"},
     {"warmup_steps": 3, "use_ema": True, "ema_momentum": 0.5, "ema_overwrite_frequency": 3, "clipvalue": 0.5},
     {"gradient_accumulation_steps": 3, "loss_scale_factor": 2.0, "global_clipnorm": 1.0, "zeros": "positive"},
+    {"orthogonalize": True, "exclude_layers": ["x4"], "exclude_embeddings": False, "other_lr_ratio": 0.3},
 )
 
 
 def test_signature_is_the_documented_one() -> None:
-    """Ours where Lion has its betas, then Lion's own in Lion's order."""
+    """Ours where Lion has its betas, then Lion's own in Lion's order, then SignMuon's, as Muon has its own."""
     ours, theirs = (
         [(key, p.default) for key, p in inspect.signature(cls.__init__).parameters.items()]
         for cls in (Signum, keras.optimizers.Lion)
@@ -51,12 +87,22 @@ def test_signature_is_the_documented_one() -> None:
     assert ours[1:7] == [
         ("learning_rate", 1e-4),
         ("beta_1", 0.9),
-        ("beta_2", 0.9),
-        ("verdict_momentum", 0.0),
+        ("beta_2", None),
+        ("verdict_momentum", None),
         ("zeros", None),
         ("warmup_steps", 0),
     ]
-    assert ours[7:] == [parameter for parameter in theirs if parameter[0] not in ("self", *dict(ours[1:7]))]
+    added = [
+        ("orthogonalize", False),
+        ("exclude_layers", None),
+        ("exclude_embeddings", True),
+        ("other_learning_rate", None),
+        ("other_lr_ratio", None),
+        ("ns_steps", 5),
+        ("ns_coefficients", (3.4445, -4.775, 2.0315)),
+    ]
+    *lions, kwargs = [parameter for parameter in theirs if parameter[0] not in ("self", *dict(ours[1:7]))]
+    assert ours[7:] == [*lions, *added, kwargs]
 
 
 @pytest.mark.parametrize(("settings", "sentence"), BAD, ids=str)

@@ -1,0 +1,140 @@
+"""Step 2b on Keras' variables: which of them are matrices, in which layout, and their polar factors."""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from keras import ops
+
+import signsgd_core as core
+from signsgd_core import Matrices
+
+from .variables import path
+
+Tensor = Any
+Variable = Any
+Shape = tuple[int, ...]
+
+_NO_MATRICES = ("alpha", "beta", "bias", "gamma", "scale")
+"""Variables of these names are never matrices: attention and recurrent layers have biases of two dimensions."""
+
+_PROJECTIONS = ("query", "key", "value", "gate")
+"""Layers within an attention layer whose kernel has the shape (dim, heads, size of a head)."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which variables of a model are orthogonalized, with the habits of `keras.optimizers.Muon`.
+
+    Attributes:
+        orthogonalize: whether any is.
+        exclude_layers: regular expressions; a variable in whose path one is found is none.
+        exclude_embeddings: whether variables with "embedding" in their path are none.
+    """
+
+    orthogonalize: bool
+    exclude_layers: tuple[str, ...]
+    exclude_embeddings: bool
+
+    def matrices(self, variables: Sequence[Variable]) -> list[Matrices | None]:
+        """Return how each variable is a matrix, None where it is not one or is excluded."""
+        shapes = {_name(variable): tuple(variable.shape) for variable in variables}
+        return [
+            None if self._is_excluded(_name(variable)) else _matrix(_name(variable), tuple(variable.shape), shapes)
+            for variable in variables
+        ]
+
+    def check(self, matrices: Sequence[Matrices | None]) -> None:
+        """Make sure that there is something to orthogonalize, where there is anything.
+
+        Raises:
+            ValueError: if not.
+        """
+        if self.orthogonalize and matrices and not any(matrices):
+            raise ValueError(
+                f"orthogonalize=True found nothing to orthogonalize: none of the {len(matrices)} variables is a matrix "
+                f"or a kernel that is not excluded by exclude_layers={list(self.exclude_layers)} or "
+                f"exclude_embeddings={self.exclude_embeddings}: exclude less, or take orthogonalize=False"
+            )
+
+    def _is_excluded(self, name: str) -> bool:
+        if not self.orthogonalize or (self.exclude_embeddings and "embedding" in name.lower()):
+            return True
+        return any(re.search(keyword, name) for keyword in self.exclude_layers)
+
+
+@dataclass(frozen=True)
+class NewtonSchulz:
+    """How polar factors are computed.
+
+    Attributes:
+        steps: iterations.
+        coefficients: of each.
+    """
+
+    steps: int
+    coefficients: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Polar:
+    """The polar factor of one variable's direction.
+
+    Attributes:
+        matrix: how the variable is one; in Keras the columns are the first dimensions and the rows the last.
+        by: how it is computed.
+    """
+
+    matrix: Matrices
+    by: NewtonSchulz
+
+    def __call__(self, c: Tensor) -> Tensor:
+        """Return the polar factor, near ``U·Vᵀ`` of the singular value decomposition, as `signsgd_core.polar` does.
+
+        Args:
+            c: a direction, float32 and finite, of the variable's shape.
+        """
+        _, rows, fan_in = self.matrix
+        if rows * fan_in == 0:
+            return c
+        x = ops.reshape(c, (fan_in, rows))  # the matrix transposed, whose factor is the factor transposed
+        x = _divided(x, ops.max(ops.abs(x)))  # first by the largest: squares neither overflow nor vanish
+        x = _divided(x, ops.sqrt(ops.sum(ops.square(x))))
+        tall = fan_in > rows
+        x = core.newton_schulz(ops.transpose(x) if tall else x, self.by.steps, self.by.coefficients, ops.transpose)
+        return ops.reshape(ops.transpose(x) if tall else x, c.shape)
+
+
+def _name(variable: Variable) -> str:
+    return path(variable).split(":")[0]  # TensorFlow's own names end in ":0"
+
+
+def _matrix(name: str, shape: Shape, shapes: Mapping[str, Shape]) -> Matrices | None:
+    """Return how a variable is a matrix, None where it is none.
+
+    Args:
+        name: its path.
+        shape: its shape.
+        shapes: path -> shape, of all variables.
+    """
+    *layers, last = name.split("/")
+    is_single_filter = len(shape) > 2 and shape[-1] == 1  # of depthwise kernels, too, whatever the layer's name
+    if not 2 <= len(shape) <= 4 or last in _NO_MATRICES or "depthwise" in name.lower() or is_single_filter:
+        return None
+    if _is_projection(layers, shape, shapes):
+        return Matrices(1, math.prod(shape[1:]), shape[0])
+    return Matrices(1, shape[-1], math.prod(shape[:-1]))
+
+
+def _is_projection(layers: Sequence[str], shape: Shape, shapes: Mapping[str, Shape]) -> bool:
+    """Tell whether a kernel is one of (dim, heads, size), by its layer's name and the attention's output kernel."""
+    if len(shape) != 3 or not layers or layers[-1] not in _PROJECTIONS:
+        return False
+    output = shapes.get("/".join([*layers[:-1], "attention_output", "kernel"]), ())
+    return len(output) == 3 and shape[1] > 0 and output[0] % shape[1] == 0  # groups of queries share keys
+
+
+def _divided(x: Tensor, norm: Tensor) -> Tensor:
+    return x / ops.where(ops.equal(norm, 0), ops.ones_like(norm), norm)
