@@ -19,7 +19,7 @@ from signsgd_core.network import traffic
 
 from . import backend
 
-LEARNING_RATES = {"Adam": 2e-3, "Signum": 4e-4, "verdict momentum": 2e-3}
+LEARNING_RATES = {"Adam": 2e-3, "Signum": 4e-4, "verdict momentum": 2e-3, "SignMuon": 2e-2}
 """The best of a small grid on the digits."""
 
 BY_FORMULA = (
@@ -32,7 +32,7 @@ PARENT = "SIGNSGD_DEMO_PARENT"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run all three methods, print the table, save the plot."""
+    """Run all methods, print the table, save the plot."""
     arguments = sys.argv[1:] if arguments is None else arguments
     program = "python -m signsgd_keras"
     about = "replicas in this process or, with --processes, processes"
@@ -60,14 +60,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def run(strategy: Any, options: Any) -> None:
-    """Train all three methods under one strategy and report."""
+    """Train by all methods under one strategy and report."""
     from . import Signum
     from .demo import Adam, is_first, train
 
     data = demo.load(options.data, options.out, tell=False)
     workers, zeros = strategy.num_replicas_in_sync, options.zeros
     rule = zeros or default_zeros(workers)
-    adam_lr, signum_lr, verdict_lr = options.lr
+    adam_lr, signum_lr, verdict_lr, signmuon_lr = options.lr
     (beta_1, beta_2), gamma = options.betas, options.verdict_momentum
 
     def cosine(lr: float, steps: int) -> Any:
@@ -82,6 +82,10 @@ def run(strategy: Any, options: Any) -> None:
     def verdict_momentum(steps: int) -> Any:
         return Signum(cosine(verdict_lr, steps), 0.0, 0.0, gamma, zeros=zeros)
 
+    def signmuon(steps: int) -> Any:
+        settings = {"orthogonalize": True, "exclude_layers": ["logits"], "other_lr_ratio": verdict_lr / signmuon_lr}
+        return Signum(cosine(signmuon_lr, steps), zeros=zeros, **settings)
+
     def averaged(parameters: int) -> int:
         return traffic.ring_all_reduce(parameters, workers, bits=32)
 
@@ -93,6 +97,7 @@ def run(strategy: Any, options: Any) -> None:
         train("Adam, averaged gradients", adam, means, strategy, data, options),
         train(f"Signum {options.betas}, vote", signum, votes, strategy, data, options),
         train(f"verdict momentum {gamma}, vote", verdict_momentum, votes, strategy, data, options),
+        train("SignMuon, vote", signmuon, votes, strategy, data, options),
     ]
     if is_first(strategy):
         demo.report(results, options, "" if options.processes else BY_FORMULA)

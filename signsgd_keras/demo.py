@@ -43,7 +43,7 @@ def network(shape: tuple[int, ...], classes: int) -> Any:
         for filters in (64, 128, 256):
             x = _residual(x, filters)
         x = layers.GlobalAveragePooling2D()(x)
-    return keras.Model(images, layers.Dense(classes)(x))
+    return keras.Model(images, layers.Dense(classes, name="logits")(x))
 
 
 def _residual(x: Any, filters: int) -> Any:

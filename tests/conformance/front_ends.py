@@ -52,10 +52,6 @@ class FrontEnd:
         return covering(case for case in cases() if self.skips(case) is None)
 
 
-def without_polar_factors(case: Case) -> str | None:
-    return "the Keras optimizer has no orthogonalize so far" if case.orthogonalize else None
-
-
 def one_worker_only(case: Case) -> str | None:
     return "it is one worker alone" if case.workers > 1 else None
 
@@ -64,13 +60,7 @@ def two_or_more(case: Case) -> str | None:
     return "one rank exchanges nothing: torch-gloo runs it" if case.workers == 1 else None
 
 
-def keras_alone(case: Case) -> str | None:
-    return one_worker_only(case) or without_polar_factors(case)
-
-
 def same_gradients_on_all(case: Case) -> str | None:
-    if case.orthogonalize:
-        return without_polar_factors(case)
     if case.absent == "somewhere":
         return "replicas that lack different gradients are refused, see test_refusals.py"
     return None
@@ -143,10 +133,12 @@ FRONT_ENDS: tuple[FrontEnd, ...] = (
         lambda cases, on: on.workers.run(cases[0].workers, lightning_runs.fit, cases),
         (_SIGNUM, "signsgd_lightning.MajorityVoteStrategy"),
     ),
-    FrontEnd("keras-tensorflow", _keras("tensorflow"), (_KERAS_SIGNUM, "backend:tensorflow"), keras_alone),
-    FrontEnd("keras-tensorflow-xla", _keras("tensorflow", True), (_KERAS_SIGNUM, "backend:tensorflow"), keras_alone),
-    FrontEnd("keras-jax", _keras("jax"), (_KERAS_SIGNUM, "backend:jax"), keras_alone),
-    FrontEnd("keras-torch", _keras("torch"), (_KERAS_SIGNUM, "backend:torch"), keras_alone),
+    FrontEnd("keras-tensorflow", _keras("tensorflow"), (_KERAS_SIGNUM, "backend:tensorflow"), one_worker_only),
+    FrontEnd(
+        "keras-tensorflow-xla", _keras("tensorflow", True), (_KERAS_SIGNUM, "backend:tensorflow"), one_worker_only
+    ),
+    FrontEnd("keras-jax", _keras("jax"), (_KERAS_SIGNUM, "backend:jax"), one_worker_only),
+    FrontEnd("keras-torch", _keras("torch"), (_KERAS_SIGNUM, "backend:torch"), one_worker_only),
     FrontEnd("keras-mirrored", _mirrored(graph=True), (_KERAS_SIGNUM, _KERAS_VOTE), graph_of_replicas),
     FrontEnd("keras-mirrored-eager", _mirrored(graph=False), (_KERAS_SIGNUM, _KERAS_VOTE), same_gradients_on_all),
     FrontEnd(

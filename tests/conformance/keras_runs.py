@@ -4,6 +4,7 @@ Frameworks are imported where they are used: a process has one backend of Keras 
 """
 
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,9 +21,16 @@ def make(case: Case, without: Collection[int] = ()) -> tuple[list[Any], Any]:
 
     from signsgd_keras import Signum
 
-    xs = [keras.Variable(x, name=f"x{k}") for k, x in enumerate(case.parameters()) if k not in without]
+    class OneGroup(Signum):
+        """All variables have the betas, the verdict momentum and the rate of the case, as in a group of torch."""
+
+        def _update(self, matrix: Any) -> Any:
+            same: dict[str, Any] = {"beta_1": self.beta_1, "beta_2": self.beta_2, "gamma": self.verdict_momentum}
+            return replace(super()._update(matrix), **same, rate=1.0)
+
+    xs = [keras.Variable(rows_last(x), name=f"x{k}") for k, x in enumerate(case.parameters()) if k not in without]
     beta_1, beta_2 = case.betas
-    optimizer = Signum(
+    optimizer = OneGroup(
         learning_rate=LR,
         beta_1=beta_1,
         beta_2=beta_2,
@@ -30,9 +38,21 @@ def make(case: Case, without: Collection[int] = ()) -> tuple[list[Any], Any]:
         zeros=case.zeros,
         warmup_steps=case.warmup_steps,
         weight_decay=case.weight_decay or None,
+        orthogonalize=case.orthogonalize,
     )
     optimizer.build(xs)
     return xs, optimizer
+
+
+def rows_last(x: Array) -> Array:
+    """Return a tensor of a case, whose first dimension has a matrix's rows, in the layout of Keras."""
+    return np.moveaxis(x, 0, -1) if x.ndim > 1 else x
+
+
+def rows_first(x: Any) -> Array:
+    """Return a value of Keras as it is in a case."""
+    value = np.array(x)
+    return np.ascontiguousarray(np.moveaxis(value, -1, 0)) if value.ndim > 1 else value
 
 
 def alone(cases: Sequence[Case], compiled: bool = False) -> list[Trajectory]:
@@ -48,8 +68,8 @@ def alone(cases: Sequence[Case], compiled: bool = False) -> list[Trajectory]:
         )
         trajectory = []
         for ((*gradients,),) in case.gradients():
-            step([None if g is None else ops.convert_to_tensor(g) for g in gradients])
-            trajectory.append([np.array(ops.convert_to_numpy(x)) for x in xs])
+            step([None if g is None else ops.convert_to_tensor(rows_last(g)) for g in gradients])
+            trajectory.append([rows_first(ops.convert_to_numpy(x)) for x in xs])
         trajectories.append(trajectory)
     return trajectories
 
@@ -106,7 +126,7 @@ def _under(strategy: Any, case: Case, graph: bool, without: Collection[int]) -> 
         if rows[0] is None:
             return None  # on all workers, or a vote would not be possible
         return strategy.experimental_distribute_values_from_function(
-            lambda context: tf.constant(rows[context.replica_id_in_sync_group])
+            lambda context: tf.constant(rows_last(rows[context.replica_id_in_sync_group]))
         )
 
     with strategy.scope():
@@ -123,7 +143,7 @@ def _under(strategy: Any, case: Case, graph: bool, without: Collection[int]) -> 
     trajectories: list[Trajectory] = []
     for gradients in case.gradients():
         step([split(rows) for k, rows in enumerate(zip(*gradients, strict=True)) if k not in without])
-        local = [[copy.numpy() for copy in strategy.experimental_local_results(x.value)] for x in xs]
+        local = [[rows_first(copy.numpy()) for copy in strategy.experimental_local_results(x.value)] for x in xs]
         trajectories = trajectories or [[] for _ in local[0]]
         for trajectory, parameters in zip(trajectories, zip(*local, strict=True), strict=True):
             trajectory.append(list(parameters))
@@ -142,7 +162,7 @@ def apart(strategy: Any, without: Collection[int] = ()) -> None:
     def replica() -> None:
         mine = first[int(tf.get_static_value(tf.distribute.get_replica_context().replica_id_in_sync_group))]
         kept = [g for k, g in enumerate(mine) if k not in without]
-        optimizer.apply([None if g is None else tf.constant(g) for g in kept], xs)
+        optimizer.apply([None if g is None else tf.constant(rows_last(g)) for g in kept], xs)
 
     tf.function(lambda: strategy.run(replica), autograph=False)()
 

@@ -65,10 +65,10 @@ def _rows(process: "subprocess.Popen[str]", note: str) -> list[tuple[str, float,
     assert process.returncode == 0, output + errors
     assert not LOG.search(errors), errors
     rows = [(m.strip(), float(a), int(b.replace(",", "")), float(f)) for m, a, b, f, _ in ROW.findall(output)]
-    methods = ["Adam, averaged gradients", "Signum (0.9, 0.9), vote", "verdict momentum 0.8, vote"]
+    methods = ["Adam, averaged gradients", "Signum (0.9, 0.9), vote", "verdict momentum 0.8, vote", "SignMuon, vote"]
     assert [method for method, *_ in rows] == methods, output
     assert all(accuracy > 60 for _, accuracy, *_ in rows), output  # ten classes: 10 by chance
-    assert output.count(f"{PARAMETERS:,} parameters, 2 workers, 8 steps") == 3  # by one worker only
+    assert output.count(f"{PARAMETERS:,} parameters, 2 workers, 8 steps") == 4  # by one worker only
     assert f"bytes/step: {note}" in output
     return rows
 
@@ -97,7 +97,7 @@ def test_replicas_of_one_process(start: Start, tmp_path: Path) -> None:
     rows = _rows(start("--workers=2", "--steps=8", "--out=here"), "by formula, since ")
     full = traffic.ring_all_reduce(PARAMETERS, 2, bits=32)
     voted = traffic.majority_vote(PARAMETERS, 2)
-    assert [sent for _, _, sent, _ in rows] == [full, voted, voted]
+    assert [sent for _, _, sent, _ in rows] == [full, voted, voted, voted]
     assert (tmp_path / "here" / "accuracy_against_bytes.png").stat().st_size > 10_000
 
 
@@ -106,7 +106,7 @@ def test_worker_processes_count_what_they_send(start: Start, tmp_path: Path) -> 
     process = start("--workers=2", "--steps=8", "--processes", "--out=there")
     rows = _rows(process, "what one worker sent, counted by the kernel")
     full, voted = traffic.ring_all_reduce(PARAMETERS, 2, bits=32), traffic.majority_vote(PARAMETERS, 2)
-    for (_, _, sent, fewer), payload in zip(rows, (full, voted, voted), strict=True):
+    for (_, _, sent, fewer), payload in zip(rows, (full, voted, voted, voted), strict=True):
         assert payload < sent < 1.1 * payload  # and gRPC's headers
         assert fewer == round(rows[0][2] / sent, 1)
     assert all(fewer > 20 for _, _, _, fewer in rows[1:])
@@ -121,7 +121,7 @@ def test_a_vote_outlives_a_worker_that_sends_nan_and_a_mean_does_not(start: Star
     assert process.returncode == 0, output + errors
     mean, *votes = (float(accuracy) for _, accuracy, *_ in ROW.findall(output))
     assert mean < 20
-    assert len(votes) == 2
+    assert len(votes) == 3
     assert min(votes) > 60
     assert "adversaries: the last 1 of 3 workers (nan), in every run\n" in output
 
@@ -147,7 +147,7 @@ def test_no_worker_is_left_behind(start: Start) -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--lr", "1,2"], "--lr: must be 1 or 3 positive numbers such as 1e-3 or"),
+        (["--lr", "1,2"], "--lr: must be 1 or 4 positive numbers such as 1e-3 or"),
         (["--workers", "0"], "--workers: must be a whole number of 1 or more, got '0'"),
         (["--betas", "0.9"], "--betas: betas must be a pair of numbers"),
         (
@@ -173,7 +173,7 @@ def test_help_names_methods_and_modes(capsys: pytest.CaptureFixture[str]) -> Non
     with pytest.raises(SystemExit, match="^0$"):
         main(["--help"])
     words = " ".join(capsys.readouterr().out.split())
-    assert "one each for Adam, Signum and verdict momentum (default: " in words
+    assert "one each for Adam, Signum, verdict momentum and SignMuon (default: " in words
     assert "--processes start the workers as processes, on the CPU" in words
 
 

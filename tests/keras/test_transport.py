@@ -13,6 +13,7 @@ from signsgd_keras import _compat
 from signsgd_keras.vote.agreement import Header
 from signsgd_keras.vote.ballots import count_words, verdict
 from signsgd_keras.vote.transport import Collectives, InProcess, Transport, transport_for
+from tests import devices  # noqa: F401  replicas of this process are made before TensorFlow runs
 
 from .models import plain
 
