@@ -121,7 +121,7 @@ def _muon(model: nn.Module, job: Job) -> tuple[list[torch.optim.Optimizer], list
     """Return torch's Muon for the hidden matrices and AdamW for the rest; kernels as matrices of `fan_in` columns."""
     cuts, rest = list[Cut](), list[nn.Parameter]()
     for group in hidden_groups(model, job):
-        for p in group["params"]:
+        for _, p in group["params"]:
             if group.get("orthogonalize"):
                 cuts.append((p, [nn.Parameter(m) for m in p.detach().view(core.matrices(p.shape, group["matrices"]))]))
             else:
