@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from lion_pytorch import Lion
@@ -87,24 +88,16 @@ def update_by(model: nn.Module, job: Job) -> Update:
 
 
 def _averaged(model: nn.Module, job: Job) -> Update:
-    method = job.method.removesuffix(CLIPPED)
-    clipped, parameters = method != job.method, list(model.parameters())
-    if method == "Muon":
-        optimizers, halves = _muon(model, job)
-    else:
-        optimizers = [AVERAGED[method](parameters, lr=job.lr, weight_decay=job.weight_decay)]
-        halves = []
+    parameters = list(model.parameters())
+    optimizers, cuts = averaging_optimizers(model, job)
     peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
 
     def update(gradients: list[list[Tensor]], share: float) -> None:
         for p, of_workers in zip(parameters, zip(*gradients, strict=True), strict=True):
             p.grad = torch.stack(of_workers).mean(0)
-        if clipped:
+        if job.method.endswith(CLIPPED):
             nn.utils.clip_grad_norm_(parameters, 1.0)
-        for p, matrices in halves:
-            assert p.grad is not None
-            for matrix, gradient in zip(matrices, p.grad.view(len(matrices), *matrices[0].shape), strict=True):
-                matrix.grad = gradient
+        give_gradients(cuts)
         for optimizer, of_groups in zip(optimizers, peaks, strict=True):
             for group, peak in zip(optimizer.param_groups, of_groups, strict=True):
                 group["lr"] = peak * share
@@ -117,8 +110,38 @@ Cut = tuple[nn.Parameter, list[nn.Parameter]]
 """A parameter, and its matrices on the same memory."""
 
 
-def _muon(model: nn.Module, job: Job) -> tuple[list[torch.optim.Optimizer], list[Cut]]:
-    """Return torch's Muon for the hidden matrices and AdamW for the rest; kernels as matrices of `fan_in` columns."""
+def averaging_optimizers(model: nn.Module, job: Job) -> tuple[list[torch.optim.Optimizer], list[Cut]]:
+    """Return the optimizers of a method that averages, and which parameters they have as matrices."""
+    method = job.method.removesuffix(CLIPPED)
+    if method == "Muon":
+        return muon_optimizers(model, job, Muon)
+    return [AVERAGED[method](model.parameters(), lr=job.lr, weight_decay=job.weight_decay)], []
+
+
+def give_gradients(cuts: Sequence[Cut]) -> None:
+    """Give matrices their parts of the parameters' gradients."""
+    for p, matrices in cuts:
+        assert p.grad is not None
+        for matrix, gradient in zip(matrices, p.grad.view(len(matrices), *matrices[0].shape), strict=True):
+            matrix.grad = gradient
+
+
+class Muon(torch.optim.Muon):
+    """Torch's Muon, on the CPU with polar factors in float32, as ours are there; torch's bfloat16 is slower there."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """Take a step."""
+        if self.param_groups[0]["params"][0].device.type != "cpu":
+            return super().step(closure)  # type: ignore[no-untyped-call]
+        with mock.patch.object(Tensor, "bfloat16", Tensor.float):
+            return super().step(closure)  # type: ignore[no-untyped-call]
+
+
+def muon_optimizers(
+    model: nn.Module, job: Job, kind: type[torch.optim.Muon]
+) -> tuple[list[torch.optim.Optimizer], list[Cut]]:
+    """Return Muon for the hidden matrices and AdamW for the rest; kernels are matrices of `fan_in` columns."""
     cuts, rest = list[Cut](), list[nn.Parameter]()
     for group in hidden_groups(model, job):
         for _, p in group["params"]:
@@ -127,7 +150,7 @@ def _muon(model: nn.Module, job: Job) -> tuple[list[torch.optim.Optimizer], list
             else:
                 rest.append(p)
     hidden = [matrix for _, matrices in cuts for matrix in matrices]
-    muon = torch.optim.Muon(hidden, lr=job.lr, weight_decay=job.weight_decay)
+    muon = kind(hidden, lr=job.lr, weight_decay=job.weight_decay)
     adamw = torch.optim.AdamW(rest, lr=job.other_lr or job.lr, betas=(0.9, 0.95), weight_decay=job.weight_decay)
     return [muon, adamw], cuts
 

@@ -22,24 +22,24 @@ from .training import SEEDS, Row, Store, add_device
 VERDICT = "verdict momentum 0.8"
 START: dict[str, dict[str, tuple[float, float | None]]] = {
     "resnet": {
-        "SGD, Nesterov": (0.1, None),
-        f"AdamW{CLIPPED}": (5e-3, None),
-        f"AdamW .95{CLIPPED}": (5e-3, None),
-        f"Lion{CLIPPED}": (1e-3, None),
-        f"Muon{CLIPPED}": (0.02, 0.005),
-        "Signum": (1e-3, None),
-        VERDICT: (4e-3, None),
         "SignMuon": (0.08, 0.01),
+        f"Muon{CLIPPED}": (0.02, 0.005),
+        f"AdamW .95{CLIPPED}": (5e-3, None),
+        VERDICT: (4e-3, None),
+        "Signum": (1e-3, None),
+        f"AdamW{CLIPPED}": (5e-3, None),
+        f"Lion{CLIPPED}": (1e-3, None),
+        "SGD, Nesterov": (0.1, None),
     },
     "gpt": {
-        f"SGD, Nesterov{CLIPPED}": (0.2, None),
-        f"AdamW{CLIPPED}": (4e-3, None),
-        f"AdamW .95{CLIPPED}": (4e-3, None),
-        f"Lion{CLIPPED}": (4e-4, None),
-        f"Muon{CLIPPED}": (0.02, 0.005),
-        "Signum": (2e-4, None),
-        VERDICT: (4e-3, None),
         "SignMuon": (0.04, 0.01),
+        f"Muon{CLIPPED}": (0.02, 0.005),
+        f"AdamW .95{CLIPPED}": (4e-3, None),
+        VERDICT: (4e-3, None),
+        "Signum": (2e-4, None),
+        f"AdamW{CLIPPED}": (4e-3, None),
+        f"Lion{CLIPPED}": (4e-4, None),
+        f"SGD, Nesterov{CLIPPED}": (0.2, None),
     },
 }
 """Where the search of a method begins: its learning rate, and that of what is no hidden matrix."""
