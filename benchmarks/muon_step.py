@@ -4,8 +4,8 @@ python -m benchmarks.muon_step --out benchmarks/results
 
 Muon is `torch.optim.Muon` for the hidden matrices and AdamW for the rest, SignMuon `signsgd_lightning.Signum` in the
 groups of `signmuon_groups`: the same matrices. Torch's Muon computes in bfloat16, which not every CPU has; a second row
-has its code in float32. Rounds are interleaved, so that a busy machine slows all of them; medians are compared.
-Gradients are there before the clock starts.
+has its code in float32. Rounds are interleaved and medians are compared, of processor time, so that other processes
+count little. Gradients are there before the clock starts.
 """
 
 import argparse
@@ -70,7 +70,7 @@ def _step_all(optimizers: list[torch.optim.Optimizer]) -> None:
 
 
 def measure(name: str, rounds: int) -> dict[str, float]:
-    """Return the median seconds of each part of a step."""
+    """Return the median processor seconds of each part of a step."""
     torch.manual_seed(0)
     model, loss = MODELS[name]()
     loss(model).backward()  # type: ignore[no-untyped-call]
@@ -79,16 +79,16 @@ def measure(name: str, rounds: int) -> dict[str, float]:
     times: dict[str, list[float]] = {job: [] for job in jobs}
     for k in tqdm(range(rounds + 2), name, leave=False):
         for job, run in jobs.items():
-            begin = time.perf_counter()
+            begin = time.process_time()
             run()
             if k >= 2:
-                times[job].append(time.perf_counter() - begin)
+                times[job].append(time.process_time() - begin)
     return {job: median(seconds) for job, seconds in times.items()}
 
 
 def table(measured: dict[str, dict[str, float]]) -> Iterator[str]:
     """Return the lines."""
-    yield f"{'milliseconds, median':<36}" + "".join(f"{name:>12}" for name in measured)
+    yield f"{'processor ms, median':<36}" + "".join(f"{name:>12}" for name in measured)
     for job in next(iter(measured.values())):
         yield f"{job:<36}" + "".join(f"{1e3 * seconds[job]:>12.2f}" for seconds in measured.values())
     for other in ("Muon, torch's bfloat16", "Muon in float32", "AdamW"):
