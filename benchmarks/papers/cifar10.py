@@ -12,8 +12,9 @@ from typing import Any
 
 from . import verdict_momentum
 from .common import command_line, heading, publish
+from .methods import Job, voted
 from .tasks import STEPS, Images, Task, add_arguments
-from .training import Job, Row, Store, add_device, tuned, voted
+from .training import Row, Store, add_device, tuned
 
 SHARED = verdict_momentum.RATES["resnet"]
 RATES = {

@@ -23,8 +23,9 @@ from signsgd_core.analysis.geometry import Moments, density, figures
 from signsgd_lightning.monitor.geometry_monitor import hessian_diagonal, twice_differentiable
 
 from .common import command_line, heading, publish
+from .methods import Job
 from .tasks import Task, add_arguments, shared_task
-from .training import Job, train
+from .training import train
 
 RATES = {
     "gpt": {"AdamW": 2e-3, "Signum": 2e-4, "verdict momentum 0.8": 4e-3},

@@ -19,8 +19,9 @@ from benchmarks.wire import Cell, work
 
 from .common import command_line, heading, publish
 from .gpt_worker import METHODS
+from .methods import Job
 from .tasks import Text, add_arguments, text_of
-from .training import Job, Store, best
+from .training import Store, best
 
 WORKERS, LIMIT = 4, 3_600
 RATES = {

@@ -1,8 +1,7 @@
-"""Training by any method with `M` workers in one process: averaged gradients, or the reference's majority vote.
+"""Training by any method with `M` workers in one process: averaged gradients, or a majority vote.
 
 Every worker draws its own part of the same global batch, and batch norm sees a worker's part alone, as on machines of
-their own. The vote is `signsgd_core.Reference`, which all front ends equal bit for bit (`tests/conformance`). All
-methods have the same schedule: linear warmup over a twentieth of the steps, then half a cosine.
+their own. All methods have the same schedule: linear warmup over a twentieth of the steps, then half a cosine.
 """
 
 import argparse
@@ -11,57 +10,19 @@ import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
-from lion_pytorch import Lion
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
-from signsgd_core import Reference
-
+from .methods import Job, update_by
 from .tasks import Task
 
-AVERAGED: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "AdamW": torch.optim.AdamW,
-    "Adam": torch.optim.Adam,
-    "SGD": partial(torch.optim.SGD, momentum=0.9),
-    "Lion": Lion,
-}
-VOTED: dict[str, dict[str, Any]] = {
-    "signSGD": {"betas": (0.0, 0.0)},
-    "Signum": {"betas": (0.9, 0.9)},
-    "Signum .99": {"betas": (0.99, 0.99)},
-    "voted Lion": {"betas": (0.9, 0.99)},
-    **{
-        f"verdict momentum {gamma}": {"betas": (0.0, 0.0), "verdict_momentum": gamma} for gamma in (0.5, 0.8, 0.9, 0.95)
-    },
-    **{f"mixture {beta} and 0.8": {"betas": (beta, beta), "verdict_momentum": 0.8} for beta in (0.5, 0.9)},
-}
 SEEDS = (0, 1, 2)
 """Of a method at its best point; the grid has the first."""
-PER_LAYER = ", per layer"
-"""At the end of a voted method: matrices have learning rates in the ratio of their weights' root mean squares."""
-
-
-class Job(NamedTuple):
-    """One training, of the task with that key."""
-
-    task: str
-    method: str
-    lr: float
-    weight_decay: float = 0.0
-    workers: int = 4
-    steps: int = 500
-    seed: int = 0
-
-    @property
-    def key(self) -> str:
-        return json.dumps(self._asdict(), sort_keys=True)
 
 
 class Run(NamedTuple):
@@ -69,10 +30,6 @@ class Run(NamedTuple):
 
     score: float
     curve: list[tuple[int, float]]
-
-
-Update = Callable[[list[list[Tensor]], float], None]
-"""Takes each worker's gradients, and the learning rate as a share of its peak."""
 
 
 def train(task: Task, job: Job, points: int = 20, watch: Callable[[int, nn.Module], None] | None = None) -> Run:
@@ -87,7 +44,7 @@ def train(task: Task, job: Job, points: int = 20, watch: Callable[[int, nn.Modul
     torch.set_num_threads(1)
     torch.manual_seed(job.seed)
     model = task.model().to(task.device)
-    update = _voted(model, job) if voted(job.method) else _averaged(model, job)
+    update = update_by(model, job)
     sources = [np.random.default_rng([job.seed, worker]) for worker in range(job.workers)]
     curve, losses = list[tuple[int, float]](), list[float]()
     for step in range(job.steps):
@@ -115,62 +72,18 @@ def schedule(step: int, steps: int) -> float:
     return min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / steps)))
 
 
-def _averaged(model: nn.Module, job: Job) -> Update:
-    optimizer = AVERAGED[job.method](model.parameters(), lr=job.lr, weight_decay=job.weight_decay)
-
-    def update(gradients: list[list[Tensor]], share: float) -> None:
-        for p, of_workers in zip(model.parameters(), zip(*gradients, strict=True), strict=True):
-            p.grad = torch.stack(of_workers).mean(0)
-        for group in optimizer.param_groups:
-            group["lr"] = job.lr * share
-        optimizer.step()
-
-    return update
-
-
-def _voted(model: nn.Module, job: Job) -> Update:
-    parameters = list(model.parameters())
-    method = job.method.removesuffix(PER_LAYER)
-    per_layer = method != job.method
-    parts = [slice(k, k + 1) for k in range(len(parameters))] if per_layer else [slice(None)]
-    references = [
-        Reference([_vector(parameters[part])], job.workers, job.lr, weight_decay=job.weight_decay, **VOTED[method])
-        for part in parts
-    ]
-
-    def update(gradients: list[list[Tensor]], share: float) -> None:
-        rates = layer_rates(parameters) if per_layer else [1.0]
-        for part, reference, rate in zip(parts, references, rates, strict=True):
-            reference.lr = job.lr * share * rate
-            reference.step([[_vector(own[part])] for own in gradients])
-            moved = torch.from_numpy(reference.parameters[0]).to(parameters[0])
-            nn.utils.vector_to_parameters(moved, parameters[part])
-
-    return update
-
-
-def layer_rates(parameters: Sequence[Tensor]) -> list[float]:
-    """Return each tensor's share of the learning rate: matrices' are as their weights to all matrices', vectors' 1."""
-    matrices = [p.detach() for p in parameters if p.dim() > 1]
-    everywhere = float(torch.cat([p.flatten() for p in matrices]).square().mean().sqrt())
-    return [float(p.detach().square().mean().sqrt()) / everywhere if p.dim() > 1 else 1.0 for p in parameters]
-
-
-def _vector(tensors: Sequence[Tensor]) -> npt.NDArray[np.float32]:
-    vector: npt.NDArray[np.float32] = nn.utils.parameters_to_vector(tensors).detach().cpu().numpy()
-    return vector
-
-
 class Store:
     """Runs of jobs in `trainings.json`: an interrupted grid goes on where it was, and scripts share what they train.
 
     Args:
         folder: where the file is, or None to keep nothing.
         device: to train on, such as "cuda".
+        processes: how many train at a time; None for one a core.
     """
 
-    def __init__(self, folder: Path | None, device: str = "cpu") -> None:
+    def __init__(self, folder: Path | None, device: str = "cpu", processes: int | None = None) -> None:
         self.path, self.device = folder and folder / "trainings.json", device
+        self.processes = processes or os.cpu_count()
         self.known: dict[str, Run] = {}
         if self.path is not None and self.path.exists():
             self.known = {key: Run(*value) for key, value in json.loads(self.path.read_text()).items()}
@@ -179,7 +92,7 @@ class Store:
         """Return what the jobs come to, each trained in a process of its own unless it is known."""
         jobs = list(jobs)
         new = list(dict.fromkeys(job for job in jobs if job.key not in self.known))
-        with ProcessPoolExecutor(os.cpu_count(), initializer=_share, initargs=(task, self.device)) as pool:
+        with ProcessPoolExecutor(self.processes, initializer=_share, initargs=(task, self.device)) as pool:
             futures = [(job, pool.submit(_job, job)) for job in new]
             for job, future in tqdm(futures, title, leave=False):
                 self.known[job.key] = future.result()
@@ -216,11 +129,6 @@ def best(jobs: Sequence[Job], outcomes: Sequence[Run], better: str) -> Job:
 def add_device(parser: argparse.ArgumentParser) -> None:
     """Add where to train."""
     parser.add_argument("--device", default="cpu", help='such as "cuda" (default: %(default)s)')
-
-
-def voted(method: str) -> bool:
-    """Return whether a method is a vote."""
-    return method.removesuffix(PER_LAYER) in VOTED
 
 
 class Row(NamedTuple):

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from .common import command_line, heading, publish
+from .methods import Job, voted
 from .tasks import Task, add_arguments, shared_task
-from .training import SEEDS, Job, Row, Store, add_device, tuned, voted
+from .training import SEEDS, Row, Store, add_device, tuned
 
 RATES: dict[str, dict[str, tuple[float, ...]]] = {
     "gpt": {

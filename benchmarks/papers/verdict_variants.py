@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from .common import command_line, heading, publish
+from .methods import PER_LAYER, Job
 from .tasks import Task, add_arguments, shared_task
-from .training import PER_LAYER, Job, Row, Store, add_device, tuned
+from .training import Row, Store, add_device, tuned
 from .verdict_momentum import DECAYS, MANY, RATES, tuned_grids
 
 WIDER, WIDE = 4, ("AdamW", "Signum", "verdict momentum")

@@ -16,8 +16,9 @@ from PIL import Image
 
 from benchmarks.network import available
 from benchmarks.papers.densities import look
+from benchmarks.papers.methods import PER_LAYER, VOTED, Job
 from benchmarks.papers.tasks import Images, Task, Text
-from benchmarks.papers.training import PER_LAYER, VOTED, Job, Run, Store, best, schedule, train
+from benchmarks.papers.training import Run, Store, best, schedule, train
 from signsgd_lightning import Signum
 
 pytestmark = pytest.mark.multiprocess

@@ -1,0 +1,188 @@
+"""What the experiments train by: optimizers that take the mean of all workers' gradients, and majority votes.
+
+A name may end with `CLIPPED` or `PER_LAYER`. Muon and SignMuon divide a model alike, by `signmuon_groups`.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from lion_pytorch import Lion
+from torch import Tensor, nn
+
+import signsgd_core as core
+from signsgd_lightning import Signum, signmuon_groups
+
+from .simulated_vote import SimulatedVote
+from .tasks import GPT
+
+AVERAGED: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "AdamW": torch.optim.AdamW,
+    "AdamW .95": partial(torch.optim.AdamW, betas=(0.9, 0.95)),
+    "Adam": torch.optim.Adam,
+    "SGD": partial(torch.optim.SGD, momentum=0.9),
+    "SGD, Nesterov": partial(torch.optim.SGD, momentum=0.9, nesterov=True),
+    "Lion": Lion,
+}
+"""Without Muon, which is two optimizers."""
+VOTED: dict[str, dict[str, Any]] = {
+    "signSGD": {"betas": (0.0, 0.0)},
+    "Signum": {"betas": (0.9, 0.9)},
+    "Signum .99": {"betas": (0.99, 0.99)},
+    "voted Lion": {"betas": (0.9, 0.99)},
+    **{
+        f"verdict momentum {gamma}": {"betas": (0.0, 0.0), "verdict_momentum": gamma} for gamma in (0.5, 0.8, 0.9, 0.95)
+    },
+    **{f"mixture {beta} and 0.8": {"betas": (beta, beta), "verdict_momentum": 0.8} for beta in (0.5, 0.9)},
+    "SignMuon": {},
+}
+"""SignMuon's settings are those of `signmuon_groups`."""
+CLIPPED = ", clipped"
+"""At the end of a method that averages: the norm of the mean gradient is at most 1."""
+PER_LAYER = ", per layer"
+"""At the end of a voted method: matrices have learning rates in the ratio of their weights' root mean squares."""
+
+
+class Job(NamedTuple):
+    """One training, of the task with that key.
+
+    Attributes:
+        other_lr: of what is no hidden matrix, for Muon and SignMuon.
+    """
+
+    task: str
+    method: str
+    lr: float
+    weight_decay: float = 0.0
+    workers: int = 4
+    steps: int = 500
+    seed: int = 0
+    other_lr: float | None = None
+
+    @property
+    def key(self) -> str:
+        """What it is stored under; jobs of older runs have no `other_lr`."""
+        return json.dumps({name: value for name, value in self._asdict().items() if value is not None}, sort_keys=True)
+
+    @property
+    def bits(self) -> float:
+        """Bits that a worker sends for each parameter in the whole run: both halves of a ring, or of a vote."""
+        return 2 * (self.workers - 1) / self.workers * (1 if voted(self.method) else 32) * self.steps
+
+
+Update = Callable[[list[list[Tensor]], float], None]
+"""Takes each worker's gradients, and the learning rate as a share of its peak."""
+
+
+def voted(method: str) -> bool:
+    """Return whether a method is a vote."""
+    return method.removesuffix(PER_LAYER) in VOTED
+
+
+def update_by(model: nn.Module, job: Job) -> Update:
+    """Return what moves the model by the gradients of a job's workers."""
+    return _voted(model, job) if voted(job.method) else _averaged(model, job)
+
+
+def _averaged(model: nn.Module, job: Job) -> Update:
+    parameters = list(model.parameters())
+    optimizers, cuts = averaging_optimizers(model, job)
+    peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
+
+    def update(gradients: list[list[Tensor]], share: float) -> None:
+        for p, of_workers in zip(parameters, zip(*gradients, strict=True), strict=True):
+            p.grad = torch.stack(of_workers).mean(0)
+        if job.method.endswith(CLIPPED):
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+        give_gradients(cuts)
+        for optimizer, of_groups in zip(optimizers, peaks, strict=True):
+            for group, peak in zip(optimizer.param_groups, of_groups, strict=True):
+                group["lr"] = peak * share
+            optimizer.step()
+
+    return update
+
+
+Cut = tuple[nn.Parameter, list[nn.Parameter]]
+"""A parameter, and its matrices on the same memory."""
+
+
+def averaging_optimizers(model: nn.Module, job: Job) -> tuple[list[torch.optim.Optimizer], list[Cut]]:
+    """Return the optimizers of a method that averages, and which parameters they have as matrices."""
+    method = job.method.removesuffix(CLIPPED)
+    if method == "Muon":
+        return muon_optimizers(model, job, Muon)
+    return [AVERAGED[method](model.parameters(), lr=job.lr, weight_decay=job.weight_decay)], []
+
+
+def give_gradients(cuts: Sequence[Cut]) -> None:
+    """Give matrices their parts of the parameters' gradients."""
+    for p, matrices in cuts:
+        assert p.grad is not None
+        for matrix, gradient in zip(matrices, p.grad.view(len(matrices), *matrices[0].shape), strict=True):
+            matrix.grad = gradient
+
+
+class Muon(torch.optim.Muon):
+    """Torch's Muon, on the CPU with polar factors in float32, as ours are there; torch's bfloat16 is slower there."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """Take a step."""
+        if self.param_groups[0]["params"][0].device.type != "cpu":
+            return super().step(closure)  # type: ignore[no-untyped-call]
+        with mock.patch.object(Tensor, "bfloat16", Tensor.float):
+            return super().step(closure)  # type: ignore[no-untyped-call]
+
+
+def muon_optimizers(
+    model: nn.Module, job: Job, kind: type[torch.optim.Muon]
+) -> tuple[list[torch.optim.Optimizer], list[Cut]]:
+    """Return Muon for the hidden matrices and AdamW for the rest; kernels are matrices of `fan_in` columns."""
+    cuts, rest = list[Cut](), list[nn.Parameter]()
+    for group in hidden_groups(model, job):
+        for _, p in group["params"]:
+            if group.get("orthogonalize"):
+                cuts.append((p, [nn.Parameter(m) for m in p.detach().view(core.matrices(p.shape, group["matrices"]))]))
+            else:
+                rest.append(p)
+    hidden = [matrix for _, matrices in cuts for matrix in matrices]
+    muon = kind(hidden, lr=job.lr, weight_decay=job.weight_decay)
+    adamw = torch.optim.AdamW(rest, lr=job.other_lr or job.lr, betas=(0.9, 0.95), weight_decay=job.weight_decay)
+    return [muon, adamw], cuts
+
+
+def hidden_groups(model: nn.Module, job: Job) -> list[dict[str, Any]]:
+    """Return SignMuon's groups; the GPT's output layer is its embedding, so that all its `Linear` are hidden."""
+    output = None if isinstance(model, GPT) else "auto"
+    return signmuon_groups(model, job.lr, job.other_lr or job.lr, output=output)
+
+
+def _voted(model: nn.Module, job: Job) -> Update:
+    parameters = list(model.parameters())
+    method = job.method.removesuffix(PER_LAYER)
+    per_layer = method != job.method
+    groups = hidden_groups(model, job) if method == "SignMuon" else [{"params": [p]} for p in parameters]
+    optimizer = Signum(groups, job.lr, weight_decay=job.weight_decay, **VOTED[method])
+    vote = SimulatedVote(optimizer, job.workers)
+    numbers = {p: k for k, p in enumerate(parameters)}
+    order = [numbers[p] for group in optimizer.param_groups for p in group["params"]]
+    peaks = [group["lr"] for group in optimizer.param_groups]
+
+    def update(gradients: list[list[Tensor]], share: float) -> None:
+        rates = layer_rates(parameters) if per_layer else [1.0] * len(peaks)
+        for group, peak, rate in zip(optimizer.param_groups, peaks, rates, strict=True):
+            group["lr"] = peak * share * rate
+        vote.step([[own[k] for k in order] for own in gradients])
+
+    return update
+
+
+def layer_rates(parameters: Sequence[Tensor]) -> list[float]:
+    """Return each tensor's share of the learning rate: matrices' are as their weights to all matrices', vectors' 1."""
+    matrices = [p.detach() for p in parameters if p.dim() > 1]
+    everywhere = float(torch.cat([p.flatten() for p in matrices]).square().mean().sqrt())
+    return [float(p.detach().square().mean().sqrt()) / everywhere if p.dim() > 1 else 1.0 for p in parameters]
