@@ -127,7 +127,7 @@ def cases() -> tuple[Case, ...]:
 
 def assert_reference(
     case: Case, trajectory: Trajectory, without: Collection[int] = (), tolerance: float = TOLERANCE
-) -> None:
+) -> tuple[int, int]:
     """Demand `==` with the specification after each step, wherever it is decided.
 
     Args:
@@ -135,12 +135,19 @@ def assert_reference(
         trajectory: what came out, [step][tensor].
         without: numbers of the tensors that it lacks.
         tolerance: of the reference.
+
+    Returns:
+        How many entries of orthogonalized tensors were undecided, and how many there are, over all steps.
     """
+    undecided = compared = 0
     for t, (step, *there) in enumerate(zip(trajectory, *case.reference(tolerance=tolerance), strict=True)):
         expected = [(k, x, decided) for k, (x, decided) in enumerate(zip(*there, strict=True)) if k not in without]
         for ours, (k, x, decided) in zip(step, expected, strict=True):
             assert (ours.shape, ours.dtype) == (x.shape, x.dtype)
             np.testing.assert_array_equal(ours[decided], x[decided], err_msg=f"tensor {k} after step {t}")
+            if case.orthogonalize and k in MATRICES:
+                undecided, compared = undecided + int((~decided).sum()), compared + decided.size
+    return undecided, compared
 
 
 def pairs(case: Case) -> set[Meeting]:
