@@ -48,7 +48,10 @@ def judge(runs: list[Run], **settings: Any) -> None:
     ("workers", "rows", "batch_size", "betas", "settings"),
     [
         (2, 22, 8, (0.5, 0.75), {}),  # the last batch is smaller
-        (3, 24, 6, (0.0, 0.0), {"verdict_momentum": 0.5, "weight_decay": 0.25, "zeros": "abstain"}),
+        pytest.param(
+            *(3, 24, 6, (0.0, 0.0), {"verdict_momentum": 0.5, "weight_decay": 0.25, "zeros": "abstain"}),
+            marks=pytest.mark.nightly,
+        ),
     ],
 )
 def test_fit_is_the_reference(

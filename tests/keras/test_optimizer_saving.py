@@ -97,8 +97,8 @@ def fresh(nursery: Callable[[str], Nursery]) -> Iterator[Callable[[str], Cluster
     [
         *((name, "float32") for name in BACKENDS),
         ("tensorflow", "mixed_float16"),
-        ("jax", "bfloat16"),
-        ("torch", "bfloat16"),
+        pytest.param("jax", "bfloat16", marks=pytest.mark.nightly),
+        pytest.param("torch", "bfloat16", marks=pytest.mark.nightly),
     ],
 )
 def test_training_goes_on_bit_for_bit_in_a_fresh_process(
