@@ -13,7 +13,7 @@ _GATES = {nn.LSTM: 4, nn.GRU: 3}
 
 def signmuon_groups(
     model: nn.Module,
-    lr: float = 0.02,
+    lr: float = 0.08,
     other_lr: float = 0.01,
     *,
     output: str | None = "auto",

@@ -156,3 +156,13 @@ def test_undecided_is_what_rounding_could_turn() -> None:
     could = np.abs(np.where(near, 0, votes).sum(0)) <= near.sum(0)
     np.testing.assert_array_equal(reference.undecided[0], could & near.any(0))
     assert not sign_muon(3).undecided[0].any()
+
+
+def test_undecided_stays_so() -> None:
+    """A parameter that rounding moved is another one from then on."""
+    reference = sign_muon(1, tolerance=0.3)
+    for seed in range(3):
+        before = reference.undecided[0].copy()
+        reference.step([[random((2, 4), seed), None]])
+        assert (reference.undecided[0] >= before).all()
+    assert (reference.undecided[0] > before).any()

@@ -71,7 +71,8 @@ def test_recurrent_layers() -> None:
 
 
 def test_tied_weights_are_the_output_wherever_they_stand() -> None:
-    assert where(Tied()) == {"matrices": ["hidden.weight"], "others": ["head.weight", "hidden.bias"]}
+    expected = {"matrices": ["hidden.weight"], "others": ["head.weight", "hidden.bias"]}
+    assert where(Tied()) == where(Tied(), output=None) == expected
 
 
 def test_the_output_is_named() -> None:
