@@ -34,7 +34,6 @@ __all__ = [
     "per_replica",
     "read_when_saved",
     "saved_name",
-    "saved_numbers",
     "saved_variables",
     "strategy_of",
     "trainable_variables",
@@ -71,23 +70,6 @@ def saved_variables(checkpoint: str) -> list[list[str]]:
     Args:
         checkpoint: its path, as `tf.train.Checkpoint.restore` takes it.
     """
-    return [names for names, _ in _saved_optimizers(checkpoint)]
-
-
-def saved_numbers(checkpoint: str, optimizer: str, attribute: str) -> list[int]:
-    """Return where a list of an optimizer in a `tf.train.Checkpoint` has a variable; for `checkpoints.origin`.
-
-    Args:
-        checkpoint: its path.
-        optimizer: its name.
-        attribute: of the optimizer, under which it has the list; other places may have None.
-    """
-    found = [lists for names, lists in _saved_optimizers(checkpoint) if names[0].split("/")[0] == optimizer]
-    return sorted(int(place) for place in found[0].get(attribute, ()))
-
-
-def _saved_optimizers(checkpoint: str) -> list[tuple[list[str], dict[str, list[str]]]]:
-    """Return the names of the variables of each optimizer, and the places of what is within its attributes."""
     reader, key = tf.train.load_checkpoint(checkpoint), "_CHECKPOINTABLE_OBJECT_GRAPH"
     if not reader.has_tensor(key):
         return []
@@ -97,9 +79,7 @@ def _saved_optimizers(checkpoint: str) -> list[tuple[list[str], dict[str, list[s
         children = {child.local_name: child.node_id for child in node.children}
         if {"_variables", "_iterations"} <= children.keys():
             numbers = [child.node_id for child in nodes[children["_variables"]].children]
-            names = [nodes[k].attributes[0].full_name for k in numbers if nodes[k].attributes]
-            places = {name: [child.local_name for child in nodes[k].children] for name, k in children.items()}
-            found.append((names, places))
+            found.append([nodes[k].attributes[0].full_name for k in numbers if nodes[k].attributes])
     return found
 
 

@@ -43,7 +43,7 @@ class Signum(keras.optimizers.Optimizer):  # type: ignore[misc]
     | `beta_1=β, beta_2=β`, the default | Signum |
     | `beta_1 ≠ beta_2`, e.g. 0.9 and 0.99 | Lion |
     | `beta_1=0.0, beta_2=0.0, verdict_momentum=0.8` | voted signSGD with verdict momentum |
-    | `orthogonalize=True, exclude_layers=["output"]` | SignMuon for matrices, verdict momentum for all the rest |
+    | `orthogonalize=True, exclude_layers=["output"]` | SignMuon for matrices, voted Lion for all the rest |
 
     With one replica it is a worker whose verdict is its own ballot, on TensorFlow, JAX and torch. Made in the scope of
     a `tf.distribute.MirroredStrategy` or a `MultiWorkerMajorityVoteStrategy`, every step is a majority vote of all
@@ -59,7 +59,7 @@ class Signum(keras.optimizers.Optimizer):  # type: ignore[misc]
     decided as in `keras.optimizers.Muon`, when the optimizer is built; `orthogonalized` names them:
 
     - Variables of two to four dimensions are, but for biases and the scales of normalizations and activations. All
-      others step by `verdict_momentum` with betas of 0, at a learning rate of their own.
+      others vote by the signs of the direction itself, at a learning rate of their own.
     - Embeddings and what `exclude_layers` names are not. Usually name your output layer there.
     - A kernel's last dimension has the rows, all dimensions before it are the `fan_in` columns: (in, out) of a `Dense`
       layer, (h, w, in, out) of a convolution, (heads, size, dim) of the output of a `MultiHeadAttention`.
@@ -73,12 +73,11 @@ class Signum(keras.optimizers.Optimizer):  # type: ignore[misc]
         learning_rate: A float, a `keras.optimizers.schedules.LearningRateSchedule` instance, or a callable that takes
             no arguments and returns the actual value to use. Defaults to `1e-4`. First try a fifth of the rate that
             AdamW has, or with `verdict_momentum` twice that rate, or with `orthogonalize` twice the rate of Muon,
-            such as 0.02.
-        beta_1: β1 in [0, 1), the weight of the momentum in the direction; of matrices alone where there are any.
-        beta_2: β2 in [0, 1), the weight of the momentum in the next one; of matrices alone where there are any.
-            Defaults to 0.9, with `orthogonalize` to 0.95.
-        verdict_momentum: γ in [0, 1); measured best at 0.8 or below, and with betas of 0. Defaults to 0; with
-            `orthogonalize` it is that of the variables that are no matrices, and defaults to 0.8.
+            such as 0.08.
+        beta_1: β1 in [0, 1), the weight of the momentum in the direction.
+        beta_2: β2 in [0, 1), the weight of the momentum in the next one. Defaults to 0.9, with `orthogonalize` to
+            0.95.
+        verdict_momentum: γ in [0, 1); measured best at 0.8 or below, and with betas of 0.
         zeros: what exact zeros and ties count as: `"alternate"` (default with several replicas), `"abstain"` (default
             with one) or `"positive"`; see `signsgd_core.zero_bit`.
         warmup_steps: for how many first steps the ballot is the sign of the gradient while the momentum accumulates;
@@ -100,7 +99,7 @@ class Signum(keras.optimizers.Optimizer):  # type: ignore[misc]
         other_learning_rate: Float. The rate of the variables that are no matrices, where `learning_rate` is a float
             too. The two stay in this proportion, whatever sets or schedules `learning_rate`.
         other_lr_ratio: Float. That proportion itself, the other rate divided by `learning_rate`: with a schedule, give
-            this one. Defaults to 1.
+            this one. Defaults to 1/64.
         ns_steps: Int. Newton–Schulz iterations.
         ns_coefficients: Three floats, the coefficients of each. It is recommended to use the default.
 
@@ -130,7 +129,7 @@ class Signum(keras.optimizers.Optimizer):  # type: ignore[misc]
         learning_rate: Any = 1e-4,
         beta_1: float = 0.9,
         beta_2: float | None = None,
-        verdict_momentum: float | None = None,
+        verdict_momentum: float = 0.0,
         zeros: Zeros | None = None,
         warmup_steps: WarmupSteps = 0,
         weight_decay: float | None = None,
@@ -157,7 +156,6 @@ class Signum(keras.optimizers.Optimizer):  # type: ignore[misc]
         keywords = check_keywords(exclude_layers)
         core.check_newton_schulz(ns_steps, ns_coefficients)
         beta_2 = (0.95 if orthogonalize else 0.9) if beta_2 is None else beta_2
-        verdict_momentum = (0.8 if orthogonalize else 0.0) if verdict_momentum is None else verdict_momentum
         if isinstance(learning_rate, float):
             core.check_size("learning_rate", learning_rate)
         for share, value in (("beta_1", beta_1), ("beta_2", beta_2), ("verdict_momentum", verdict_momentum)):
@@ -238,7 +236,8 @@ class Signum(keras.optimizers.Optimizer):  # type: ignore[misc]
         super().build(variables)
         self._matrices = _Opaque(matrices)
         for entry in state.MOMENTA:
-            setattr(self, entry.attribute, self._add_momenta(entry))
+            needed = entry.needed(self)
+            setattr(self, entry.attribute, self.add_optimizer_variables(variables, entry.name) if needed else None)
 
     def add_variable_from_reference(
         self, reference_variable: Variable, name: str | None = None, initializer: Any = "zeros"
@@ -267,7 +266,7 @@ class Signum(keras.optimizers.Optimizer):  # type: ignore[misc]
         """Return a variable with its state, as a step needs it."""
         i = self._get_variable_index(variable)
         lists = {entry.name: getattr(self, entry.attribute) for entry in state.MOMENTA}
-        found = {name: variables[i] for name, variables in lists.items() if variables and variables[i] is not None}
+        found = {name: variables[i] for name, variables in lists.items() if variables is not None}
         return Slot(variable, found, self._decay(variable), self._update(self._matrices.values[i]))
 
     def update_step(self, gradient: Tensor, variable: Variable, learning_rate: Tensor) -> None:
@@ -372,22 +371,11 @@ class Signum(keras.optimizers.Optimizer):  # type: ignore[misc]
                     lambda: None,
                 )
 
-    def _add_momenta(self, entry: state.Momentum) -> list[Variable | None] | None:
-        """Return an entry's variable for each model variable that needs it, and None for others; None if none does."""
-        needed = [entry.needed(self._update(matrix)) for matrix in self._matrices.values]
-        if not any(needed):
-            return None
-        pairs = zip(self._trainable_variables, needed, strict=True)
-        return [self.add_optimizer_variables([v], entry.name)[0] if need else None for v, need in pairs]
-
     def _update(self, matrix: Matrices | None) -> Update:
         """Return the formulas, by the settings now, of a variable that is orthogonalized as a matrix or is not."""
-        if matrix is not None:
-            polar = Polar(matrix, self._newton_schulz)
-            return Update(self.beta_1, self.beta_2, 0.0, self._warmup, self._backend, polar)
-        if self.orthogonalize:
-            return Update(0.0, 0.0, self.verdict_momentum, self._warmup, self._backend, rate=self.other_lr_ratio)
-        return Update(self.beta_1, self.beta_2, self.verdict_momentum, self._warmup, self._backend)
+        polar = None if matrix is None else Polar(matrix, self._newton_schulz)
+        rate = self.other_lr_ratio if self.orthogonalize and matrix is None else 1.0
+        return Update(self.beta_1, self.beta_2, self.verdict_momentum, self._warmup, self._backend, polar, rate)
 
     def _decay(self, variable: Variable) -> float:
         """Return λ of a variable, 0 where it is excluded from weight decay."""

@@ -27,6 +27,9 @@ AGREED = (
 )
 """The settings that all workers must have in common, in the order of error messages."""
 
+_OTHER_LR_RATIO = 1 / 64
+"""An orthogonal update is divided by the root of its columns, others are not."""
+
 
 def check_flag(name: str, value: Any) -> None:
     """Make sure that a setting is True or False.
@@ -83,7 +86,7 @@ def lr_ratio(orthogonalize: bool, learning_rate: Any, other_learning_rate: Any, 
             f"give other_learning_rate or other_lr_ratio, not both, got {other_learning_rate!r}, {ratio!r}"
         )
     if other_learning_rate is None:
-        return 1.0 if ratio is None else float(ratio)
+        return (_OTHER_LR_RATIO if orthogonalize else 1.0) if ratio is None else float(ratio)
     if not isinstance(learning_rate, float) or learning_rate == 0:
         raise ValueError(
             f"other_learning_rate={other_learning_rate!r} needs a learning_rate above 0 to be in proportion to, got "

@@ -46,7 +46,7 @@ class Momentum(Entry):
 
     Attributes:
         attribute: of the optimizer, under which `tf.train.Checkpoint` keeps the list of them.
-        needed: a variable's `Update` -> whether its settings need it.
+        needed: optimizer -> whether its settings need it.
     """
 
     attribute: str = ""
@@ -64,7 +64,7 @@ MOMENTUM = Momentum(
     private=True,
     dtype="float32",
     attribute="_momentums",
-    needed=lambda update: bool(update.beta_1 > 0),  # else c = g, and it would never be read
+    needed=lambda signum: bool(signum.beta_1 > 0),  # else c = g, and it would never be read
 )
 """`m`, each replica's own."""
 
@@ -73,7 +73,7 @@ VERDICT_MOMENTUM = Momentum(
     dtype="float32",
     bound=1.0,
     attribute="_verdict_momentums",
-    needed=lambda update: bool(update.gamma > 0),
+    needed=lambda signum: bool(signum.verdict_momentum > 0),
 )
 """`u`, the same on all."""
 

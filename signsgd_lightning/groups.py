@@ -7,6 +7,8 @@ from typing import Any
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+_BETAS = (0.9, 0.95)
+
 _GATES = {nn.LSTM: 4, nn.GRU: 3}
 """Gates of a recurrent layer, whose matrices lie one below the other in its weights."""
 
@@ -14,16 +16,16 @@ _GATES = {nn.LSTM: 4, nn.GRU: 3}
 def signmuon_groups(
     model: nn.Module,
     lr: float = 0.08,
-    other_lr: float = 0.01,
+    other_lr: float = 1e-3,
     *,
     output: str | None = "auto",
     matrices: Mapping[str, int] | None = None,
 ) -> list[dict[str, Any]]:
     """Return the parameter groups of a model for SignMuon: hidden matrices, and all other parameters.
 
-    ``"matrices"`` has ``orthogonalize=True, betas=(0.9, 0.95)`` and the hidden weights of `Linear`, `Conv1d`, `Conv2d`,
-    `MultiheadAttention` and recurrent layers. ``"others"`` has ``betas=(0, 0), verdict_momentum=0.8`` and all else: the
-    output layer, embeddings, norms, biases.
+    ``"matrices"`` has ``orthogonalize=True`` and the hidden weights of `Linear`, `Conv1d`, `Conv2d`,
+    `MultiheadAttention` and recurrent layers. ``"others"`` has all else: the output layer, embeddings, norms, biases.
+    Both have ``betas=(0.9, 0.95)``.
 
     The output layer is the last `Linear` in the order of ``model.modules()``, or one whose weight is an embedding's. A
     weight that several modules have is among the others if one of them is an embedding or the output. Fused weights are
@@ -33,7 +35,7 @@ def signmuon_groups(
     Args:
         model: whose parameters they are, all of them, also those without gradients.
         lr: of the matrices; first try twice the rate that Muon has.
-        other_lr: of the others; first try the rate that AdamW has.
+        other_lr: of the others; first try a quarter of the rate that AdamW has.
         output: name of the output layer, None for a model whose last `Linear` is hidden.
         matrices: name of a parameter -> how many matrices it holds, where its module does not tell; 0 puts it among the
             others. Names may have wildcards, as ``"blocks.*.qkv.weight"``.
@@ -70,7 +72,7 @@ def signmuon_groups(
             "params": members,
             "name": "matrices" if count == 1 else f"matrices, {count} in each",
             "lr": lr,
-            "betas": (0.9, 0.95),
+            "betas": _BETAS,
             "orthogonalize": True,
             "matrices": count,
         }

@@ -15,8 +15,7 @@ Optimizer = Any
 """A `Signum`; to be typed as one it would have to be imported, and it imports this module."""
 
 MARK = "signum"
-"""The entry of a store that no other optimizer writes: the kinds of variables that there are, and where only some
-model variables have one, the numbers of those that do; as text in bytes."""
+"""The entry of a store that no other optimizer writes: the kinds of variables that there are, as text in bytes."""
 
 _KEPT = (
     "nothing was loaded into the optimizer. To take the model's weights alone, load them before compile() gives it an "
@@ -38,7 +37,7 @@ def kind(path: str) -> str:
 
 def mark(optimizer: Optimizer) -> npt.NDArray[np.uint8]:
     """Return the value of `MARK` in the optimizer's files."""
-    return np.frombuffer(" ".join([*_kinds(optimizer), *_parts(optimizer)]).encode(), np.uint8)
+    return np.frombuffer(" ".join(_kinds(optimizer)).encode(), np.uint8)
 
 
 def check_store(optimizer: Optimizer, store: Any) -> bool:
@@ -55,10 +54,7 @@ def check_store(optimizer: Optimizer, store: Any) -> bool:
         ValueError: if it is another's.
     """
     if MARK in store.keys():  # noqa: SIM118  Keras' stores are no dicts
-        words = np.asarray(store[MARK]).tobytes().decode().split()
-        _check_kinds(optimizer, [word for word in words if ":" not in word])
-        if len(store.keys()) == len(optimizer.variables) + 1:  # else it is another model's
-            _check_parts(optimizer, [word for word in words if ":" in word])
+        _check_kinds(optimizer, np.asarray(store[MARK]).tobytes().decode().split())
         return True
     return check_name(optimizer, _compat.saved_name(store))
 
@@ -108,9 +104,6 @@ def check_checkpoint(optimizer: Optimizer, path: str) -> None:
     for name, kinds in saved.items():
         known = check_name(optimizer, name)
         _check_kinds(optimizer, kinds)
-        lists = {entry.name: _compat.saved_numbers(path, name, entry.attribute) for entry in state.MOMENTA}
-        if optimizer.orthogonalize or len({tuple(numbers) for numbers in lists.values() if numbers}) > 1:
-            _check_parts(optimizer, [_part(*each) for each in lists.items()])
         if not known:
             warn_of_unknown(optimizer, name)
 
@@ -167,32 +160,9 @@ def _check_kinds(optimizer: Optimizer, saved: list[str]) -> None:
     if optimizer.built and set(kept) != set(saved):
         raise ValueError(
             f"the saved Signum kept {', '.join(dict.fromkeys(saved))} and {optimizer.name!r} keeps {', '.join(kept)}: "
-            "make it with the settings that were saved (beta_1, verdict_momentum, orthogonalize, use_ema, "
+            "make it with the settings that were saved (beta_1, verdict_momentum, use_ema, "
             f"gradient_accumulation_steps, a schedule); {_KEPT}"
         )
-
-
-def _check_parts(optimizer: Optimizer, saved: list[str]) -> None:
-    if optimizer.built and saved != _parts(optimizer):
-        raise ValueError(
-            f"the saved Signum orthogonalized other variables than {optimizer.name!r} does: make it with the settings "
-            f"that were saved (orthogonalize, exclude_layers, exclude_embeddings), for the same model; {_KEPT}"
-        )
-
-
-def _parts(optimizer: Optimizer) -> list[str]:
-    """Return in words which model variables have a momentum, where some are orthogonalized and others are not."""
-    if not optimizer.built or not optimizer.orthogonalize:
-        return []
-    lists = {entry.name: getattr(optimizer, entry.attribute) or () for entry in state.MOMENTA}
-    return [
-        _part(name, [k for k, variable in enumerate(variables) if variable is not None])
-        for name, variables in lists.items()
-    ]
-
-
-def _part(name: str, numbers: Sequence[int]) -> str:
-    return f"{name}:{','.join(map(str, numbers))}"
 
 
 def _kinds(optimizer: Optimizer) -> list[str]:

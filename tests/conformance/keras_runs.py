@@ -4,7 +4,6 @@ Frameworks are imported where they are used: a process has one backend of Keras 
 """
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,16 +20,9 @@ def make(case: Case, without: Collection[int] = ()) -> tuple[list[Any], Any]:
 
     from signsgd_keras import Signum
 
-    class OneGroup(Signum):
-        """All variables have the betas, the verdict momentum and the rate of the case, as in a group of torch."""
-
-        def _update(self, matrix: Any) -> Any:
-            same: dict[str, Any] = {"beta_1": self.beta_1, "beta_2": self.beta_2, "gamma": self.verdict_momentum}
-            return replace(super()._update(matrix), **same, rate=1.0)
-
     xs = [keras.Variable(rows_last(x), name=f"x{k}") for k, x in enumerate(case.parameters()) if k not in without]
     beta_1, beta_2 = case.betas
-    optimizer = OneGroup(
+    optimizer = Signum(
         learning_rate=LR,
         beta_1=beta_1,
         beta_2=beta_2,
@@ -39,6 +31,7 @@ def make(case: Case, without: Collection[int] = ()) -> tuple[list[Any], Any]:
         warmup_steps=case.warmup_steps,
         weight_decay=case.weight_decay or None,
         orthogonalize=case.orthogonalize,
+        other_lr_ratio=1.0 if case.orthogonalize else None,
     )
     optimizer.build(xs)
     return xs, optimizer

@@ -1,6 +1,6 @@
 """Variables of which some are matrices, their gradients, and the judge: a reference of matrices and one of others."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -44,7 +44,7 @@ class Judge:
     Args:
         workers: how many.
         columns_first: those matrices whose first dimension has the columns, as a projection to several heads.
-        settings: of `Reference`, but for the learning rate; `verdict_momentum` is that of the others.
+        settings: of `Reference`, but for the learning rate.
     """
 
     def __init__(
@@ -64,9 +64,10 @@ class Judge:
         xs = [self._rows_first(k, start[k]) for k in matrices]
         polar: dict[str, Any] = {"orthogonalize": dict.fromkeys(range(len(xs)), 1), "tolerance": 1e-3}
         others = [start[k] for k in self.numbers[False]]
+        settings |= {"betas": betas, "verdict_momentum": verdict_momentum}
         self.references = {
-            True: Reference(xs, workers, LR, betas, **settings, **polar),
-            False: Reference(others, workers, LR * RATIO, (0, 0), verdict_momentum=verdict_momentum, **settings),
+            True: Reference(xs, workers, LR, **settings, **polar),
+            False: Reference(others, workers, LR * RATIO, **settings),
         }
 
     def step(self, given: Sequence[Sequence[Array]], lr: float = LR) -> list[Array]:
@@ -75,6 +76,10 @@ class Judge:
             reference.lr = lr if kind else lr * self.ratio
             reference.step([[self._rows_first(k, worker[k], kind) for k in self.numbers[kind]] for worker in given])
         return self._all("parameters")
+
+    def momenta(self, worker: int) -> list[Array]:
+        """Return a worker's momenta, in Keras' layout."""
+        return self._by_number({kind: reference.momenta[worker] for kind, reference in self.references.items()})
 
     def check(self, found: Sequence[Array], inexact: Sequence[int] = ()) -> None:
         """Demand the same bits wherever rounding within polar factors did not decide, but of `inexact` a few digits."""
@@ -91,10 +96,13 @@ class Judge:
         assert share < 0.2
 
     def _all(self, name: str) -> list[Array]:
+        return self._by_number({kind: getattr(reference, name) for kind, reference in self.references.items()})
+
+    def _by_number(self, arrays: Mapping[bool, Sequence[Array]]) -> list[Array]:
         found = {
             k: self._rows_last(k, x, kind)
-            for kind, reference in self.references.items()
-            for k, x in zip(self.numbers[kind], getattr(reference, name), strict=True)
+            for kind, of_kind in arrays.items()
+            for k, x in zip(self.numbers[kind], of_kind, strict=True)
         }
         return [found[k].copy() for k in sorted(found)]
 

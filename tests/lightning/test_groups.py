@@ -99,7 +99,7 @@ def test_settings() -> None:
     matrices, others = Signum(signmuon_groups(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), 0.5, 0.25)).param_groups
     assert (matrices["lr"], matrices["betas"], matrices["verdict_momentum"]) == (0.5, (0.9, 0.95), 0.0)
     assert (matrices["orthogonalize"], others["orthogonalize"]) == (True, False)
-    assert (others["lr"], others["betas"], others["verdict_momentum"]) == (0.25, (0.0, 0.0), 0.8)
+    assert (others["lr"], others["betas"], others["verdict_momentum"]) == (0.25, (0.9, 0.95), 0.0)
 
 
 def test_a_wrapped_model() -> None:

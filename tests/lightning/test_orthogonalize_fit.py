@@ -41,7 +41,7 @@ def judge_both(ranks: list[list[Record]]) -> None:
     assert set(matrices[0].lrs) >= {LR, LR / 2}
     assert others[0].lrs == [lr / 2 for lr in matrices[0].lrs]
     judge(matrices, betas=(0.9, 0.95), orthogonalize={0: 1, 1: 1}, tolerance=1e-3)
-    judge(others, betas=(0, 0), verdict_momentum=0.8)
+    judge(others, betas=(0.9, 0.95))
 
 
 def _fit(settings: dict[str, Any]) -> list[Record]:

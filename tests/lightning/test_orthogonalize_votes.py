@@ -75,7 +75,7 @@ def judge_both(ranks: list[list[Record]], **settings: Any) -> None:
     share = np.concatenate([u.ravel() for u in reference.undecided]).mean()
     print(f"undecided: {share:.2%}")
     assert share < 0.05
-    judge(others, betas=(0, 0), verdict_momentum=0.8, **settings)
+    judge(others, betas=BETAS, **settings)
 
 
 @pytest.mark.parametrize("workers_", [2, 3])
