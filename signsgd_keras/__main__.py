@@ -83,7 +83,7 @@ def run(strategy: Any, options: Any) -> None:
         return Signum(cosine(verdict_lr, steps), 0.0, 0.0, gamma, zeros=zeros)
 
     def signmuon(steps: int) -> Any:
-        settings = {"orthogonalize": True, "exclude_layers": ["logits"], "other_lr_ratio": verdict_lr / signmuon_lr}
+        settings = {"orthogonalize": True, "exclude_layers": ["logits"], "other_lr_ratio": signum_lr / signmuon_lr}
         return Signum(cosine(signmuon_lr, steps), zeros=zeros, **settings)
 
     def averaged(parameters: int) -> int:

@@ -243,7 +243,7 @@ def main(arguments: list[str] | None = None) -> None:
         return Signum(model.parameters(), verdict_lr, (0, 0), zeros=zeros, verdict_momentum=gamma)
 
     def signmuon(model: nn.Module) -> Signum:
-        return Signum(signmuon_groups(model, signmuon_lr, verdict_lr), zeros=zeros)
+        return Signum(signmuon_groups(model, signmuon_lr, signum_lr), zeros=zeros)
 
     def vote() -> MajorityVoteStrategy:
         return MajorityVoteStrategy(adversaries=demo.adversaries(options))

@@ -79,9 +79,7 @@ def signmuon_groups(
         for count, members in sorted(by_count.items())
     ]
     if others:
-        groups.append(
-            {"params": others, "name": "others", "lr": other_lr, "betas": (0.0, 0.0), "verdict_momentum": 0.8}
-        )
+        groups.append({"params": others, "name": "others", "lr": other_lr, "betas": _BETAS})
     return groups
 
 

@@ -16,7 +16,7 @@
 #  …
 #      def configure_optimizers(self):
 # -        return torch.optim.AdamW(self.parameters(), lr=0.04)
-# +        return Signum(signmuon_groups(self, lr=0.04, other_lr=0.04))
+# +        return Signum(signmuon_groups(self, lr=0.08, other_lr=0.016))
 #  …
 # -trainer = Trainer(devices=2, strategy="ddp")
 # +trainer = Trainer(devices=2, strategy="majority_vote")
@@ -100,8 +100,8 @@ def fit(optimizer, strategy="majority_vote_notebook", epochs=10, cosine=True, re
 # from the same weights, over the same batches, with the best learning rate of a small grid that we tried beforehand.
 # The vote with verdict momentum also gets a `VoteMonitor`, which logs to whatever logger the trainer has.
 #
-# `signmuon_groups` parts the parameters: hidden matrices vote by the signs of their polar factors, all others by the
-# signs of their gradients, with verdict momentum.
+# `signmuon_groups` parts the parameters: hidden matrices vote by the signs of their polar factors, all others by those
+# of the direction itself, at a rate of their own.
 
 # %%
 logger = CSVLogger(folder.name, name="vote", version=0)
@@ -109,7 +109,7 @@ monitor = {"callbacks": [VoteMonitor()], "logger": logger, "log_every_n_steps": 
 adamw, _ = fit(lambda model: torch.optim.AdamW(model.parameters(), lr=0.04), "ddp_notebook")
 voted, trainer = fit(lambda model: Signum(model.parameters(), 0.02, (0, 0), verdict_momentum=0.8), **monitor)
 signum, _ = fit(lambda model: Signum(model.parameters(), lr=0.008, betas=(0.9, 0.9)))
-signmuon, _ = fit(lambda model: Signum(signmuon_groups(model, lr=0.04, other_lr=0.04)))
+signmuon, _ = fit(lambda model: Signum(signmuon_groups(model, lr=0.08, other_lr=0.016)))
 for group in Signum(signmuon_groups(signmuon.model)).param_groups:
     print(f"{group['name']}: {', '.join(group['param_names'])}")
 

@@ -38,8 +38,9 @@ VOTED: dict[str, dict[str, Any]] = {
     },
     **{f"mixture {beta} and 0.8": {"betas": (beta, beta), "verdict_momentum": 0.8} for beta in (0.5, 0.9)},
     "SignMuon": {},
+    "SignMuon, verdict momentum": {},
 }
-"""SignMuon's settings are those of `signmuon_groups`."""
+"""SignMuon's settings are those of `signmuon_groups`; in the second form verdict momentum is for what is no matrix."""
 CLIPPED = ", clipped"
 """At the end of a method that averages: the norm of the mean gradient is at most 1."""
 PER_LAYER = ", per layer"
@@ -165,7 +166,11 @@ def _voted(model: nn.Module, job: Job) -> Update:
     parameters = list(model.parameters())
     method = job.method.removesuffix(PER_LAYER)
     per_layer = method != job.method
-    groups = hidden_groups(model, job) if method == "SignMuon" else [{"params": [p]} for p in parameters]
+    groups: list[dict[str, Any]] = [{"params": [p]} for p in parameters]
+    if method.startswith("SignMuon"):
+        groups = hidden_groups(model, job)
+        if method != "SignMuon":
+            groups[-1] |= {"betas": (0.0, 0.0), "verdict_momentum": 0.8}
     optimizer = Signum(groups, job.lr, weight_decay=job.weight_decay, **VOTED[method])
     vote = SimulatedVote(optimizer, job.workers)
     numbers = {p: k for k, p in enumerate(parameters)}

@@ -22,7 +22,7 @@ from .training import SEEDS, Row, Store, add_device
 VERDICT = "verdict momentum 0.8"
 START: dict[str, dict[str, tuple[float, float | None]]] = {
     "resnet": {
-        "SignMuon": (0.08, 0.01),
+        "SignMuon": (0.08, 4e-3),
         f"Muon{CLIPPED}": (0.02, 0.005),
         f"AdamW .95{CLIPPED}": (5e-3, None),
         VERDICT: (4e-3, None),
@@ -32,7 +32,7 @@ START: dict[str, dict[str, tuple[float, float | None]]] = {
         "SGD, Nesterov": (0.1, None),
     },
     "gpt": {
-        "SignMuon": (0.04, 0.01),
+        "SignMuon": (0.08, 1e-3),
         f"Muon{CLIPPED}": (0.02, 0.005),
         f"AdamW .95{CLIPPED}": (4e-3, None),
         VERDICT: (4e-3, None),
