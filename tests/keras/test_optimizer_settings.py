@@ -88,7 +88,7 @@ def test_signature_is_the_documented_one() -> None:
         ("learning_rate", 1e-4),
         ("beta_1", 0.9),
         ("beta_2", None),
-        ("verdict_momentum", None),
+        ("verdict_momentum", 0.0),
         ("zeros", None),
         ("warmup_steps", 0),
     ]
