@@ -16,11 +16,12 @@ Our words and the papers' symbols (arXiv 1802.04434 and 1810.05291):
 
 from .ballots import TILE, Zeros, check_zeros, default_zeros, pack, planes, unpack, zero_bit
 from .membership import inherited, predecessors, redistribute
-from .polar import NS_COEFFICIENTS, NS_STEPS, Matrices, check_newton_schulz, matrices, newton_schulz, polar
+from .polar import NS_COEFFICIENTS, NS_STEPS, Matrices, matrices, newton_schulz, polar
 from .reference import Reference
 from .settings import (
     WarmupSteps,
     check_betas,
+    check_newton_schulz,
     check_settings,
     check_share,
     check_size,

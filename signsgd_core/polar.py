@@ -7,7 +7,6 @@ to turn.
 
 import math
 from collections.abc import Callable, Sequence
-from numbers import Integral
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -60,21 +59,6 @@ def matrices(shape: Sequence[int], count: int = 1, name: str = "a parameter") ->
             "name their number in its group"
         )
     return Matrices(count, shape[0] // count, math.prod(shape[1:]))
-
-
-def check_newton_schulz(ns_steps: Any, ns_coefficients: Any) -> None:
-    """Make sure that the settings of Newton–Schulz are in their range.
-
-    Raises:
-        ValueError: if not, with the name and the value.
-    """
-    if not isinstance(ns_steps, Integral) or not 1 <= int(ns_steps) < 100:
-        raise ValueError(f"ns_steps must be a whole number of 1 to 99, got {ns_steps!r}")
-    triple = tuple(ns_coefficients) if hasattr(ns_coefficients, "__iter__") else ()
-    if len(triple) != 3 or isinstance(ns_coefficients, str) or not all(map(_is_finite, triple)):
-        raise ValueError(
-            f"ns_coefficients must be three finite numbers such as {NS_COEFFICIENTS}, got {ns_coefficients!r}"
-        )
 
 
 def newton_schulz(x: Array, steps: int, coefficients: Sequence[float], transposed: Callable[[Array], Array]) -> Array:
@@ -139,7 +123,3 @@ def polar(
 
 def _divided(x: npt.NDArray[Any], norm: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return np.asarray(x / np.where(norm == 0, 1.0, norm))
-
-
-def _is_finite(value: object) -> bool:
-    return hasattr(value, "__float__") and not isinstance(value, str) and math.isfinite(float(value))

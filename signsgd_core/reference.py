@@ -12,8 +12,8 @@ import numpy.typing as npt
 
 from .adversaries import Adversary, check_adversaries
 from .ballots import Zeros, default_zeros, zero_bit
-from .polar import NS_COEFFICIENTS, NS_STEPS, check_newton_schulz, matrices, polar
-from .settings import WarmupSteps, check_settings, check_warmup_steps
+from .polar import NS_COEFFICIENTS, NS_STEPS, matrices, polar
+from .settings import WarmupSteps, check_newton_schulz, check_settings, check_warmup_steps
 from .update import (
     direction,
     finite,

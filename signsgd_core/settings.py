@@ -1,10 +1,12 @@
 """What each setting may be: one check for the reference and every front end."""
 
+import math
 from collections.abc import Iterable
 from numbers import Integral
 from typing import Any, Literal
 
 from .ballots import Zeros, check_zeros
+from .polar import NS_COEFFICIENTS
 from .update import warmup_steps as recommended_warmup_steps
 
 WarmupSteps = int | Literal["auto"]
@@ -56,6 +58,21 @@ def check_warmup_steps(warmup_steps: Any, beta2: float) -> int:
     if not isinstance(warmup_steps, Integral) or warmup_steps < 0:
         raise ValueError(f"warmup_steps must be 'auto' or a whole number of 0 or more, got {warmup_steps!r}")
     return int(warmup_steps)
+
+
+def check_newton_schulz(ns_steps: Any, ns_coefficients: Any) -> None:
+    """Make sure that the settings of Newton–Schulz are in their range.
+
+    Raises:
+        ValueError: if not, with the name and the value.
+    """
+    if not isinstance(ns_steps, Integral) or not 1 <= int(ns_steps) < 100:
+        raise ValueError(f"ns_steps must be a whole number of 1 to 99, got {ns_steps!r}")
+    triple = tuple(ns_coefficients) if isinstance(ns_coefficients, Iterable) else ()
+    if len(triple) != 3 or not all(_is_number(value) and math.isfinite(float(value)) for value in triple):
+        raise ValueError(
+            f"ns_coefficients must be three finite numbers such as {NS_COEFFICIENTS}, got {ns_coefficients!r}"
+        )
 
 
 def check_settings(

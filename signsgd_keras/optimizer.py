@@ -374,7 +374,7 @@ class Signum(keras.optimizers.Optimizer):  # type: ignore[misc]
     def _update(self, matrix: Matrices | None) -> Update:
         """Return the formulas, by the settings now, of a variable that is orthogonalized as a matrix or is not."""
         polar = None if matrix is None else Polar(matrix, self._newton_schulz)
-        rate = self.other_lr_ratio if self.orthogonalize and matrix is None else 1.0
+        rate = self.other_lr_ratio if matrix is None else 1.0
         return Update(self.beta_1, self.beta_2, self.verdict_momentum, self._warmup, self._backend, polar, rate)
 
     def _decay(self, variable: Variable) -> float:

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, MutableSequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,10 +32,7 @@ def orthogonalize(views: MutableSequence[FlatView], numbers: Iterable[int]) -> N
         directions = [views[k].directions(0, views[k].parameter.numel()).view(first.matrices) for k in same]
         factors = polar(torch.cat(directions), first.group["ns_steps"], first.group["ns_coefficients"])
         for k, factor in zip(same, torch.split(factors, [len(c) for c in directions]), strict=True):
-            old = views[k]
-            views[k] = FlatView(
-                old.parameter, group, old.state, True, None, old.start, factor, shape=old.shape, orthogonal=True
-            )
+            views[k] = replace(views[k], group=group, inverse_scale=None, sent=factor, orthogonal=True)
 
 
 def polar(c: Tensor, ns_steps: int, ns_coefficients: tuple[float, float, float]) -> Tensor:

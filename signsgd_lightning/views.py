@@ -92,12 +92,12 @@ class FlatView:
         """`u`, row-major; None with γ = 0."""
         return self.entry(VERDICT_MOMENTUM)
 
-    @property
+    @cached_property
     def matrices(self) -> core.Matrices:
         """How the parameter is matrices, where its group is orthogonalized."""
         return core.matrices(self.shape or self.parameter.shape, self.group["matrices"])
 
-    @property
+    @cached_property
     def scale(self) -> float:
         """The factor on the verdict, or its momentum, in step 8: ``1/√fan_in`` of a matrix, else 1."""
         return self.matrices.scale if self.group["orthogonalize"] else 1.0

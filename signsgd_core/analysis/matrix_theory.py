@@ -13,6 +13,8 @@ import math
 import numpy as np
 import numpy.typing as npt
 
+from ..settings import check_size
+
 
 def matrix_descent(norm: float, smoothness: float, lr: float, shape: tuple[int, int]) -> float:
     r"""Return by how much one step along the gradient's signs lowers the objective, at least.
@@ -32,7 +34,7 @@ def matrix_descent(norm: float, smoothness: float, lr: float, shape: tuple[int, 
         >>> matrix_descent(8.0, smoothness=1.0, lr=0.5, shape=(4, 4))
         0.875
     """
-    _check(norm=norm)
+    check_size("norm", norm)
     _check_positive(smoothness=smoothness, lr=lr)
     return lr * norm / _root(shape) - smoothness * lr**2 / 2
 
@@ -47,7 +49,7 @@ def matrix_learning_rate(gap: float, smoothness: float, steps: int) -> float:
         >>> matrix_learning_rate(gap=2.0, smoothness=1.0, steps=100)
         0.2
     """
-    _check(gap=gap)
+    check_size("gap", gap)
     _check_positive(smoothness=smoothness, steps=steps)
     return math.sqrt(2 * gap / (smoothness * steps))
 
@@ -80,7 +82,7 @@ def matrix_vote_bound(
     spread = np.asarray(noise, np.float64)
     if spread.ndim != 2 or not (np.isfinite(spread) & (spread >= 0)).all():
         raise ValueError(f"noise must be a matrix of finite numbers of 0 or more, got {spread.tolist()!r:.80}")
-    _check(gap=gap)
+    check_size("gap", gap)
     _check_positive(smoothness=smoothness, steps=steps, workers=workers, batch=batch)
     rows, columns = spread.shape
     settled = _root((rows, columns)) * math.sqrt(2 * smoothness * gap / steps)
@@ -89,12 +91,6 @@ def matrix_vote_bound(
 
 def _root(shape: tuple[int, int]) -> float:
     return math.sqrt(math.prod(shape))
-
-
-def _check(**quantities: float) -> None:
-    for name, value in quantities.items():
-        if not 0 <= value < math.inf:
-            raise ValueError(f"{name} must be 0 or more and finite, got {value!r}")
 
 
 def _check_positive(**quantities: float) -> None:
