@@ -11,10 +11,12 @@ Our words and the papers' symbols (arXiv 1802.04434 and 1810.05291):
 | verdict | the majority's bits | ``sign(Σ_i sign(c_i))`` |
 | verdict momentum | running mean of the verdicts | ours: ``u``, γ |
 | betas | weights of the momentum in direction and momentum | ``β`` |
+| displacement | how far a worker went in its own steps since the last round | ours: ``Δ_i`` |
 | zeros | what a zero and a tie count as | ``sign(0)`` |
 """
 
 from .ballots import TILE, Zeros, check_zeros, default_zeros, pack, planes, unpack, zero_bit
+from .local_steps import LocalReference, check_local_steps, magnitude, median_magnitudes, outer_update
 from .membership import inherited, predecessors, redistribute
 from .polar import NS_COEFFICIENTS, NS_STEPS, Matrices, matrices, newton_schulz, polar
 from .reference import Reference
@@ -42,11 +44,13 @@ __all__ = [
     "NS_COEFFICIENTS",
     "NS_STEPS",
     "TILE",
+    "LocalReference",
     "Matrices",
     "Reference",
     "WarmupSteps",
     "Zeros",
     "check_betas",
+    "check_local_steps",
     "check_newton_schulz",
     "check_settings",
     "check_share",
@@ -58,9 +62,12 @@ __all__ = [
     "direction",
     "finite",
     "inherited",
+    "magnitude",
     "majority",
     "matrices",
+    "median_magnitudes",
     "newton_schulz",
+    "outer_update",
     "pack",
     "planes",
     "polar",

@@ -28,6 +28,22 @@ def majority_vote(parameters: int, workers: int, zeros: Zeros = "alternate") -> 
     return (workers - 1) * (HEADER_BYTES + 2 * shard)
 
 
+def local_steps(parameters: int, workers: int, sync_every: int, tensors: int = 0) -> float:
+    """Our vote on displacements: ``2·(M−1)/M·d/H`` bits a step, and a header and 4 bytes a tensor a peer and round.
+
+    Args:
+        parameters: `d`.
+        workers: `M`.
+        sync_every: `H`.
+        tensors: how many have a magnitude of their own.
+
+    Example:
+        >>> local_steps(1_000_000, workers=4, sync_every=16)
+        11727.75
+    """
+    return (majority_vote(parameters, workers) + (workers - 1) * 4 * (tensors + 1)) / sync_every
+
+
 def sign_all_gather(parameters: int, workers: int) -> int:
     """Unsharded 1-bit all-gather: every worker gets every other's ballot, ``(M−1)·d`` bits.
 
