@@ -162,13 +162,17 @@ class LocalReference:
         for k, (x, verdict) in enumerate(zip(self.parameters, self.verdicts, strict=True)):
             if verdict is None:
                 continue  # nobody moved it, and its momentum rests
-            exact = x.astype(np.promote_types(x.dtype, np.float32))  # half types round once, at the end
             step = self.magnitudes[k] * verdict
-            new, self.momenta[k] = outer_update(exact, self.momenta[k], step, self.outer_lr, self.outer_momentum)
+            new, self.momenta[k] = outer_update(_wide(x), self.momenta[k], step, self.outer_lr, self.outer_momentum)
             self.parameters[k] = new.astype(x.dtype)
 
-    def _displacement(self, i: int, k: int, x: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    def _displacement(self, i: int, k: int, x: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """L1: what worker `i` votes with on tensor `k`."""
-        delta = np.asarray(self.parameters[k], np.float32) - np.asarray(x, np.float32)
-        sent = self.adversaries[i](delta) if i in self.adversaries else delta
-        return finite(np.asarray(np.zeros_like(delta) if sent is None else sent, np.float32))
+        delta = _wide(self.parameters[k]) - _wide(np.asarray(x))
+        sent = self.adversaries[i](delta) if i in self.adversaries and delta.any() else delta
+        return finite(np.zeros_like(delta) if sent is None else np.asarray(sent))
+
+
+def _wide(x: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return an array in float32, or float64 if it is that; half types round once, at the end."""
+    return x.astype(np.promote_types(x.dtype, np.float32))

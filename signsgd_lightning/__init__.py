@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from .checkpoint.gathered import gather_state, scatter_state
 from .enable import enable_majority_vote
 from .groups import signmuon_groups
+from .local_steps import LocalSteps, enable_local_steps
 from .optimizer import Signum
 from .registration import register_when_imported
 from .vote import PeerLostError, RanksDifferError
@@ -20,11 +21,13 @@ if TYPE_CHECKING:
 
 __all__ = [
     "GeometryMonitor",
+    "LocalSteps",
     "MajorityVoteStrategy",
     "PeerLostError",
     "RanksDifferError",
     "Signum",
     "VoteMonitor",
+    "enable_local_steps",
     "enable_majority_vote",
     "gather_state",
     "scatter_state",

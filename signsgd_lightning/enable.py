@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
 
 from signsgd_core.adversaries import Adversary
 
@@ -99,8 +100,8 @@ def let_vote(
     topologies = [_topology(model, options, group, place) for _ in optimizers]
     options.check_workers(topologies[0].workers.world_size)
     if not isinstance(model, DistributedDataParallel):
-        _agree_on_parameters(model, group)
-        _broadcast(model, group)
+        agree_on_model(model, group)
+        broadcast(model, group)
     keep_local(model, guard=True)
     names = {id(p): name.removeprefix("module.") for name, p in model.named_parameters()}
     for number, (optimizer, topology) in enumerate(zip(optimizers, topologies, strict=True)):
@@ -115,18 +116,12 @@ _enabled = 0
 """How many models this process has let vote, or another rank of theirs: two of one structure are told apart by it."""
 
 
-def agree_on_model(model: nn.Module) -> None:
-    """Make sure that all ranks have the same parameters, before `DistributedDataParallel` takes them.
+def agree_on_model(model: nn.Module, group: dist.ProcessGroup) -> None:
+    """Make sure that all ranks have the same parameters, before these are wrapped or broadcast.
 
     Raises:
         RuntimeError: if they differ, on all ranks, naming the first difference.
     """
-    world = dist.group.WORLD
-    assert world is not None
-    _agree_on_parameters(model, world)
-
-
-def _agree_on_parameters(model: nn.Module, group: dist.ProcessGroup) -> None:
     parameters = dict(model.named_parameters())
     if parameters and not any(map(is_lazy, parameters.values())):  # DDP has its own words for these
         _agree(model, group, [describe(name, p) for name, p in parameters.items()])
@@ -192,7 +187,7 @@ def _synchronises(model: DistributedDataParallel) -> Callable[[], bool]:
     return is_last
 
 
-def _broadcast(model: nn.Module, group: dist.ProcessGroup) -> None:
+def broadcast(model: nn.Module, group: dist.ProcessGroup) -> None:
     """Start all ranks from the first one's parameters and buffers."""
     source = dist.get_global_rank(group, 0)
     with torch.no_grad():
@@ -225,6 +220,7 @@ def _check_ddp(model: DistributedDataParallel) -> None:
 def _check(model: nn.Module, optimizers: Sequence[Signum]) -> None:
     if not optimizers:
         raise ValueError("enable_majority_vote needs the optimizers that are to vote, got none")
+    check_optimizers(model, optimizers)
     if isinstance(model, DistributedDataParallel):
         _check_ddp(model)
     for name, module in model.named_modules():
@@ -233,6 +229,14 @@ def _check(model: nn.Module, optimizers: Sequence[Signum]) -> None:
                 f"{name.removeprefix('module.')} ({type(module).__name__}) has sparse gradients, which cannot vote; "
                 "use sparse=False"
             )
+
+
+def check_optimizers(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+    """Make sure that every optimizer holds parameters of the model, on one device.
+
+    Raises:
+        ValueError: if not.
+    """
     model_parameters = {id(p) for p in model.parameters()}
     for k, optimizer in enumerate(optimizers):
         parameters = [p for group in optimizer.param_groups for p in group["params"]]

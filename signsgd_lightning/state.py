@@ -83,7 +83,15 @@ VERDICT_MOMENTUM = Entry(
 )
 """`u`, the same on all."""
 
-ENTRIES = [MOMENTUM, VERDICT_MOMENTUM]
+OUTER_MOMENTUM = Entry(
+    "outer_momentum",
+    private=False,
+    dtype=lambda group: torch.float32,
+    needed=lambda group: bool(group.get("outer_momentum")),  # of rounds of local steps alone
+)
+"""`u` of local steps, the same on all."""
+
+ENTRIES = [MOMENTUM, VERDICT_MOMENTUM, OUTER_MOMENTUM]
 
 
 def find(name: str) -> Entry | None:

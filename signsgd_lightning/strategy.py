@@ -108,7 +108,8 @@ class MajorityVoteStrategy(DDPStrategy):
         """Wrap the model, once all ranks are sure to have the same: DDP would leave some with a lost connection."""
         assert self.model is not None
         assert self.lightning_module is not None
-        agree_on_model(self.model)
+        assert dist.group.WORLD is not None
+        agree_on_model(self.model, dist.group.WORLD)
         # It saves copies. A loop by hand may keep gradients, which the next backward pass would overwrite.
         automatic = self.lightning_module.automatic_optimization
         _compat.ddp_options(self).setdefault("gradient_as_bucket_view", automatic)

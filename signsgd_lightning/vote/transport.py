@@ -37,6 +37,10 @@ class Message(Enum):
     FIGURES = "gathered the monitor's figures"
     PLACES = "looked for their nodes"
     NUMBER = "counted their models"
+    MAGNITUDES = "sent the magnitudes of a round"
+    BUFFERS = "averaged their buffers"
+    INNER_SIZE = "measured their inner states"
+    INNER_STATE = "gathered their inner states"
 
     @property
     def tag(self) -> int:

@@ -110,9 +110,22 @@ class Vote:
             )
         if not given.views:
             return
-        ballot = self.schedule.cast(self, given)
+        ballot = self.cast(given)
         if ballot is not None:
-            self._commit(ballot.share.moved, self._decide(ballot))
+            self._commit(ballot.share.moved, self.decide(ballot))
+        self.end(given)
+
+    def cast(self, given: StepInput) -> Ballot | None:
+        """Return a vote with all ballots sent, None where no rank has a gradient; raises as `step`."""
+        return self.schedule.cast(self, given)
+
+    def decide(self, ballot: Ballot) -> list[Verdict]:
+        """Return all verdicts that this rank is to apply, once they have arrived; raises as `step`."""
+        bits = None if ballot.round is None else ballot.round.decide()
+        return ballot.share.spread(bits, planes(ballot.input.zeros))
+
+    def end(self, given: StepInput) -> None:
+        """Tell the observers that a step is taken; raises as `step`."""
         for observer in self.observers:
             observer.end(self, given.views, given.step)
 
@@ -176,11 +189,6 @@ class Vote:
     def name_of(self, parameter: Tensor) -> str:
         """Return what to call a parameter in messages."""
         return self._names.get(id(parameter), "a parameter")
-
-    def _decide(self, ballot: Ballot) -> list[Verdict]:
-        """Return all verdicts that this rank is to apply, once they have arrived."""
-        bits = None if ballot.round is None else ballot.round.decide()
-        return ballot.share.spread(bits, planes(ballot.input.zeros))
 
     def _commit(self, moved: Sequence[FlatView], verdicts: Sequence[Verdict]) -> None:
         """Move parameters and verdict momenta; nothing here waits for another rank, or can be refused."""

@@ -1,0 +1,66 @@
+"""A model's floating-point buffers: averaged over the ranks when a round closes, if one of them changed."""
+
+from collections.abc import Sequence
+from functools import reduce
+
+import torch
+from torch import Tensor, nn
+
+from ..vote.agreement import describe
+from ..vote.transport import Message, PointToPoint
+
+
+class Buffers:
+    """The floating-point buffers of a model, and their values after the last round.
+
+    Args:
+        model: that has them.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._old = {name: buffer.clone() for name, buffer in self._now().items()}
+
+    def take(self, means: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Give buffers their means, and remember all as they are now."""
+        for buffer, mean in means:
+            buffer.copy_(mean)
+        self._old = {name: buffer.clone() for name, buffer in self._now().items()}
+
+    def restore(self) -> None:
+        """Give them the values that they had after the last round."""
+        for name, buffer in self._now().items():
+            if name in self._old:
+                buffer.copy_(self._old[name])
+
+    def changed(self) -> list[bool]:
+        """Tell which ones are no longer as they were."""
+        return [
+            name not in self._old or not torch.equal(buffer, self._old[name]) for name, buffer in self._now().items()
+        ]
+
+    def mean(self, wanted: Sequence[bool], everyone: PointToPoint) -> list[tuple[Tensor, Tensor]]:
+        """Return those that are wanted, each with the mean of all ranks', summed in the order of the ranks on each.
+
+        Args:
+            wanted: as many as there are, the same on all ranks.
+            everyone: the ranks.
+
+        Raises:
+            PeerLostError: if a rank does not answer.
+        """
+        chosen = [buffer for buffer, there in zip(self._now().values(), wanted, strict=True) if there]
+        if not chosen:
+            return []
+        row = torch.cat([buffer.reshape(-1).float() for buffer in chosen])
+        rows = everyone.gather(row.to(everyone.wire(row.device)), Message.BUFFERS)
+        mean = (reduce(torch.add, rows.unbind()) / len(rows)).to(row.device)
+        parts = torch.split(mean, [buffer.numel() for buffer in chosen])
+        return [(buffer, part.view(buffer.shape)) for buffer, part in zip(chosen, parts, strict=True)]
+
+    def in_words(self) -> list[str]:
+        """Return what all ranks must have in common."""
+        return [describe(f"buffer {name}", buffer) for name, buffer in self._now().items()]
+
+    def _now(self) -> dict[str, Tensor]:
+        return {name: buffer for name, buffer in self._model.named_buffers() if buffer.is_floating_point()}

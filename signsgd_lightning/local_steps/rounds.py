@@ -1,0 +1,270 @@
+"""Rounds: a displacement for a gradient, a vote on it, and the outer update (L1-L4)."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+import signsgd_core as core
+
+from .. import kernels
+from ..optimizer import Signum
+from ..state import OUTER_MOMENTUM
+from ..views import FlatView
+from ..vote import Vote, VoteOptions
+from ..vote.agreement import Purpose
+from ..vote.topology import Flat, Verdict
+from ..vote.transport import Message
+from .buffers import Buffers
+from .options import LocalStepOptions
+
+
+class LocalSteps:
+    """Rounds of local steps: steps of this rank's own, then a vote of all on where they went.
+
+    A round begins, and `x_0` is taken down, with the first step after the last round. Nothing changes before all of a
+    vote has arrived; where it fails parameters and floating-point buffers are again as they were when the round began.
+
+    Args:
+        model: its floating-point buffers are averaged.
+        optimizers: whose parameters are voted on; the last one's steps are counted.
+        options: of the rounds.
+        process_group: of the ranks.
+        counts_steps: False where the caller calls `count`.
+
+    Attributes:
+        optimizers: as above.
+        outer: has `x_0` for its parameters, takes displacements for their gradients, and keeps the outer momenta and
+            the number of rounds.
+        vote: of all ranks.
+        steps: of this rank since the last round.
+        drift: while somebody observes the vote, the sum of squares of what this rank's parameters differed by from the
+            common ones at the ends of rounds, and of how many.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizers: Sequence[Optimizer],
+        options: LocalStepOptions,
+        process_group: dist.ProcessGroup,
+        counts_steps: bool = True,
+    ) -> None:
+        self.optimizers, self.options = list(optimizers), options
+        self.steps, self.drift = 0, (0.0, 0)
+        self._model, self._buffers, self._begun = model, Buffers(model), False
+        self._pairs, self._names = dict[Tensor, Tensor](), dict[int, str]()  # a parameter -> x_0, by id its name
+        self._adversary = (options.adversaries or {}).get(dist.get_rank(process_group))
+        self.outer = Signum([{"params": []}], lr=options.outer_lr, betas=(0.0, 0.0))
+        self.outer.param_groups[0]["outer_momentum"] = options.outer_momentum
+        votes = VoteOptions(options.verify_every_n_rounds)
+        self.vote = self.outer.vote = Vote(Flat(process_group), self._names, "local steps", votes)
+        self._find_parameters()
+        self.vote.agree(self.outer.views(), self._settings(), Purpose.ENABLE)
+        for optimizer in self.optimizers:
+            optimizer.register_step_pre_hook(self._begin)
+            setattr(optimizer, _ATTRIBUTE, self)
+        if counts_steps:
+            self.optimizers[-1].register_step_post_hook(self.count)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def count(self, *_: Any) -> None:
+        """Count a step of this rank; close the round if it was the `sync_every`-th.
+
+        Raises:
+            PeerLostError: as `close_round`, and what else that raises.
+        """
+        self.steps += 1
+        if self.steps >= self.options.sync_every:
+            self._close(early=False)
+
+    def close_round(self) -> None:
+        """Close the round now, however many steps it had; every rank must call it.
+
+        Ranks may have taken different numbers of steps: one that is ahead waits, and takes part in the rounds of those
+        that are not here yet.
+
+        Raises:
+            PeerLostError: if a rank does not answer within the process group's timeout.
+            RuntimeError: if the ranks disagree.
+            RanksDifferError: if they are no longer the same, where that is looked at.
+        """
+        while not self._close(early=True):
+            pass
+
+    @property
+    def is_open(self) -> bool:
+        """Whether this rank took a step since the last round."""
+        return self._begun
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what is the same on all ranks between rounds, beside the parameters: outer momenta and the count."""
+        momenta = [self.outer.state.get(x, {}).get(OUTER_MOMENTUM.name) for x in self._pairs.values()]
+        return {"rounds": self.outer.t, "outer_momenta": momenta}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` returned; settings stay as they are.
+
+        Raises:
+            ValueError: if it is of another model; then nothing was loaded.
+        """
+        self._find_parameters()
+        anchors, momenta = list(self._pairs.values()), state["outer_momenta"]
+        shapes = [None if u is None else tuple(u.shape) for u in momenta]
+        if len(shapes) != len(anchors) or any(
+            shape not in (None, tuple(x.shape)) for shape, x in zip(shapes, anchors, strict=True)
+        ):
+            raise ValueError(
+                f"the outer momenta must fit {len(anchors)} parameters, got {len(shapes)} of the shapes {shapes}: "
+                "build the model that was saved"
+            )
+        self.outer.param_groups[0]["step"] = state["rounds"]
+        for x, u in zip(anchors, momenta, strict=True):
+            self.outer.state[x] = {} if u is None else {OUTER_MOMENTUM.name: u.to(x.device).clone()}
+        self.vote.verify_next()
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.no_grad()
+    def _begin(self, *_: Any) -> None:
+        """Take `x_0` down, before the first step of a round."""
+        if not self._begun:
+            self._find_parameters()
+            for p, x in self._pairs.items():
+                x.copy_(p)
+            self._begun = True
+
+    @torch.no_grad()
+    def _close(self, early: bool) -> bool:
+        """Close a round; return whether that was early on all ranks."""
+        self._begin()
+        try:
+            own = self._displace()
+            given = self.outer.step_input()._replace(settings=self._settings())
+            ballot = self.vote.cast(given)
+            magnitudes, changed, all_early = self._exchange_magnitudes(own, early)
+            verdicts = [] if ballot is None else self.vote.decide(ballot)
+            means = self._buffers.mean(changed, self.vote.topology.everyone)
+        except BaseException:
+            self._reset()
+            raise
+        self._commit(verdicts, magnitudes)
+        self._buffers.take(means)
+        self._finish()
+        self.outer.param_groups[0]["step"] += 1
+        self.vote.end(given)
+        return all_early
+
+    def _displace(self) -> list[float]:
+        """Let every `x_0` that this rank moved away from have its displacement for a gradient, and none else (L1, L2).
+
+        Returns:
+            The magnitude of each, 0 for those that it did not move.
+        """
+        deltas = [(x - p).contiguous() for p, x in self._pairs.items()]
+        if self._adversary is not None:
+            deltas = [self._lie(delta) for delta in deltas]
+        sums = np.array(torch.stack([torch.linalg.vector_norm(d, 1, dtype=torch.float64) for d in deltas]).tolist())
+        for k in np.flatnonzero(~np.isfinite(sums)):
+            sums[k] = torch.nan_to_num(deltas[k], 0.0, 0.0, 0.0).abs().sum(dtype=torch.float64).item()
+        for x, delta, total in zip(self._pairs.values(), deltas, sums, strict=True):
+            x.grad = delta if total > 0 else None
+        return [total / max(d.numel(), 1) for total, d in zip(sums.tolist(), deltas, strict=True)]
+
+    def _lie(self, delta: Tensor) -> Tensor:
+        """Return what an adversary sends instead of a displacement; nothing is zeros."""
+        assert self._adversary is not None
+        sent = self._adversary(delta.cpu().numpy()) if delta.any() else delta
+        return torch.zeros_like(delta) if sent is None else torch.as_tensor(sent).to(delta).contiguous()
+
+    def _exchange_magnitudes(self, own: Sequence[float], early: bool) -> tuple[list[float], list[bool], bool]:
+        """Swap one row of floats with every rank: whether it is early, which buffers changed, the magnitudes.
+
+        Returns:
+            The magnitude of every tensor (L3), which buffers changed on some rank, whether all are early.
+        """
+        changed = self._buffers.changed()
+        everyone, cut = self.vote.topology.everyone, 1 + len(changed)
+        row = torch.tensor([early, *changed, *own], dtype=torch.float32, device="cpu")
+        rows = everyone.gather(row.to(everyone.wire(self._device)), Message.MAGNITUDES).cpu().numpy()
+        flags = rows[:, :cut] > 0
+        magnitudes: list[float] = core.median_magnitudes(rows[:, cut:]).tolist()
+        return magnitudes, [bool(of_ranks.any()) for of_ranks in flags[:, 1:].T], bool(flags[:, 0].all())
+
+    def _commit(self, verdicts: Sequence[Verdict], magnitudes: Sequence[float]) -> None:
+        """Take the outer step (L4); nothing here waits for another rank."""
+        magnitude = {id(x): s for x, s in zip(self._pairs.values(), magnitudes, strict=True)}
+        group, kernel = self.outer.param_groups[0], kernels.for_device(self._device)
+        for verdict in verdicts:
+            steps = [_step(view, magnitude[id(view.parameter)]) for view in verdict.views]
+            kernel.apply(steps, 0, steps[-1].stop, verdict.bits.to(self._device))
+            for view, step in zip(verdict.views, steps, strict=True):
+                x, u = view.parameter, view.entry(OUTER_MOMENTUM)
+                new, later = core.outer_update(x, u, step.parameter, float(group["lr"]), group["outer_momentum"])
+                x.copy_(new)
+                if u is not None:
+                    u.copy_(later)
+
+    def _finish(self) -> None:
+        """Let parameters go to where the vote has them."""
+        if any(observer.counts for observer in self.vote.observers):
+            squares = sum(float((p - x).square().sum()) for p, x in self._pairs.items())
+            self.drift = self.drift[0] + squares, self.drift[1] + sum(p.numel() for p in self._pairs)
+        for p, x in self._pairs.items():
+            p.copy_(x)
+            x.grad = None
+        self.steps, self._begun = 0, False
+
+    def _reset(self) -> None:
+        """Go back to where the round began."""
+        self._buffers.restore()
+        for p, x in self._pairs.items():
+            p.copy_(x)
+            x.grad = None
+        self.steps, self._begun = 0, False
+
+    def _find_parameters(self) -> None:
+        """Give every parameter of the optimizers an `x_0`, also those of groups that were added since."""
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        new = [p for group in groups for p in group["params"] if p not in self._pairs]
+        if not new:
+            return
+        names = {id(p): name for name, p in self._model.named_parameters()}
+        for p in new:
+            wide = torch.promote_types(p.dtype, torch.float32)  # half types round once, at the end
+            x = self._pairs[p] = p.detach().to(wide, copy=True, memory_format=torch.contiguous_format)
+            self._names[id(x)] = names.get(id(p), "a parameter")
+            self.outer.param_groups[0]["params"].append(x)
+
+    def _settings(self) -> list[str]:
+        """Return what all ranks must have in common beside the parameters."""
+        kinds = ", ".join(type(optimizer).__name__ for optimizer in self.optimizers)
+        own = [self.options.in_words(), f"optimizers {kinds}", *self._buffers.in_words()]
+        return [*own, *self.outer.settings_in_words()]
+
+    @property
+    def _device(self) -> torch.device:
+        return next(iter(self._pairs)).device
+
+
+def find_local_steps(optimizer: object) -> LocalSteps | None:
+    """Return the rounds that an optimizer takes part in, None for none."""
+    found = getattr(optimizer, _ATTRIBUTE, None)
+    return found if isinstance(found, LocalSteps) else None
+
+
+_ATTRIBUTE = "_signsgd_local_steps"
+"""Where an optimizer has them; copies of it have none."""
+
+
+def _step(view: FlatView, magnitude: float) -> FlatView:
+    """Return zeros to which a verdict adds ``s·V``, in the memory of a displacement if there is one."""
+    x = view.parameter
+    step = torch.zeros_like(x) if x.grad is None else x.grad.zero_()
+    group = {"lr": -1.0, "weight_decay": 0.0, "verdict_momentum": 0.0, "orthogonalize": False}
+    part = FlatView(step, group, {}, present=True, start=view.start)
+    part.scale = magnitude
+    return part
