@@ -148,17 +148,19 @@ class LocalReference:
         return self._vote.verdicts
 
     def close(self, moved: Sequence[Sequence[npt.NDArray[Any]]]) -> None:
-        """Close a round.
+        """Close a round; one in which nobody moved is none.
 
         Args:
             moved: ``moved[i][k]``, tensor `k` after worker `i`'s steps.
         """
         cast = [[self._displacement(i, k, x) for k, x in enumerate(tensors)] for i, tensors in enumerate(moved)]
-        s_i = [[magnitude(delta) for delta in of_worker] for of_worker in cast]  # L2
+        s_i = np.array([[magnitude(delta) for delta in of_worker] for of_worker in cast])  # L2
+        if not s_i.any():
+            return
         self._vote.step(
-            [[d if s > 0 else None for d, s in zip(*rows, strict=True)] for rows in zip(cast, s_i, strict=True)]
+            [[d if s else None for d, s in zip(*pair, strict=True)] for pair in zip(cast, s_i, strict=True)]
         )
-        self.magnitudes = median_magnitudes(np.array(s_i).reshape(len(cast), -1))  # L3
+        self.magnitudes = median_magnitudes(s_i)  # L3
         for k, (x, verdict) in enumerate(zip(self.parameters, self.verdicts, strict=True)):
             if verdict is None:
                 continue  # nobody moved it, and its momentum rests

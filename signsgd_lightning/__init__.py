@@ -1,6 +1,6 @@
-"""signSGD with majority vote for PyTorch and Lightning; importing it lets Lightning know ``strategy="majority_vote"``.
+"""One-bit majority votes for PyTorch and Lightning, which finds ``strategy="majority_vote"`` and ``"local_vote"``.
 
-Lightning itself is imported when a strategy or a callback is asked for.
+Importing it is enough for that. Lightning itself is imported when a strategy or a callback is asked for.
 """
 
 from importlib import import_module
@@ -11,17 +11,19 @@ from .enable import enable_majority_vote
 from .groups import signmuon_groups
 from .local_steps import LocalSteps, enable_local_steps
 from .optimizer import Signum
-from .registration import register_when_imported
+from .strategies.registration import register_when_imported
 from .vote import PeerLostError, RanksDifferError
 
 if TYPE_CHECKING:
     from .monitor.geometry_monitor import GeometryMonitor
     from .monitor.vote_monitor import VoteMonitor
-    from .strategy import MajorityVoteStrategy
+    from .strategies.local_vote import LocalVoteStrategy
+    from .strategies.majority_vote import MajorityVoteStrategy
 
 __all__ = [
     "GeometryMonitor",
     "LocalSteps",
+    "LocalVoteStrategy",
     "MajorityVoteStrategy",
     "PeerLostError",
     "RanksDifferError",
@@ -36,7 +38,8 @@ __all__ = [
 
 _HOMES = {
     "GeometryMonitor": "monitor.geometry_monitor",
-    "MajorityVoteStrategy": "strategy",
+    "LocalVoteStrategy": "strategies.local_vote",
+    "MajorityVoteStrategy": "strategies.majority_vote",
     "VoteMonitor": "monitor.vote_monitor",
 }
 """What needs Lightning."""

@@ -12,7 +12,11 @@ from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-PRELOADED = ["signsgd_lightning.strategy", "signsgd_lightning.monitor.geometry_monitor"]
+PRELOADED = [
+    "signsgd_lightning.strategies.majority_vote",
+    "signsgd_lightning.strategies.local_vote",
+    "signsgd_lightning.monitor.geometry_monitor",
+]
 """Imported once, so that a fresh worker starts at once."""
 
 

@@ -3,37 +3,46 @@
 from typing import Any
 
 import torch
+from torch.optim import Optimizer
 
 import signsgd_core as core
 
+from ..local_steps.rounds import find_local_steps
 from ..optimizer import Signum, find_signum
 from ..state import ENTRIES, any_private, find, private
 from ..vote.agreement import Purpose, meet
 from ..vote.transport import Message
+from .inner import gather_inner, scatter_inner
 from .loading import OTHERS, SHARDS, Others, check, part, unsign
 
 
-def gather_state(optimizer: Signum) -> dict[str, Any]:
+def gather_state(optimizer: Optimizer) -> dict[str, Any]:
     """Return `optimizer.state_dict()` of rank 0 with the momenta of all ranks; every rank must call it.
+
+    Of an optimizer that takes local steps it is the whole state of every rank, with the outer momenta.
 
     Where nodes vote, they are those of all nodes, each put together from its ranks' shards. Momenta travel one
     parameter after the other and are kept in the host's memory. Where no rank has a momentum of its own
     (``betas=(0, 0)``, or one rank) the state is the ordinary one and nothing is sent.
 
     Args:
-        optimizer: that votes.
+        optimizer: that votes, or any that takes local steps.
 
     Returns:
         On rank 0 what to save. On other ranks their ordinary state, which is not to be saved.
 
     Raises:
         PeerLostError: if a rank does not answer within the process group's timeout.
+        RuntimeError: on all ranks, if one has taken local steps since the last round.
 
     Example:
         >>> state = gather_state(optimizer)  # doctest: +SKIP
         >>> if dist.get_rank() == 0:  # doctest: +SKIP
         ...     torch.save({"model": model.state_dict(), "optimizer": state}, "checkpoint.pt")
     """
+    local = find_local_steps(optimizer)
+    if local is not None:
+        return gather_inner(local, optimizer)
     optimizer = find_signum(optimizer)
     state, vote = optimizer.state_dict(), optimizer.vote
     if vote is None or not any_private(optimizer.param_groups):
@@ -58,15 +67,16 @@ def gather_state(optimizer: Signum) -> dict[str, Any]:
     return {**state, "state": entries, **({OTHERS: others} if others and workers.world_size > 1 else {})}
 
 
-def scatter_state(optimizer: Signum, state: dict[str, Any]) -> None:
+def scatter_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
     """Load a state so that every rank goes on with its own momentum, also with another number of ranks than saved it.
 
     With more ranks, new rank `i` takes the momentum of old rank ``i mod M``; with fewer each takes the mean of those it
     replaces (`signsgd_core.inherited`). Nodes, where they vote or did, count as ranks do. An ordinary state counts as
-    that of one rank.
+    that of one rank. Of an optimizer that takes local steps a rank takes one old rank's whole state, with fewer ranks
+    that of the first of those that it replaces.
 
     Args:
-        optimizer: that votes, or is alone.
+        optimizer: a `Signum` that votes or is alone, or any that takes local steps.
         state: what `gather_state` or `Signum.state_dict` returned, loaded on every rank.
 
     Raises:
@@ -77,6 +87,10 @@ def scatter_state(optimizer: Signum, state: dict[str, Any]) -> None:
     Example:
         >>> scatter_state(optimizer, torch.load("checkpoint.pt", weights_only=True)["optimizer"])  # doctest: +SKIP
     """
+    local = find_local_steps(optimizer)
+    if local is not None:
+        scatter_inner(local, optimizer, state)
+        return
     optimizer = find_signum(optimizer)
     check(state)
     own_state, others = part(state)

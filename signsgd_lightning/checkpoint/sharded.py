@@ -20,10 +20,11 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 import signsgd_core as core
 
-from ..state import ENTRIES, any_private, find
+from ..state import any_private, find
 from ..vote.agreement import Purpose, meet
 from ..vote.transport import PointToPoint
 from .atomic import META, PART, check_target, remove, replace
+from .inner import OUTER
 from .loading import SHARDS, unsign
 
 _INDEX = ".metadata"  # torch's name for its table of contents
@@ -96,9 +97,10 @@ def load_shards(
 
     def work() -> dict[str, Any]:
         checkpoint = read(os.path.join(path, META))
-        saved = {k: state.pop(SHARDS, 0) for k, state in enumerate(checkpoint.get("optimizer_states", ()))}
+        states = list(enumerate(checkpoint.get("optimizer_states", ())))
+        saved, whole = {k: state.pop(SHARDS, 0) for k, state in states}, {k for k, state in states if OUTER in state}
         if momenta and any(saved.values()):
-            for (k, key, name), value in _inherited(path, saved, worker, workers).items():
+            for (k, key, name), value in _inherited(path, saved, whole, worker, workers).items():
                 checkpoint["optimizer_states"][k]["state"].setdefault(key, {})[name] = value
         return checkpoint
 
@@ -110,12 +112,12 @@ def _part(checkpoint: dict[str, Any], rank: int, world_size: int) -> tuple[dict[
     """Part a checkpoint into what is the same on all ranks and what is this rank's own, by a name of its own."""
     rest, own = dict(checkpoint), {}
     for k, state in enumerate(checkpoint.get("optimizer_states", ())):
-        if not any_private(state["param_groups"]):
+        if OUTER not in state and not any_private(state["param_groups"]):
             continue
         state, _ = unsign(state)
         entries = {key: dict(values) for key, values in state["state"].items()}  # they are the optimizer's own
         for key, values in entries.items():
-            for name in [entry.name for entry in ENTRIES if entry.private and entry.name in values]:
+            for name in [name for name, value in values.items() if _is_own(state, name, value)]:
                 own[f"{k}.{key}.{name}.{rank}"] = values.pop(name)
         states = list(rest["optimizer_states"])
         states[k] = {**state, "state": entries, SHARDS: world_size}
@@ -123,13 +125,30 @@ def _part(checkpoint: dict[str, Any], rank: int, world_size: int) -> tuple[dict[
     return rest, own
 
 
-def _inherited(path: str, saved: dict[int, int], worker: int, workers: int) -> dict[tuple[int, int, str], Tensor]:
-    """Return a worker's own state by optimizer, parameter and entry; `saved`: optimizer -> how many ranks wrote it."""
+def _is_own(state: dict[str, Any], name: str, value: Any) -> bool:
+    """Tell whether an entry of a state is each rank's own; of local steps all tensors are."""
+    entry = find(name)
+    return isinstance(value, Tensor) if OUTER in state else entry is not None and entry.private
+
+
+def _inherited(
+    path: str, saved: dict[int, int], whole: set[int], worker: int, workers: int
+) -> dict[tuple[int, int, str], Tensor]:
+    """Return a worker's own state by optimizer, parameter and entry.
+
+    Args:
+        path: of the directory.
+        saved: optimizer -> how many ranks wrote it.
+        whole: the optimizers whose states have no mean: a worker takes that of the first that it replaces.
+        worker: `i`.
+        workers: how many there are now.
+    """
     index = _read_index(path)
     rows, wanted = dict[tuple[int, int, str], Tensor](), dict[str, Any]()
     for label, found in index.state_dict_metadata.items():
         place, old_rank = _parse(label)
         old = core.predecessors(worker, workers, saved[place[0]])
+        old = old[:1] if place[0] in whole else old
         if place not in rows:
             size, dtype = found.size, found.properties.dtype  # type: ignore[union-attr]
             rows[place] = torch.zeros(
@@ -140,7 +159,7 @@ def _inherited(path: str, saved: dict[int, int], worker: int, workers: int) -> d
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # each rank reads on its own
         load(wanted, storage_reader=_Reader(path, index), no_dist=True)
-    return {place: _inherit(place[2], values) for place, values in rows.items()}
+    return {place: rows[0] if place[0] in whole else _inherit(place[2], rows) for place, rows in rows.items()}
 
 
 def _parse(label: str) -> tuple[tuple[int, int, str], int]:

@@ -11,6 +11,7 @@ from signsgd_core.adversaries import Adversary
 
 from .. import _compat
 from ..enable import agree_on_model, broadcast, check_optimizers
+from ..optimizer import see_through
 from ..vote import VoteOptions
 from .options import LocalStepOptions
 from .rounds import LocalSteps, find_local_steps
@@ -81,7 +82,7 @@ def let_step(
         process_group: of the ranks.
         counts_steps: False where the caller calls `LocalSteps.count`.
     """
-    model = _compat.uncompiled(model)
+    model, optimizers = _compat.uncompiled(model), [see_through(optimizer) for optimizer in optimizers]
     _check(model, optimizers)
     group = process_group or dist.group.WORLD
     if group is None:

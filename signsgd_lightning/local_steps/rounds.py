@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 import signsgd_core as core
 
 from .. import kernels
-from ..optimizer import Signum
+from ..optimizer import Signum, see_through
 from ..state import OUTER_MOMENTUM
 from ..views import FlatView
 from ..vote import Vote, VoteOptions
@@ -65,11 +65,11 @@ class LocalSteps:
         self.vote = self.outer.vote = Vote(Flat(process_group), self._names, "local steps", votes)
         self._find_parameters()
         self.vote.agree(self.outer.views(), self._settings(), Purpose.ENABLE)
-        for optimizer in self.optimizers:
-            optimizer.register_step_pre_hook(self._begin)
-            setattr(optimizer, _ATTRIBUTE, self)
+        self._handles = [optimizer.register_step_pre_hook(self._begin) for optimizer in self.optimizers]
         if counts_steps:
-            self.optimizers[-1].register_step_post_hook(self.count)
+            self._handles.append(self.optimizers[-1].register_step_post_hook(self.count))
+        for optimizer in self.optimizers:
+            setattr(optimizer, _ATTRIBUTE, self)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def count(self, *_: Any) -> None:
@@ -95,6 +95,13 @@ class LocalSteps:
         """
         while not self._close(early=True):
             pass
+
+    def end(self) -> None:
+        """Let the optimizers take steps without votes."""
+        for handle in self._handles:
+            handle.remove()
+        for optimizer in self.optimizers:
+            vars(optimizer).pop(_ATTRIBUTE, None)
 
     @property
     def is_open(self) -> bool:
@@ -154,8 +161,9 @@ class LocalSteps:
         self._commit(verdicts, magnitudes)
         self._buffers.take(means)
         self._finish()
-        self.outer.param_groups[0]["step"] += 1
-        self.vote.end(given)
+        if ballot is not None:  # a round in which nobody moved is none
+            self.outer.param_groups[0]["step"] += 1
+            self.vote.end(given)
         return all_early
 
     def _displace(self) -> list[float]:
@@ -251,8 +259,8 @@ class LocalSteps:
 
 
 def find_local_steps(optimizer: object) -> LocalSteps | None:
-    """Return the rounds that an optimizer takes part in, None for none."""
-    found = getattr(optimizer, _ATTRIBUTE, None)
+    """Return the rounds that an optimizer takes part in, wrapped or not; None for none."""
+    found = getattr(see_through(optimizer), _ATTRIBUTE, None)
     return found if isinstance(found, LocalSteps) else None
 
 

@@ -87,6 +87,14 @@ def test_a_worker_that_did_not_move_a_tensor_abstains() -> None:
     assert close([0, 0], [-2, -2], [0, 0], [0, 0]) == [-2, -2]
 
 
+def test_a_round_in_which_nobody_moved_is_none() -> None:
+    """Under "alternate" the bit of a tie goes by the number of rounds: that of the first is 0, so V = +1."""
+    reference = LocalReference([np.zeros(1)], 2)
+    reference.close([[np.zeros(1)], [np.zeros(1)]])
+    reference.close([[np.array([1.0])], [np.array([-1.0])]])
+    assert numbers(reference.parameters[0]) == [-1]
+
+
 def test_nan_counts_as_zero() -> None:
     # Δ = (0 for NaN, 4), s_i = 2; (1, 1); (1, 1): V = +1, s = 1
     assert close([0, 0], [NAN, -4], [-1, -1], [-1, -1]) == [-1, -1]

@@ -10,16 +10,12 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
-from signsgd_core import LocalReference
 from signsgd_core.adversaries import Adversary, invert, send_nan, silent
 from signsgd_core.network.traffic import local_steps
-from signsgd_lightning import LocalSteps, RanksDifferError, Signum, enable_local_steps
+from signsgd_lightning import RanksDifferError, Signum, enable_local_steps
 from tests.workers import Workers
 
-Ends = list[Any]
-"""Parameters at one time, as arrays."""
-Round = tuple[Ends, Ends]
-"""This rank's before a round was closed, and the common ones after it."""
+from .rounds import Ends, Recorder, Round, ends_of, judge
 
 
 def _muon(net: Any) -> list[Optimizer]:
@@ -44,32 +40,11 @@ def net_of(seed: int, dtype: torch.dtype = torch.float32) -> Any:
     return net.to(dtype)
 
 
-def ends_of(net: Any) -> Ends:
-    return [p.detach().double().numpy().copy() for p in net.parameters()]
-
-
 def backward(net: Any, t: int, head: int = 2) -> None:
     x = torch.randn(8, 5, generator=torch.Generator().manual_seed(100 * t + dist.get_rank()))
     x = x.to(next(net.parameters()).dtype)
     loss: Any = (net[head](net[1](net[0](x))) - x[:, :3]).square().mean()
     loss.backward()
-
-
-class Recorder:
-    """Keeps this rank's parameters before each round was closed, and the common ones after it."""
-
-    def __init__(self, net: Any, optimizers: list[Optimizer]) -> None:
-        self.net, self.start, self.rounds, self.seen = net, Ends(), list[Round](), 0
-        self.before = ends_of(net)
-        optimizers[-1].register_step_post_hook(self.note_own)
-
-    def note_own(self, *_: Any) -> None:
-        self.before = ends_of(self.net)
-
-    def note_common(self, local: LocalSteps) -> None:
-        if local.outer.t > self.seen:
-            self.seen = local.outer.t
-            self.rounds.append((self.before, ends_of(self.net)))
 
 
 def train(
@@ -93,20 +68,6 @@ def train(
     return start, recorder.rounds, [b.double().numpy() for b in net.buffers()]
 
 
-def judge(runs: list[tuple[Ends, list[Round], Any]], dtype: Any = np.float32, **settings: Any) -> LocalReference:
-    """Replay the rounds of all ranks in the reference."""
-    start = runs[0][0]
-    for other, _, _ in runs:
-        assert all((a == b).all() for a, b in zip(start, other, strict=True)), "parameters start from rank 0's"
-    reference = LocalReference([x.astype(dtype) for x in start], len(runs), **settings)
-    for k in range(len(runs[0][1])):
-        reference.close([[x.astype(dtype) for x in rounds[k][0]] for _, rounds, _ in runs])
-        for _, rounds, _ in runs:
-            for ours, theirs in zip(rounds[k][1], reference.parameters, strict=True):
-                np.testing.assert_array_equal(ours, theirs.astype(float))
-    return reference
-
-
 CASES = [
     (2, "AdamW", 6, {"sync_every": 3}),
     (3, "Muon and AdamW", 5, {"sync_every": 2, "outer_lr": 1.25}),
@@ -121,7 +82,7 @@ def test_rounds_are_those_of_the_reference(
     ranks: int, inner: str, steps: int, options: dict[str, Any], workers: Workers
 ) -> None:
     runs = workers.run(ranks, train, inner, steps, options)
-    assert len(runs[0][1]) == -(-steps // options["sync_every"]) + (steps % options["sync_every"] == 0)
+    assert len(runs[0][1]) == -(-steps // options["sync_every"])
     judge(runs, **{name: options[name] for name in ("outer_lr", "outer_momentum") if name in options})
     for _, _, buffers in runs:
         for own, first in zip(buffers, runs[0][2], strict=True):
@@ -141,7 +102,7 @@ def test_a_rank_that_does_not_use_a_layer_abstains_there(workers: Workers) -> No
     reference = judge(runs)
     assert all(verdict is not None for verdict in reference.verdicts[-4:]), "one rank is enough for its head"
     moved = [(end != start).any() for start, end in zip(runs[0][0], runs[0][1][0][1], strict=True)]
-    assert all(moved)
+    assert all(moved[-4:])
 
 
 @pytest.mark.parametrize("attack", [invert, silent, send_nan])
@@ -222,7 +183,7 @@ def _changes_between_rounds() -> tuple[Ends, Ends, float]:
 
 def test_weights_and_groups_may_change_between_rounds(workers: Workers) -> None:
     for ends, (added,), rounds in workers.run(2, _changes_between_rounds):
-        assert rounds == 3
+        assert rounds == 1  # nobody moved in the others
         assert all((x == 2.0).all() for x in ends)
         np.testing.assert_array_equal(added, [0, 0, 2])
 

@@ -1,9 +1,11 @@
 """Lightning finds the strategies by name, whichever of the two packages is imported first."""
 
+import importlib
 import importlib.abc
 import importlib.util
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
@@ -11,38 +13,44 @@ from typing import Any
 _REGISTRY = "lightning.pytorch.strategies"
 """The module in which Lightning looks a name up."""
 
-NAME = "majority_vote"
+_CLASSES = {"majority_vote": "MajorityVoteStrategy", "local_vote": "LocalVoteStrategy"}
+"""A name, also of the module here that has the class."""
 
 
 def register_when_imported() -> None:
     """Register the strategies now if Lightning is imported, else once it is; nothing is imported for it."""
     if _REGISTRY in sys.modules:
-        register(sys.modules[_REGISTRY].StrategyRegistry, _build)
+        register_all(sys.modules[_REGISTRY].StrategyRegistry)
     elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
 
 
-def register(registry: Any, build: Callable[..., Any]) -> None:
-    """Register "majority_vote" with the variants that Lightning's DDP has.
+def register_all(registry: Any) -> None:
+    """Register every strategy; its module is imported when it is built."""
+    for name, kind in _CLASSES.items():
+        register(registry, name, partial(_build, name, kind))
+
+
+def register(registry: Any, name: str, build: Callable[..., Any]) -> None:
+    """Register a strategy with the variants that Lightning's DDP has.
 
     Args:
         registry: Lightning's.
+        name: of the strategy.
         build: takes the variant's settings and returns the strategy.
     """
     for suffix, start_method in (("", "popen"), ("_spawn", "spawn"), ("_fork", "fork"), ("_notebook", "fork")):
         for unused in (None, False, True):
-            name, settings = NAME + suffix, {"start_method": start_method}
+            variant, settings = name + suffix, {"start_method": start_method}
             if unused is not None:
-                name += f"_find_unused_parameters_{str(unused).lower()}"
+                variant += f"_find_unused_parameters_{str(unused).lower()}"
                 settings["find_unused_parameters"] = unused  # type: ignore[assignment]
-            description = f"one-bit majority vote over DDP, start_method={start_method!r}"
-            registry.register(name, build, description=description, override=True, **settings)
+            description = f"one-bit majority vote, start_method={start_method!r}"
+            registry.register(variant, build, description=description, override=True, **settings)
 
 
-def _build(**settings: Any) -> Any:
-    from .strategy import MajorityVoteStrategy
-
-    return MajorityVoteStrategy(**settings)
+def _build(name: str, kind: str, **settings: Any) -> Any:
+    return getattr(importlib.import_module(f".{name}", __package__), kind)(**settings)
 
 
 class _Finder(importlib.abc.MetaPathFinder):
@@ -70,4 +78,4 @@ class _Loader(importlib.abc.Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self._loader.exec_module(module)
-        register(module.StrategyRegistry, _build)
+        register_all(module.StrategyRegistry)

@@ -1,0 +1,1 @@
+"""The Lightning strategies, and how Lightning finds them by name."""

@@ -1,0 +1,108 @@
+"""The Lightning strategy for slow links: ranks take steps of their own, and vote on where they went."""
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch.trainer.states import TrainerFn
+from torch.optim import Optimizer
+
+from signsgd_core.adversaries import Adversary
+
+from .. import _compat
+from ..local_steps import LocalSteps
+from ..local_steps.enable import let_step
+from ..local_steps.options import LocalStepOptions
+from .base import StateDictType, WorkerStateStrategy
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+
+class LocalVoteStrategy(WorkerStateStrategy):
+    """Let every rank take steps of its own with any optimizer, and vote on where they went after `sync_every`.
+
+    The model is not wrapped in DDP. Validation, testing, a checkpoint and the end of `fit` close the round first, so
+    that what is measured and saved is the same on all ranks. See `enable_local_steps` for the mathematics.
+
+    Args:
+        sync_every: `H`, steps of the last optimizer between votes; one that a gradient scaler skips counts.
+        outer_lr: η.
+        outer_momentum: μ, Nesterov's.
+        verify_every_n_rounds: how often all ranks make sure that they hold the same parameters and outer momenta, bit
+            for bit (`RanksDifferError` if not); 0 for never.
+        adversaries: rank -> what it makes of its displacements before it votes (`signsgd_core.adversaries`).
+        state_dict_type: "full" for checkpoints that are one file with the optimizer states of all ranks, gathered on
+            rank 0; "sharded" for directories, which all ranks must see, where each rank writes its own.
+        **kwargs: those of `lightning.pytorch.strategies.DDPStrategy` that concern processes; ``timeout`` bounds how
+            long a rank waits for a lost one.
+
+    Attributes:
+        local_steps: the rounds, while a model is fitted.
+
+    Raises:
+        ValueError: for settings outside their range, or a communication hook.
+        RuntimeError: before the first step, if the ranks differ in model or settings.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> Trainer(accelerator="cpu", devices=2, strategy="local_vote", logger=False).strategy.__class__.__name__
+        'LocalVoteStrategy'
+    """
+
+    strategy_name = "local_vote"
+
+    def __init__(
+        self,
+        sync_every: int = 16,
+        outer_lr: float = 1.0,
+        outer_momentum: float = 0.0,
+        verify_every_n_rounds: int = 0,
+        adversaries: Mapping[int, Adversary] | None = None,
+        state_dict_type: StateDictType = "full",
+        **kwargs: Any,
+    ) -> None:
+        self.options = LocalStepOptions(sync_every, outer_lr, outer_momentum, verify_every_n_rounds, adversaries)
+        super().__init__(state_dict_type, **kwargs)
+        self.local_steps: LocalSteps | None = None
+
+    def configure_ddp(self) -> None:
+        """Leave the model as it is: every rank keeps its own gradients."""
+
+    def setup(self, trainer: "Trainer") -> None:
+        """Set up the optimizers, then let them take steps of their own."""
+        super().setup(trainer)
+        if trainer.state.fn == TrainerFn.FITTING:
+            assert self.model is not None
+            optimizers = [o for o in self.optimizers if not _compat.stands_for_no_optimizer(o)]
+            self.local_steps = let_step(self.model, optimizers, self.options, counts_steps=False)
+
+    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:
+        """Take a step and count it, also one that a gradient scaler skips: so ranks close rounds at the same batch."""
+        result = super().optimizer_step(optimizer, closure, *args, **kwargs)
+        if self.local_steps is not None and optimizer is self.optimizers[-1]:
+            self.local_steps.count()
+        return result
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Return the weights that are the same on all ranks."""
+        self._close_round()
+        return super().lightning_module_state_dict()
+
+    def on_validation_start(self) -> None:
+        """Close the round."""
+        self._close_round()
+
+    def on_train_end(self) -> None:
+        """Close the last round."""
+        self._close_round()
+
+    def teardown(self) -> None:
+        """Let the optimizers go."""
+        if self.local_steps is not None:
+            self.local_steps.end()
+            self.local_steps = None
+        super().teardown()
+
+    def _close_round(self) -> None:
+        if self.local_steps is not None and not self._interrupted:
+            self.local_steps.close_round()
