@@ -11,7 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from signsgd_lightning import PeerLostError, Signum, enable_majority_vote
+from signsgd_lightning import PeerLostError, Signum, enable_local_steps, enable_majority_vote
+from signsgd_lightning.local_steps.rounds import find_local_steps
 from signsgd_lightning.vote import failures
 from signsgd_lightning.vote.transport import PointToPoint
 from tests.votes import set_bucket_size
@@ -26,33 +27,48 @@ KINDS: dict[str, tuple[int, dict[str, Any], int]] = {
     "flat": (3, {}, 1 + 2 * 2),  # the header; ballots and verdicts of two buckets
     "nodes": (4, {"vote_between": "nodes"}, 1 + 3 + 2 * 2 + 1),  # three of the node's mean, one of its verdicts
     "overlap": (3, {"overlap": True}, 1 + 2 * 2),
+    "local steps": (3, {}, 1 + 2 * 2 + 2),  # magnitudes and buffers
 }
 """Ranks, options, and how often a rank swaps bytes with others in a step."""
 
 Snapshot = list[bytes]
 
 
-def _build(options: dict[str, Any]) -> tuple[DistributedDataParallel, Signum]:
+def _net(second: nn.Module) -> nn.Module:
     torch.manual_seed(0)
-    model = DistributedDataParallel(nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 20), nn.Linear(20, 1)))
-    optimizer = Signum(model.parameters(), lr=0.125, betas=(0.5, 0.5), verdict_momentum=0.5, weight_decay=0.5)
-    enable_majority_vote(model, optimizer, **options)
+    return nn.Sequential(nn.Linear(12, 20), second, nn.Linear(20, 20), nn.Linear(20, 1))
+
+
+def _build(kind: str) -> tuple[nn.Module, Any, Signum]:
+    """Return a model, what steps on it, and what has the vote."""
+    if kind == "local steps":
+        model = _net(nn.BatchNorm1d(20))
+        inner = torch.optim.AdamW(model.parameters(), lr=0.125)
+        outer = enable_local_steps(model, inner, sync_every=2, outer_momentum=0.5).outer
+        set_bucket_size(outer, 256)
+        return model, inner, outer
+    ddp = DistributedDataParallel(_net(nn.Tanh()))
+    optimizer = Signum(ddp.parameters(), lr=0.125, betas=(0.5, 0.5), verdict_momentum=0.5, weight_decay=0.5)
+    enable_majority_vote(ddp, optimizer, **KINDS[kind][1])
     set_bucket_size(optimizer, 256)
-    return model, optimizer
+    return ddp, optimizer, optimizer
 
 
-def _replicated(optimizer: Signum) -> Snapshot:
-    """What is the same on all ranks: parameters, verdict momenta, the step counter."""
-    parameters = optimizer.param_groups[0]["params"]
-    tensors: list[Tensor] = [*parameters, *(optimizer.state[p]["verdict_momentum"] for p in parameters)]
-    return [str(optimizer.t).encode(), *(t.detach().numpy().tobytes() for t in tensors)]
+def _replicated(model: nn.Module, voter: Signum) -> Snapshot:
+    """What is the same on all ranks: parameters and buffers, verdict or outer momenta, the step counter."""
+    names = ("verdict_momentum", "outer_momentum")
+    momenta = [entries[name] for entries in voter.state.values() for name in names if name in entries]
+    tensors: list[Tensor] = [*model.parameters(), *(b for b in model.buffers() if b.is_floating_point()), *momenta]
+    return [str(voter.t).encode(), *(t.detach().numpy().tobytes() for t in tensors)]
 
 
-def _step(model: DistributedDataParallel, optimizer: Signum, t: int) -> None:
-    optimizer.zero_grad()
-    x = torch.randn(4, 12, generator=torch.Generator().manual_seed(100 * t + dist.get_rank()))
-    model(x).square().mean().backward()
-    optimizer.step()
+def _step(model: nn.Module, optimizer: Any, t: int) -> None:
+    """Take a step, or those of a round."""
+    for k in range(2 if find_local_steps(optimizer) else 1):
+        optimizer.zero_grad()
+        x = torch.randn(4, 12, generator=torch.Generator().manual_seed(100 * t + 10 * k + dist.get_rank()))
+        model(x).square().mean().backward()
+        optimizer.step()
 
 
 def _lose(kind: str, victim: int, swap: int, after: bool, number: int) -> tuple[list[Snapshot], bool, int]:
@@ -61,7 +77,7 @@ def _lose(kind: str, victim: int, swap: int, after: bool, number: int) -> tuple[
     Of the snapshots the last is after the error; a rank that had all verdicts by then errs one step later.
     """
     failures._GRACE = timedelta(seconds=0.1)  # who is named does not matter here
-    model, optimizer = _build(KINDS[kind][1])
+    model, optimizer, voter = _build(kind)
     for t in range(GOOD_STEPS):
         _step(model, optimizer, t)
     usual, count = PointToPoint.swap, 0
@@ -77,13 +93,13 @@ def _lose(kind: str, victim: int, swap: int, after: bool, number: int) -> tuple[
         return wait
 
     PointToPoint.swap = swap_or_die  # type: ignore[assignment,method-assign]
-    snapshots = [_replicated(optimizer)]
+    snapshots = [_replicated(model, voter)]
     try:
         for t in range(GOOD_STEPS, GOOD_STEPS + 3):
             _step(model, optimizer, t)
-            snapshots.append(_replicated(optimizer))
+            snapshots.append(_replicated(model, voter))
     except PeerLostError:
-        snapshots.append(_replicated(optimizer))
+        snapshots.append(_replicated(model, voter))
         return snapshots, True, count
     finally:
         PointToPoint.swap = usual  # type: ignore[method-assign]
