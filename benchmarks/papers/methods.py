@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import signsgd_core as core
 from signsgd_lightning import Signum, signmuon_groups
 
+from .simulated_local import SimulatedLocalSteps
 from .simulated_vote import SimulatedVote
 from .tasks import GPT
 
@@ -52,6 +53,10 @@ class Job(NamedTuple):
 
     Attributes:
         other_lr: of what is no hidden matrix, for Muon and SignMuon.
+        sync_every: steps of each worker's own between exchanges; None for an exchange at every step.
+        exchange: of local steps, "vote" or "mean".
+        outer_lr: of local steps.
+        outer_momentum: of local steps.
     """
 
     task: str
@@ -62,16 +67,21 @@ class Job(NamedTuple):
     steps: int = 500
     seed: int = 0
     other_lr: float | None = None
+    sync_every: int | None = None
+    exchange: str | None = None
+    outer_lr: float | None = None
+    outer_momentum: float | None = None
 
     @property
     def key(self) -> str:
-        """What it is stored under; jobs of older runs have no `other_lr`."""
+        """What it is stored under; what a job does not have is left out."""
         return json.dumps({name: value for name, value in self._asdict().items() if value is not None}, sort_keys=True)
 
     @property
     def bits(self) -> float:
         """Bits that a worker sends for each parameter in the whole run: both halves of a ring, or of a vote."""
-        return 2 * (self.workers - 1) / self.workers * (1 if voted(self.method) else 32) * self.steps
+        bits = 1 if self.exchange == "vote" or (voted(self.method) and self.exchange is None) else 32
+        return 2 * (self.workers - 1) / self.workers * bits * self.steps / (self.sync_every or 1)
 
 
 Update = Callable[[list[list[Tensor]], float], None]
@@ -81,6 +91,18 @@ Update = Callable[[list[list[Tensor]], float], None]
 def voted(method: str) -> bool:
     """Return whether a method is a vote."""
     return method.removesuffix(PER_LAYER) in VOTED
+
+
+def workers_of(model: nn.Module, job: Job) -> tuple[list[nn.Module], Update]:
+    """Return the models that a job's workers compute their gradients on, and what moves them by these.
+
+    They are one and the same, but for local steps.
+    """
+    if job.sync_every is None:
+        return [model] * job.workers, update_by(model, job)
+    inner = job._replace(workers=1)
+    local = SimulatedLocalSteps(model, job, lambda one: update_by(one, inner))
+    return local.models, local
 
 
 def update_by(model: nn.Module, job: Job) -> Update:

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from .methods import Job, update_by
+from .methods import Job, workers_of
 from .tasks import Task
 
 SEEDS = (0, 1, 2)
@@ -44,16 +44,16 @@ def train(task: Task, job: Job, points: int = 20, watch: Callable[[int, nn.Modul
     torch.set_num_threads(1)
     torch.manual_seed(job.seed)
     model = task.model().to(task.device)
-    update = update_by(model, job)
+    models, update = workers_of(model, job)
     sources = [np.random.default_rng([job.seed, worker]) for worker in range(job.workers)]
     curve, losses = list[tuple[int, float]](), list[float]()
     for step in range(job.steps):
         if watch is not None:
             watch(step, model)
         gradients = []
-        for source in sources:
-            loss = task.loss(model, task.batch(task.global_batch // job.workers, source))
-            gradients.append(list(torch.autograd.grad(loss, list(model.parameters()))))
+        for worker, source in zip(models, sources, strict=True):
+            loss = task.loss(worker, task.batch(task.global_batch // job.workers, source))
+            gradients.append(list(torch.autograd.grad(loss, list(worker.parameters()))))
             losses.append(loss.item())
         if not math.isfinite(losses[-1]):
             return Run(math.nan, curve)

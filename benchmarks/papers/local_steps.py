@@ -1,0 +1,133 @@
+"""Local steps: a vote on displacements every `H` steps beside their fp32 mean, DiLoCo, and an exchange at every step.
+
+python -m benchmarks.papers.local_steps --text FILE --images DIR --out benchmarks/results/papers
+
+The inner learning rates begin where signmuon.py found the best of the same optimizer; every row of local steps has as
+many tuning runs: two inner rates, two outer settings. Then two more seeds, and the vote with other numbers of workers.
+What was trained is kept in trainings.json: started again, it goes on where it was.
+"""
+
+import argparse
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from .common import command_line, heading, publish
+from .methods import CLIPPED, Job
+from .tasks import Task, add_arguments, shared_task
+from .training import SEEDS, Row, Store, add_device, tuned
+
+ADAMW, MUON, SIGNMUON = f"AdamW .95{CLIPPED}", f"Muon{CLIPPED}", "SignMuon"
+BEST: dict[str, dict[str, tuple[float, float | None]]] = {
+    "gpt": {ADAMW: (2e-3, None), MUON: (0.04, 0.005), SIGNMUON: (0.08, 2e-3)},
+    "resnet": {ADAMW: (2.5e-3, None), MUON: (0.08, 0.005), SIGNMUON: (0.16, 8e-3)},
+}
+"""Learning rates, and those of what is no hidden matrix, as signmuon.py found them."""
+
+OUTER: dict[str, list[tuple[str, float, float]]] = {
+    "vote": [("vote", 1.0, 0.0), ("vote", 1.4, 0.0)],
+    "mean": [("mean", 1.0, 0.0), ("mean", 1.4, 0.0)],
+    "DiLoCo": [("mean", 0.7, 0.9), ("mean", 0.35, 0.9)],
+}
+"""What is tried of each outer step: what is exchanged, η, μ with Nesterov's momentum."""
+RATES = (1.0, 0.5)
+"""Shares of the best inner learning rate that are tried."""
+EVERY, MANY, OTHERS = (4, 16, 64), 4, (2, 8)
+
+
+class Found(NamedTuple):
+    """One way to train at its best: its name, steps between exchanges, seeds, and how many runs tuned it."""
+
+    name: str
+    sync_every: int
+    row: Row
+    tried: int
+
+
+def base(task: Task, kind: str, method: str, steps: int, workers: int = MANY) -> Job:
+    """Return the job of an optimizer that exchanges at every step."""
+    lr, other_lr = BEST[kind][method]
+    return Job(task.key, method, lr, 0.1, workers, steps, other_lr=other_lr)
+
+
+def candidates(start: Job, outer: str, sync_every: int) -> list[Job]:
+    """Return what is tried of one row."""
+    return [
+        start._replace(
+            lr=start.lr * share,
+            other_lr=start.other_lr and start.other_lr * share,
+            sync_every=sync_every,
+            exchange=exchange,
+            outer_lr=outer_lr,
+            outer_momentum=momentum,
+        )
+        for share, (exchange, outer_lr, momentum) in itertools.product(RATES, OUTER[outer])
+    ]
+
+
+def measure(kind: str, options: argparse.Namespace, store: Store) -> tuple[Task, int, list[Found], list[Row]]:
+    """Train what the options ask for of one task."""
+    task, steps = shared_task(kind, options)
+    found = []
+    for method in BEST[kind]:
+        jobs = [base(task, kind, method, steps)._replace(seed=seed) for seed in SEEDS]
+        found.append(Found(method, 1, Row(jobs[0], store.run(task, jobs, f"{task.key}, {method}")), 1))
+    for method, sync_every, outer in itertools.product(options.inner, options.every, OUTER):
+        jobs = candidates(base(task, kind, method, steps), outer, sync_every)
+        found.append(Found(f"{method}, {outer}", sync_every, tuned(task, store, jobs), len(jobs)))
+    votes = [one.row.job for one in found if one.row.job.exchange == "vote"]
+    jobs = [job._replace(workers=workers) for job in votes for workers in options.workers]
+    return task, steps, found, [Row(job, store.run(task, [job], f"{task.key}, {job.workers} workers")) for job in jobs]
+
+
+def table(kinds: Sequence[tuple[Task, int, list[Found], list[Row]]]) -> Iterator[str]:
+    """Return the lines."""
+    for task, steps, found, others in kinds:
+        yield f"\n{task.name}, {steps} steps of {task.global_batch} examples, {MANY} workers: {task.measured}"
+        yield f"  {'optimizer, exchange':<28}{'H':>4}{'lr':>9}{'η':>6}{'μ':>6}{'runs':>5}{'bits':>9}{'mean':>9}{'±':>8}"
+        for name, sync_every, row, tried in found:
+            outer = "".join(f"{'' if x is None else format(x, 'g'):>6}" for x in row.job[-2:])
+            yield (
+                f"  {name:<28}{sync_every:>4}{row.job.lr:>9.3g}{outer}{tried:>5}{row.job.bits:>9,.0f}"
+                f"{row.mean:>9.4f}{row.spread:>8.4f}"
+            )
+        if others:
+            yield "  the votes with other numbers of workers, same global batch and rates, one seed:"
+        for row in others:
+            yield f"  {row.job.method:<28}{row.job.sync_every:>4}   {row.job.workers} workers{row.scores[0]:>9.4f}"
+    yield "\nruns: of tuning, one seed; bits: that a worker sends for each parameter in the whole run; then mean and"
+    yield f"standard deviation of {len(SEEDS)} seeds. DiLoCo: the mean with Nesterov's momentum."
+
+
+def draw(kinds: Sequence[tuple[Task, int, list[Found], list[Row]]], pyplot: Any) -> Any:
+    """Return a figure: scores against bits."""
+    figure, panels = pyplot.subplots(1, len(kinds), figsize=(7 * len(kinds), 5), layout="constrained", squeeze=False)
+    for (task, steps, found, _), axes in zip(kinds, panels[0], strict=True):
+        for name in dict.fromkeys(one.name for one in found):
+            same = [one for one in found if one.name == name]
+            bits, means = [one.row.job.bits for one in same], [one.row.mean for one in same]
+            axes.errorbar(bits, means, yerr=[one.row.spread for one in same], marker="o", capsize=3, label=name)
+        axes.set(xscale="log", xlabel="bits that a worker sends for each parameter", ylabel=task.measured)
+        axes.set(title=f"{task.name}, {steps} steps, {MANY} workers; {task.better} is better")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    return figure
+
+
+def main() -> None:
+    parser = command_line("local_steps", __doc__)
+    add_arguments(parser)
+    parser.add_argument("--tasks", nargs="+", choices=list(BEST), default=list(BEST))
+    parser.add_argument("--inner", nargs="+", choices=[ADAMW, MUON], default=[MUON, ADAMW])
+    parser.add_argument("--every", nargs="+", type=int, default=list(EVERY), help="H (default: %(default)s)")
+    parser.add_argument("--workers", nargs="*", type=int, default=list(OTHERS), help="besides 4 (default: %(default)s)")
+    parser.add_argument("--processes", type=int, help="trainings at a time (default: one a core)")
+    add_device(parser)
+    options = parser.parse_args()
+    store = Store(options.out, options.device, options.processes)
+    kinds = [measure(kind, options, store) for kind in options.tasks]
+    publish("local_steps", [heading("local_steps"), *table(kinds)], lambda pyplot: draw(kinds, pyplot), options.out)
+
+
+if __name__ == "__main__":
+    main()
