@@ -150,7 +150,7 @@ class LocalSteps:
         self._begin()
         try:
             own = self._displace()
-            given = self.outer.step_input()._replace(settings=self._settings())
+            given = StepInput(self.outer.views(), self._settings(), self.outer.zeros, self.outer.t)
             ballot = self.vote.cast(given)
             magnitudes, changed, all_early = self._exchange_magnitudes(own, early)
             verdicts = [] if ballot is None else self.vote.decide(ballot)
