@@ -1,6 +1,7 @@
 """One worker of wire.py: a step under every way to exchange gradients, in turn; rank 0 writes down what all saw."""
 
 import argparse
+import itertools
 import json
 import time
 from collections.abc import Callable
@@ -13,16 +14,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
+from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from benchmarks.network import Network
-from signsgd_lightning import Signum, enable_majority_vote, kernels
+from signsgd_lightning import Signum, enable_local_steps, enable_majority_vote, kernels
 from signsgd_lightning.views import lay_out
 from signsgd_lightning.vote import StepInput
 from signsgd_lightning.vote.options import VoteBetween
 
 NONE, OURS, OVERLAPPED = "no exchange", "majority vote (ours)", "ours, overlap=True"
+LOCAL, MEAN, EVERY = "ours, local steps, H = 1", "fp32 mean, H = 1", (4, 16, 64)
+"""Steps of a rank's own and then a round; for longer rounds the times follow, since a step between has no exchange."""
 WIDTH, LR = 1000, 1e-4
 ROUNDS, SLOW_ROUNDS, SLOW = 9, 3, 2.0
 """Rounds, and of a step that takes longer than so many seconds."""
@@ -112,6 +116,33 @@ def voting(
     return take_step
 
 
+def voting_on_displacements(model: nn.Module) -> TakeStep:
+    """Return SGD's step on this rank's own gradients, and a round of local steps after each."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    enable_local_steps(model, optimizer, sync_every=1)
+    return alone(model, optimizer, lambda: None)
+
+
+def averaging_parameters(model: nn.Module) -> TakeStep:
+    """Return SGD's step on this rank's own gradients, and the mean of all parameters after each, as local SGD does."""
+    averager = PeriodicModelAverager(period=1, warmup_steps=0)
+    return alone(
+        model, torch.optim.SGD(model.parameters(), lr=LR), lambda: averager.average_parameters(model.parameters())
+    )
+
+
+def alone(model: nn.Module, optimizer: torch.optim.Optimizer, then: Callable[[], None]) -> TakeStep:
+    """Return a step on this rank's own gradients, and what follows."""
+
+    def take_step(x: Tensor) -> None:
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+        then()
+
+    return take_step
+
+
 def schemes(parameters: int, device: str) -> dict[str, tuple[TakeStep, int]]:
     """Every way to exchange gradients, each with a model of its own, and how many steps it takes to warm up."""
 
@@ -128,7 +159,14 @@ def schemes(parameters: int, device: str) -> dict[str, tuple[TakeStep, int]]:
         "1-bit all-gather": (voting(model(parameters), sharded=False), 2),
         OURS: (voting(model(parameters)), 2),
         OVERLAPPED: (voting(model(parameters), overlap=True), 2),
+        MEAN: (averaging_parameters(model(parameters)), 2),
+        LOCAL: (voting_on_displacements(model(parameters)), 2),
     }
+
+
+def once_in(sync_every: int, with_exchange: float, without: float) -> float:
+    """Return what a step costs on average where one of so many has an exchange."""
+    return without + (with_exchange - without) / sync_every
 
 
 def sent_bytes() -> int:
@@ -192,10 +230,14 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             past.append(float(slowest))
             sent[name].append(float(total) / options.workers)
     bar.close()
+    rows = {name: {"seconds": median(seconds[name]), "bytes": median(sent[name])} for name in of}
+    for name, sync_every in itertools.product((MEAN, LOCAL), EVERY):
+        each = {what: once_in(sync_every, rows[name][what], rows[NONE][what]) for what in rows[name]}
+        rows[name.replace("H = 1", f"H = {sync_every}")] = each
     return {
         "round_trip": trip,
         "parameters": sum(p.numel() for p in square_layers(options.parameters).parameters()),
-        "schemes": {name: {"seconds": median(seconds[name]), "bytes": median(sent[name])} for name in of},
+        "schemes": rows,
     }
 
 

@@ -15,7 +15,7 @@ from .. import kernels
 from ..optimizer import Signum, see_through
 from ..state import OUTER_MOMENTUM
 from ..views import FlatView
-from ..vote import Vote, VoteOptions
+from ..vote import StepInput, Vote, VoteOptions
 from ..vote.agreement import Purpose
 from ..vote.topology import Flat, Verdict
 from ..vote.transport import Message
