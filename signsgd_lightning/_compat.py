@@ -77,7 +77,7 @@ def is_wrapped_by_transform(tensor: Tensor) -> bool:
 
 
 def version(tensor: Tensor) -> int:
-    """Return how often a tensor was written to in place; for `vote.schedule`."""
+    """Return how often a tensor was written to in place; for `vote.schedule` and `local_steps`."""
     return tensor._version
 
 

@@ -40,6 +40,7 @@ def load() -> ctypes.CDLL | None:
     library.verdict.argtypes = [pointer, pointer, size, size, ctypes.c_int32, pointer]
     for function in (library.cast, library.apply, library.alone, library.verdict):
         function.restype = None
+    library.displace.argtypes, library.displace.restype = [pointer, pointer, size], ctypes.c_double
     return library
 
 

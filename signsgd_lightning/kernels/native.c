@@ -9,6 +9,7 @@
 enum { WORD = 64 };     // coordinates that are worked on together: they stay in the core's first cache
 enum { WORDS = 128 };   // words of 64 coordinates tallied at a time
 enum { PLANES = 32 };   // bits of a count: more than there are workers on earth
+enum { LANES = 16 };    // partial sums, so that additions need not wait for one another
 enum { ABSTAIN = 2 };   // in place of the bit that a zero has
 
 typedef struct {
@@ -220,6 +221,21 @@ void alone(const Tile *tiles, int64_t count, int64_t lo, int64_t hi) {
             move(p, at, n, c);
         }
     }
+}
+
+// Writes x - p over p, and returns the sum of the magnitudes that are finite: L1 and L2 of local steps.
+double displace(const float *restrict x, float *restrict p, int64_t length) {
+    double sums[LANES] = {0}, total = 0;
+    for (int64_t i = 0; i < length; i += LANES) {
+        int n = (int)least(LANES, length - i);
+        for (int k = 0; k < n; k++) {
+            float d = x[i + k] - p[i + k], size = fabsf(d);
+            p[i + k] = d;
+            sums[k] += size <= FLT_MAX ? size : 0;
+        }
+    }
+    for (int k = 0; k < LANES; k++) total += sums[k];
+    return total;
 }
 
 // Add one bit to each of the counts, whose bit k is in counts[k].

@@ -46,6 +46,12 @@ class NativeKernel(NumpyKernel):
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
 
+    def displace(self, start: Tensor, end: Tensor) -> float:
+        """Displace in one pass over memory; see `Kernel.displace`."""
+        if not (_is_fast(start) and _is_fast(end)):
+            return super().displace(start, end)
+        return float(self._library.displace(start.data_ptr(), end.data_ptr(), end.numel()))
+
     def cast(
         self,
         views: Sequence[FlatView],

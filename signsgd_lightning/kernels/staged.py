@@ -38,6 +38,14 @@ class Kernel(ABC):
     def count_bits(self, words: Tensor) -> int:
         """Return how many bits are set in uint8 `words`, any shape of a multiple of 8 bytes."""
 
+    def displace(self, start: Tensor, end: Tensor) -> float:
+        """Write ``start − end`` over `end` and return the sum of its finite magnitudes: L1 and L2 of local steps."""
+        torch.sub(start, end, out=end)
+        total = torch.linalg.vector_norm(end, 1, dtype=torch.float64)
+        if not total.isfinite():
+            total = torch.nan_to_num(end, 0.0, 0.0, 0.0).abs().sum(dtype=torch.float64)
+        return float(total)
+
     def cast(
         self,
         views: Sequence[FlatView],

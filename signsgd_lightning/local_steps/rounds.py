@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -11,7 +10,7 @@ from torch.optim import Optimizer
 
 import signsgd_core as core
 
-from .. import kernels
+from .. import _compat, kernels
 from ..optimizer import Signum, see_through
 from ..state import OUTER_MOMENTUM
 from ..views import FlatView
@@ -38,8 +37,7 @@ class LocalSteps:
 
     Attributes:
         optimizers: as above.
-        outer: has `x_0` for its parameters, takes displacements for their gradients, and keeps the outer momenta and
-            the number of rounds.
+        outer: has `x_0` for its parameters, and keeps the outer momenta and the number of rounds.
         vote: of all ranks.
         steps: of this rank since the last round.
         drift: while somebody observes the vote, the sum of squares of what this rank's parameters differed by from the
@@ -58,6 +56,7 @@ class LocalSteps:
         self.steps, self.drift = 0, (0.0, 0)
         self._model, self._buffers, self._begun = model, Buffers(model), False
         self._pairs, self._names = dict[Tensor, Tensor](), dict[int, str]()  # a parameter -> x_0, by id its name
+        self._versions = dict[Tensor, int]()  # x_0 -> the version of a parameter that it is equal to
         self._adversary = (options.adversaries or {}).get(dist.get_rank(process_group))
         self.outer = Signum([{"params": []}], lr=options.outer_lr, betas=(0.0, 0.0))
         self.outer.param_groups[0]["outer_momentum"] = options.outer_momentum
@@ -141,7 +140,8 @@ class LocalSteps:
         if not self._begun:
             self._find_parameters()
             for p, x in self._pairs.items():
-                x.copy_(p)
+                if self._versions.get(x) != _compat.version(p):  # else it is where the last round left it
+                    x.copy_(p)
             self._begun = True
 
     @torch.no_grad()
@@ -149,16 +149,19 @@ class LocalSteps:
         """Close a round; return whether that was early on all ranks."""
         self._begin()
         try:
-            own = self._displace()
-            given = StepInput(self.outer.views(), self._settings(), self.outer.zeros, self.outer.t)
+            views, own = self._displace()
+            given = StepInput(views, self._settings(), self.outer.zeros, self.outer.t)
             ballot = self.vote.cast(given)
             magnitudes, changed, all_early = self._exchange_magnitudes(own, early)
             verdicts = [] if ballot is None else self.vote.decide(ballot)
             means = self._buffers.mean(changed, self.vote.topology.everyone)
         except BaseException:
-            self._reset()
+            self._buffers.restore()
+            self._finish()
             raise
+        ends = self._ends(views)
         self._commit(verdicts, magnitudes)
+        self._note_drift(ends)
         self._buffers.take(means)
         self._finish()
         if ballot is not None:  # a round in which nobody moved is none
@@ -166,26 +169,27 @@ class LocalSteps:
             self.vote.end(given)
         return all_early
 
-    def _displace(self) -> list[float]:
-        """Let every `x_0` that this rank moved away from have its displacement for a gradient, and none else (L1, L2).
+    def _displace(self) -> tuple[list[FlatView], list[float]]:
+        """Return what to vote on, displacements for gradients, and their magnitudes, 0 where none moved (L1, L2).
 
-        Returns:
-            The magnitude of each, 0 for those that it did not move.
+        Displacements are in the memory of the parameters, which get their values back from `x_0` in any case.
         """
-        deltas = [(x - p).contiguous() for p, x in self._pairs.items()]
-        if self._adversary is not None:
-            deltas = [self._lie(delta) for delta in deltas]
-        sums = np.array(torch.stack([torch.linalg.vector_norm(d, 1, dtype=torch.float64) for d in deltas]).tolist())
-        for k in np.flatnonzero(~np.isfinite(sums)):
-            sums[k] = torch.nan_to_num(deltas[k], 0.0, 0.0, 0.0).abs().sum(dtype=torch.float64).item()
-        for x, delta, total in zip(self._pairs.values(), deltas, sums, strict=True):
-            x.grad = delta if total > 0 else None
-        return [total / max(d.numel(), 1) for total, d in zip(sums.tolist(), deltas, strict=True)]
+        kernel, group = kernels.for_device(self._device), self.outer.param_groups[0]
+        views, magnitudes = list[FlatView](), list[float]()
+        for p, x in self._pairs.items():
+            delta = p.detach() if p.dtype is x.dtype and p.is_contiguous() else p.detach().to(x, copy=True).contiguous()
+            total = kernel.displace(x, delta)
+            if self._adversary is not None and total:
+                delta = self._lie(delta)
+                total = kernel.displace(delta, torch.zeros_like(delta))
+            views.append(FlatView(x, group, self.outer.state, total > 0, sent=delta))
+            magnitudes.append(total / max(x.numel(), 1))
+        return views, magnitudes
 
     def _lie(self, delta: Tensor) -> Tensor:
         """Return what an adversary sends instead of a displacement; nothing is zeros."""
         assert self._adversary is not None
-        sent = self._adversary(delta.cpu().numpy()) if delta.any() else delta
+        sent = self._adversary(delta.cpu().numpy())
         return torch.zeros_like(delta) if sent is None else torch.as_tensor(sent).to(delta).contiguous()
 
     def _exchange_magnitudes(self, own: Sequence[float], early: bool) -> tuple[list[float], list[bool], bool]:
@@ -205,33 +209,38 @@ class LocalSteps:
     def _commit(self, verdicts: Sequence[Verdict], magnitudes: Sequence[float]) -> None:
         """Take the outer step (L4); nothing here waits for another rank."""
         magnitude = {id(x): s for x, s in zip(self._pairs.values(), magnitudes, strict=True)}
-        group, kernel = self.outer.param_groups[0], kernels.for_device(self._device)
         for verdict in verdicts:
-            steps = [_step(view, magnitude[id(view.parameter)]) for view in verdict.views]
-            kernel.apply(steps, 0, steps[-1].stop, verdict.bits.to(self._device))
+            bits, move = verdict.bits.to(self._device), kernels.for_device(self._device).apply
+            for view in verdict.views:
+                view.scale = magnitude[id(view.parameter)]
+            if not self.options.outer_momentum:
+                move(verdict.views, 0, verdict.views[-1].stop, bits)  # x_0 - η·s·V
+                continue
+            steps = [_zeros(view) for view in verdict.views]
+            move(steps, 0, steps[-1].stop, bits)  # s·V
             for view, step in zip(verdict.views, steps, strict=True):
                 x, u = view.parameter, view.entry(OUTER_MOMENTUM)
-                new, later = core.outer_update(x, u, step.parameter, float(group["lr"]), group["outer_momentum"])
+                assert u is not None
+                new, later = core.outer_update(x, u, step.parameter, view.group["lr"], view.group["outer_momentum"])
                 x.copy_(new)
-                if u is not None:
-                    u.copy_(later)
+                u.copy_(later)
+
+    def _ends(self, views: Sequence[FlatView]) -> list[Tensor]:
+        """Return where this rank's steps ended, if somebody wants to know: parameters hold displacements meanwhile."""
+        watched = any(observer.counts for observer in self.vote.observers)
+        return [v.parameter - v.raw_gradient.view_as(v.parameter) for v in views] if watched else []
+
+    def _note_drift(self, ends: Sequence[Tensor]) -> None:
+        """Add up how far this rank's steps ended from where the vote has the parameters."""
+        for end, x in zip(ends, self._pairs.values() if ends else (), strict=True):
+            self.drift = self.drift[0] + float((end - x).square().sum()), self.drift[1] + x.numel()
 
     def _finish(self) -> None:
-        """Let parameters go to where the vote has them."""
-        if any(observer.counts for observer in self.vote.observers):
-            squares = sum(float((p - x).square().sum()) for p, x in self._pairs.items())
-            self.drift = self.drift[0] + squares, self.drift[1] + sum(p.numel() for p in self._pairs)
+        """Let parameters go to `x_0`."""
         for p, x in self._pairs.items():
             p.copy_(x)
-            x.grad = None
-        self.steps, self._begun = 0, False
-
-    def _reset(self) -> None:
-        """Go back to where the round began."""
-        self._buffers.restore()
-        for p, x in self._pairs.items():
-            p.copy_(x)
-            x.grad = None
+            if p.dtype is x.dtype:  # else `x_0` is to be rounded as the parameter is
+                self._versions[x] = _compat.version(p)
         self.steps, self._begun = 0, False
 
     def _find_parameters(self) -> None:
@@ -268,11 +277,9 @@ _ATTRIBUTE = "_signsgd_local_steps"
 """Where an optimizer has them; copies of it have none."""
 
 
-def _step(view: FlatView, magnitude: float) -> FlatView:
-    """Return zeros to which a verdict adds ``s·V``, in the memory of a displacement if there is one."""
-    x = view.parameter
-    step = torch.zeros_like(x) if x.grad is None else x.grad.zero_()
-    group = {"lr": -1.0, "weight_decay": 0.0, "verdict_momentum": 0.0, "orthogonalize": False}
-    part = FlatView(step, group, {}, present=True, start=view.start)
-    part.scale = magnitude
+def _zeros(view: FlatView) -> FlatView:
+    """Return zeros from which a verdict takes ``−s·V``, in the memory of a displacement."""
+    assert view.sent is not None
+    part = FlatView(view.sent.zero_(), {**view.group, "lr": -1.0}, {}, present=True, start=view.start)
+    part.scale = view.scale
     return part

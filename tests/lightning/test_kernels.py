@@ -140,6 +140,20 @@ def test_a_step_alone(chosen: dict[str, Any], dtype: torch.dtype, zeros: Any, co
         assert outcomes[0] == outcomes[2]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("length", [0, 1, 15, 16, 17, 1_003])
+def test_displace(length: int, dtype: torch.dtype, compiled: Kernel) -> None:
+    """``x − p`` over `p`, and the sum of what is finite of it."""
+    random = np.random.default_rng(length)
+    x, p = random.integers(-64, 64, (2, length)) / 8
+    p[random.random(length) < 0.1] = random.choice([np.nan, np.inf, -np.inf])
+    for kernel in (compiled, *KERNELS):
+        start, end = torch.tensor(x, dtype=dtype), torch.tensor(p, dtype=dtype)
+        total = kernel.displace(start, end)
+        np.testing.assert_array_equal(end.numpy(), x - p)
+        assert total == np.abs(np.where(np.isfinite(x - p), x - p, 0)).sum()
+
+
 @given(st.lists(st.integers(0, 2**64 - 1), min_size=6, max_size=40), st.integers(1, 70), st.integers(0, 3), st.data())
 @settings(deadline=None, max_examples=40)
 def test_verdicts(words: list[int], workers: int, step: int, data: st.DataObject) -> None:

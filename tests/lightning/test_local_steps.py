@@ -225,7 +225,8 @@ def _flip() -> str:
             backward(net, t)
             optimizer.step()
             if t == 0 and dist.get_rank() == 1:
-                net[2].bias.data[0] += 1
+                with torch.no_grad():
+                    net[2].bias[0] += 1
     except RanksDifferError as error:
         return f"{error.step} {error.parameter} {error.ranks}"
     return ""
