@@ -8,6 +8,14 @@
 | ``vote/bytes_per_step`` | payload that a worker sent per step, the mean of all | bytes |
 | ``vote/exchange_seconds`` | time a worker waited for others per step, the mean of all | seconds |
 | ``vote/nonfinite`` | gradient entries that were NaN or ±Inf since the start, all workers together | count |
+
+Of local steps a vote is a round, its gradients are displacements, and instead of the two figures per step there are
+
+| name | meaning | unit |
+|---|---|---|
+| ``vote/bytes_per_round`` | payload that a worker sent per round, the mean of all | bytes |
+| ``vote/seconds_per_round`` | time a worker waited for others per round, the mean of all | seconds |
+| ``vote/drift`` | root mean square of what workers differed by from the common parameters at the ends of rounds | 1 |
 """
 
 from typing import Any
@@ -61,4 +69,27 @@ def figures(rows: npt.NDArray[Any], steps: int, nonfinite: float) -> dict[str, f
     values["vote/bytes_per_step"] = float(sent_bytes.mean()) / steps
     values["vote/exchange_seconds"] = float(seconds.mean()) / steps
     values["vote/nonfinite"] = float(nonfinite + new.sum())
+    return values
+
+
+def figures_of_rounds(rows: npt.NDArray[Any], rounds: int, nonfinite: float) -> dict[str, float]:
+    """Return the figures of some rounds of local steps by name.
+
+    Args:
+        rows: each worker's `COUNTS` since the last figures, then the sum of the squares of its drift and of how many
+            parameters, shape (workers, 11).
+        rounds: how many they are of, at least 1.
+        nonfinite: displacements that were not finite in all rounds before.
+
+    Example:
+        >>> rows = np.array([[8, 2, 0, 0, 4, 1, 0, 10, 0.5, 1.0, 8], [8, 0, 0, 0, 4, 0, 3, 30, 0.5, 3.0, 8]])
+        >>> figures_of_rounds(rows, rounds=2, nonfinite=0)["vote/drift"]
+        0.5
+    """
+    rows = np.asarray(rows)
+    values = figures(rows[:, : len(COUNTS)], rounds, nonfinite)
+    values["vote/bytes_per_round"] = values.pop("vote/bytes_per_step")
+    values["vote/seconds_per_round"] = values.pop("vote/exchange_seconds")
+    squares, parameters = rows[:, len(COUNTS) :].sum(0)
+    values["vote/drift"] = float(np.sqrt(squares / max(parameters, 1)))
     return values

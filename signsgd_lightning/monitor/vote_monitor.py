@@ -6,15 +6,18 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from signsgd_core.analysis.vote_figures import COUNTS, figures
+from signsgd_core.analysis.vote_figures import COUNTS, figures, figures_of_rounds
 
 from .. import _compat
+from ..local_steps.rounds import find_local_steps
 from ..optimizer import Signum, see_through
 from ..vote import Vote, VoteStatistics
 
 
 class VoteMonitor(Callback):
     """Log how the ranks agree, what they send, and how long they wait, every ``log_every_n_steps`` steps.
+
+    Under local steps a vote is a round: it also logs how far the ranks drift apart, and nothing where no round closed.
 
     The names and what they mean: see `signsgd_core.analysis.vote_figures`.
 
@@ -37,11 +40,16 @@ class VoteMonitor(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start to count."""
-        optimizers = map(see_through, trainer.optimizers)
+        optimizers = list(map(see_through, trainer.optimizers))
+        self._local = next(filter(None, map(find_local_steps, optimizers)), None)
         votes = [o.vote for o in optimizers if isinstance(o, Signum) and o.vote is not None]
+        votes += [self._local.vote] if self._local else []
         if not votes:
-            raise RuntimeError("VoteMonitor has no vote to watch: it needs strategy='majority_vote' and several ranks")
+            raise RuntimeError(
+                "VoteMonitor has no vote to watch: it needs strategy='majority_vote' and several ranks, or 'local_vote'"
+            )
         self._nonfinite, self._steps, self._global_step = 0.0, 0, trainer.global_step
+        self._rounds, self._drift = self._rounds_so_far()
         self._watched = [(vote, VoteStatistics()) for vote in votes]
         self._ends = [vote.observe(statistics) for vote, statistics in self._watched]
         self._sent, self._waited = self._traffic()
@@ -55,7 +63,7 @@ class VoteMonitor(Callback):
         self._steps, self._global_step = self._steps + 1, trainer.global_step
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
         step = _compat.logged_step(trainer)
-        if not every or (step + 1) % every:
+        if not every or (step + 1) % every or (self._local and self._rounds == self._local.outer.t):
             return
         values = self._gather(self._steps, pl_module.device)
         self._steps = 0
@@ -84,9 +92,18 @@ class VoteMonitor(Callback):
         """Return the figures of all ranks since the last call, and start over."""
         counts = [statistics.take(COUNTS[:-2]) for _, statistics in self._watched]  # bytes and seconds come beside
         sent, waited = self._traffic()
+        rounds, drift = self._rounds_so_far()
         row = [*map(sum, zip(*counts, strict=True)), sent - self._sent, waited - self._waited]
-        rows = self._watched[0][0].gather_counts(torch.tensor(row, dtype=torch.float64, device=device))
+        row += [now - before for now, before in zip(drift, self._drift, strict=True)]
+        rows = self._watched[0][0].gather_counts(torch.tensor(row, dtype=torch.float64, device=device)).numpy()
         self._sent, self._waited = self._traffic()
-        values = figures(rows.numpy(), steps, self._nonfinite)
-        self._nonfinite = values["vote/nonfinite"]
+        if self._local is None:
+            values = figures(rows, steps, self._nonfinite)
+        else:
+            values = figures_of_rounds(rows, rounds - self._rounds, self._nonfinite)
+        self._nonfinite, self._rounds, self._drift = values["vote/nonfinite"], rounds, drift
         return values
+
+    def _rounds_so_far(self) -> tuple[int, tuple[float, ...]]:
+        """Return how many rounds of local steps there were, and how far their steps drifted; nothing without any."""
+        return (self._local.outer.t, self._local.drift) if self._local else (0, ())

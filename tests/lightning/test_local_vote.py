@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from signsgd_core import predecessors
-from signsgd_lightning import LocalVoteStrategy, Signum
+from signsgd_lightning import LocalVoteStrategy, Signum, VoteMonitor
 from tests.workers import Workers
 
 from .models import Net, trainer
@@ -184,3 +184,44 @@ def test_a_strategy_with_bad_settings_is_refused() -> None:
         LocalVoteStrategy(sync_every=0)
     with pytest.raises(ValueError, match="state_dict_type must be"):
         LocalVoteStrategy(state_dict_type="half")  # type: ignore[arg-type]
+
+
+class Logged(Callback):
+    """Keeps what VoteMonitor puts into the callbacks' metrics, and this rank's drift by its parameters."""
+
+    def __init__(self) -> None:
+        self.rows, self.squares = list[dict[str, float]](), list[float]()
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self.recorder = Recorder(pl_module, trainer.optimizers)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        self.recorder.note_common(trainer.strategy.local_steps)
+        self.rows.append({k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("vote/")})
+
+
+def _monitored() -> tuple[list[dict[str, float]], list[Round], int]:
+    module, logged = Model("SGD"), Logged()
+    strategy = LocalVoteStrategy(sync_every=2)
+    run = trainer(strategy=strategy, callbacks=[VoteMonitor(), logged], log_every_n_steps=4)
+    run.fit(module)
+    return logged.rows, logged.recorder.rounds, sum(p.numel() for p in module.parameters())
+
+
+def test_monitor(workers: Workers) -> None:
+    """Two rounds between logs: shares as counted on plain signs, the drift as the parameters say."""
+    runs = workers.run(3, _monitored)
+    row = runs[0][0][3]
+    assert all(rows == runs[0][0] for rows, _, _ in runs)
+    squares = sum(
+        ((own - common) ** 2).sum()
+        for _, rounds, _ in runs
+        for owns, commons in rounds[:2]
+        for own, common in zip(owns, commons, strict=True)
+    )
+    assert row["vote/drift"] == pytest.approx(np.sqrt(squares / (3 * 2 * runs[0][2])), rel=1e-5)
+    assert 0.5 < row["vote/agreement/rank0"] <= 1
+    assert row["vote/ties"] == 0
+    assert row["vote/nonfinite"] == 0
+    assert row["vote/bytes_per_round"] > 2 * (32 + 2 * 8)
+    assert row["vote/seconds_per_round"] > 0
