@@ -22,7 +22,19 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from signsgd_core.network.costs import GATHER, OURS, SCHEMES, Cost, break_even, fastest, flat, vote_work
+from signsgd_core.network.costs import (
+    GATHER,
+    OURS,
+    ROUND,
+    SCHEMES,
+    Cost,
+    break_even,
+    fastest,
+    flat,
+    once_in,
+    sync_every,
+    vote_work,
+)
 
 from . import Signum, kernels
 from .views import FlatView, lay_out
@@ -46,12 +58,13 @@ def vote_jobs(size: int, workers: int) -> dict[str, Job]:
     lay_out(views)
     kernel, words = kernels.for_device(x.device), -(-size // 64)
     ballot = torch.zeros(1, 8 * words, dtype=torch.uint8)
-    shard = -(-words // workers)
+    shard, start, end = -(-words // workers), torch.randn(size), torch.randn(size)
     ballots = torch.randint(0, 256, (workers, 1, 8 * shard), dtype=torch.uint8)
     return {
         "cast": (lambda: kernel.cast(views, 0, size, "alternate", 0, 0, ballot), size),
         "tally": (lambda: kernel.verdict(ballots, "alternate", 0, None), workers * 64 * shard),
         "apply": (lambda: kernel.apply(views, 0, size, ballot), size),
+        "displace": (lambda: (kernel.displace(start, end), end.copy_(start)), size),
     }
 
 
@@ -133,6 +146,24 @@ def costs_of(options: argparse.Namespace, work: Mapping[str, float], compute: fl
     return {name: flat(name, d, m, latency, compute, works[name], per_message=each) for name in SCHEMES}
 
 
+def round_cost(options: argparse.Namespace, work: Mapping[str, float], compute: float) -> Cost:
+    """Return the cost of a step that closes a round of local steps."""
+    own = work["displace"] + vote_work(OURS, options.workers, work["cast"], work["tally"], work["apply"])
+    latency = options.latency / 1e3
+    return flat(ROUND, options.parameters, options.workers, latency, compute, own, per_message=work["message"])
+
+
+def report_local_steps(options: argparse.Namespace, one: Cost, compute: float) -> str:
+    """Return what local steps cost for some numbers of steps between votes, and which number this network asks for."""
+    advised = sync_every(one, compute, options.bandwidth)
+    lines = ["", "local steps, a vote on where each worker went every H steps:"]
+    for every in sorted({4, 16, 64, advised}):
+        cost = once_in(every, one, compute)
+        took = 1e3 * cost.seconds(options.bandwidth)
+        lines.append(f"{f'H = {every}':<24}{took:>12,.1f}{'':>12}{cost.bits / 8e6:>12,.3f}")
+    return "\n".join([*lines, f"sync_every={advised} costs 5% of a step at most at {_rate(options.bandwidth)}"])
+
+
 def report(options: argparse.Namespace, costs: Mapping[str, Cost]) -> str:
     """Return the table, and where the answer changes."""
     seconds = {name: cost.seconds(options.bandwidth) for name, cost in costs.items()}
@@ -190,6 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"{options.workers} workers, {options.parameters:,} parameters, {options.latency:g} ms a message")
     print(f"step without exchange: {1e3 * compute:.1f} ms ({source}); work of a vote, ns per parameter: {parts}\n")
     print(report(options, costs))
+    print(report_local_steps(options, round_cost(options, work, compute), compute))
     path = options.out / "breakeven.png"
     save_plot(options, costs, path)
     print(f"plot: {path}")

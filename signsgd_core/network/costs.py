@@ -8,6 +8,7 @@ same at any size). `traffic` owns the bytes. The latency-bandwidth model is Hock
 Thakur et al., Optimization of Collective Communication Operations in MPICH, 2005.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -49,7 +50,14 @@ SCHEMES: Mapping[str, Scheme] = {
     GATHER: Scheme(traffic.sign_all_gather, lambda m: m - 1),
     OURS: Scheme(traffic.majority_vote, lambda m: 3 * (m > 1), _vote_messages),  # agreement, ballots, verdicts
 }
-"""Every way to exchange, by the name it has in the benchmarks' tables."""
+"""Every way to exchange gradients, by the name it has in the benchmarks' tables."""
+
+ROUND = "a round of local steps"
+_ROUND = Scheme(
+    lambda d, m: int(traffic.local_steps(d, m, 1)),
+    lambda m: 4 * (m > 1),  # agreement, ballots, verdicts, magnitudes
+    lambda d, m: _vote_messages(d, m) + m - 1,
+)
 
 
 class Cost(NamedTuple):
@@ -112,7 +120,7 @@ def flat(
     ``bits = 8·bytes(d, M)`` of the busiest.
 
     Args:
-        scheme: a name in `SCHEMES`.
+        scheme: a name in `SCHEMES`, or `ROUND`.
         parameters: `d`.
         workers: `M`.
         latency: seconds of one message one way, software included.
@@ -130,16 +138,51 @@ def flat(
         >>> round(cost.fixed, 3), cost.bits, round(cost.seconds(1e9), 3)
         (0.106, 48000000, 0.154)
     """
-    if scheme not in SCHEMES:
-        raise ValueError(f"unknown scheme {scheme!r}, take one of {', '.join(map(repr, SCHEMES))}")
+    known = {**SCHEMES, ROUND: _ROUND}
+    if scheme not in known:
+        raise ValueError(f"unknown scheme {scheme!r}, take one of {', '.join(map(repr, known))}")
     for name, value in (("parameters", parameters), ("workers", workers)):
         if value < 1:
             raise ValueError(f"{name} must be 1 or more, got {value!r}")
-    sent, rounds, messages = SCHEMES[scheme]
+    sent, rounds, messages = known[scheme]
     count = messages(parameters, workers) if messages else rounds(workers)
     own = (work * parameters if workers > 1 else 0.0) + count * per_message
     fixed = compute + max(1.0, shared) * own + rounds(workers) * latency
     return Cost(fixed, 8 * sent(parameters, workers))
+
+
+def once_in(sync_every: int, round_cost: Cost, compute: float) -> Cost:
+    """Return the cost of a step where one of `sync_every` closes a round of local steps.
+
+    ``fixed = compute + (fixed of a round − compute)/H``, and ``bits = bits of a round/H``.
+
+    Args:
+        sync_every: `H`.
+        round_cost: of a step that closes a round, ``flat(ROUND, …)``.
+        compute: seconds of a step without exchange.
+
+    Example:
+        >>> once_in(4, Cost(fixed=3.0, bits=800), compute=1.0)
+        Cost(fixed=1.5, bits=200.0)
+    """
+    return Cost(compute + (round_cost.fixed - compute) / sync_every, round_cost.bits / sync_every)
+
+
+def sync_every(round_cost: Cost, compute: float, bandwidth: float, overhead: float = 0.05) -> int:
+    """Return the least power of two of steps between votes with which rounds cost no more than a share of a step.
+
+    Args:
+        round_cost: of a step that closes a round, ``flat(ROUND, …)``.
+        compute: seconds of a step without exchange, more than 0.
+        bandwidth: bits per second.
+        overhead: the share.
+
+    Example:
+        >>> sync_every(Cost(fixed=1.0, bits=8e6), compute=1.0, bandwidth=1e7)
+        16
+    """
+    spent = round_cost.seconds(bandwidth) - compute
+    return 1 << max(0, math.ceil(math.log2(max(spent, 1e-12) / (overhead * compute))))
 
 
 def by_nodes(

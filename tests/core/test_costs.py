@@ -5,15 +5,18 @@ import pytest
 from signsgd_core.network.costs import (
     GATHER,
     OURS,
+    ROUND,
     SCHEMES,
     Cost,
     break_even,
     by_nodes,
     fastest,
     flat,
+    once_in,
+    sync_every,
     vote_work,
 )
-from signsgd_core.network.traffic import majority_vote, power_sgd, ring_all_reduce, sign_all_gather
+from signsgd_core.network.traffic import local_steps, majority_vote, power_sgd, ring_all_reduce, sign_all_gather
 from signsgd_core.wire import BUCKET_SIZE
 
 MILLION = 1_000_000
@@ -132,3 +135,20 @@ def test_what_makes_no_sense_is_refused() -> None:
         flat(OURS, 1, 2).seconds(0.0)
     with pytest.raises(ValueError, match="scheme must be one that votes, .* got 'DDP fp32'"):
         vote_work("DDP fp32", 2, 1.0, 1.0, 1.0)
+
+
+def test_local_steps() -> None:
+    """A round is four messages that wait for one another; between rounds there is no exchange."""
+    one = flat(ROUND, 10**6, 4, latency=1e-3, compute=0.1, work=1e-8)
+    assert one.fixed == pytest.approx(0.1 + 1e-2 + 4e-3)
+    assert one.bits == 8 * local_steps(10**6, 4, 1)
+    assert once_in(1, one, 0.1) == pytest.approx(one)
+    assert once_in(10, one, 0.1) == pytest.approx(Cost(0.1 + 1.4e-3, one.bits / 10))
+
+
+@pytest.mark.parametrize("bandwidth", [1e5, 1e7, 1e9])
+def test_the_advised_round_is_the_shortest_that_costs_little(bandwidth: float) -> None:
+    one = flat(ROUND, 10**6, 4, latency=1e-3, compute=0.1)
+    every = sync_every(one, 0.1, bandwidth)
+    assert once_in(every, one, 0.1).seconds(bandwidth) <= 0.105
+    assert every == 1 or once_in(every // 2, one, 0.1).seconds(bandwidth) > 0.105

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from signsgd_core.network.costs import OURS, SCHEMES, Cost, flat
-from signsgd_lightning.breakeven import costs_of, main, report
+from signsgd_core.network.traffic import local_steps
+from signsgd_lightning.breakeven import costs_of, main, report, report_local_steps, round_cost
 
 ROOT = Path(__file__).parents[2]
 OPTIONS = Namespace(bandwidth=1e6, latency=500.0, workers=4, parameters=1_000_000)
@@ -70,6 +71,17 @@ def test_it_says_where_the_answer_changes() -> None:
         f"  from 112 kbit/s on: {OURS}",
         "  from 62 Mbit/s on: mean",
     ]
+
+
+def test_it_advises_how_often_to_vote() -> None:
+    """A round over 100 Mbit/s: 2·3/4·10⁶ bits and four messages."""
+    work = dict.fromkeys(("cast", "tally", "apply", "displace", "message"), 0.0)
+    options = Namespace(parameters=10**6, workers=4, latency=1.0, bandwidth=1e8)
+    one = round_cost(options, work, 0.1)
+    lines = report_local_steps(options, one, 0.1).splitlines()
+    assert lines[-1] == "sync_every=4 costs 5% of a step at most at 100 Mbit/s"
+    took = {line.split()[2]: float(line.split()[3]) for line in lines if line.startswith("H = ")}
+    assert took["16"] == pytest.approx(100 + (4 + 8e3 * local_steps(10**6, 4, 1) / 1e8) / 16, abs=0.06)
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ NOTEBOOKS = (
     "03_keras",
     "04_will_signs_work_for_my_model",
     "05_choosing_lr_and_betas",
+    "06_slow_links",
 )
 TELLING = {
     "01_majority_vote_by_hand": (r"positive   ends 1\.00 from where it began, was at most 1\.00 away",),
@@ -54,6 +55,15 @@ TELLING = {
         r"Signum \(0\.9, 0\.9\)     best lr 0\.00\d+ +loss 0\.[01]\d\d; .*",
         r"Signum \(0\.9, 0\.9\)     best lr / AdamW's 0\.[012]\d*",
         r"beta 0\.99: 894 steps",
+    ),
+    "06_slow_links": (
+        r"magnitude 0\.625, verdict \[1\. 1\.\]: all go on from \[0\.375 0\.375\]",
+        r"AdamW, plain DDP         test accuracy 9\d\.\d%,    6,761\.9 kB sent by each worker",
+        r"a vote every 4 steps     test accuracy 9\d\.\d%,       5\d\.\d kB sent by each worker",
+        r"a vote every 44 steps    test accuracy 9\d\.\d%,        \d\.\d kB sent by each worker",
+        r"saved after 6 rounds, with 2 workers' states",
+        r"two epochs more on three workers: test accuracy [89]\d\.\d%",
+        r"ValueError: sync_every must be a whole number of 1 or more, got 0",
     ),
 }
 """What each prints, line by line, in this order."""
