@@ -147,9 +147,8 @@ save = {"callbacks": [ModelCheckpoint(folder.name, filename="{epoch}")], "enable
 fit(local(4), epochs=2, **save)
 path = str(Path(folder.name) / "epoch=1.ckpt")
 state = torch.load(path, weights_only=True)["optimizer_states"][0]
-print(
-    f"after {state['local_steps']['rounds']} rounds; {1 + len(state['inner_states_of_other_workers'])} workers' states"
-)
+others = state["inner_states_of_other_workers"]
+print(f"saved after {state['local_steps']['rounds']} rounds, with {1 + len(others)} workers' states")
 model, _ = fit(local(4), epochs=4, resume=path, devices=3)
 print(f"two epochs more on three workers: test accuracy {model.accuracy():.1%}")
 
