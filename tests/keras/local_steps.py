@@ -10,7 +10,6 @@ import numpy as np
 import numpy.typing as npt
 
 from signsgd_core import LocalReference
-from signsgd_core.adversaries import Adversary
 
 from .cluster_strategy import strategy
 from .models import net, weights
@@ -26,16 +25,18 @@ class Case:
 
     Attributes:
         optimizer: makes the inner one.
+        every: batches of a round.
         make: builds the model.
         loss: as `compile` takes it.
         batches: each worker's, in every epoch.
         epochs: each worker's.
-        vote: settings of `LocalVote`.
+        vote: settings of `LocalVote`; a round is `every` optimizer steps where they do not say.
         validate: after each epoch, on worker 0's batches.
         compile: more of `compile`.
     """
 
     optimizer: Callable[[], Any]
+    every: int
     batches: Sequence[int]
     make: Callable[[], Any] = net
     loss: Any = "mse"
@@ -133,7 +134,11 @@ def fit(case: Case) -> Run:
     for k, variable in enumerate(model.trainable_variables):
         variable.assign(weights(variable.shape, seed=k + 7 * worker))  # worker 0's are to win
     model.compile(case.optimizer(), case.loss, **{"jit_compile": False, **case.compile})
-    before, after, vote = Recorder(), Recorder(), LocalVote(strategy=shared, **case.vote)
+    before, after, vote = (
+        Recorder(),
+        Recorder(),
+        LocalVote(**{"sync_every": case.every, "strategy": shared, **case.vote}),
+    )
     options = {"epochs": case.epochs[worker], "verbose": 0, "callbacks": [before, vote, after]}
     model.fit(given(case, worker), validation_data=given(case, 0) if case.validate else None, **options)
     return Run(after.start, before.batches, after.batches, after.told, after.logs)
@@ -146,15 +151,10 @@ def rounds(run: Run, epoch: int, every: int) -> list[tuple[int, list[Array]]]:
     return [(n, batches[n - 1]) for n in numbers]
 
 
-def judge(
-    runs: Sequence[Run],
-    every: int,
-    outer_lr: float = 1.0,
-    outer_momentum: float = 0.0,
-    adversaries: dict[int, Adversary] | None = None,
-) -> LocalReference:
+def judge(case: Case, runs: Sequence[Run]) -> LocalReference:
     """Replay the rounds and demand the reference's parameters of every worker, after each round and at the end."""
-    options: dict[str, Any] = {"outer_lr": outer_lr, "outer_momentum": outer_momentum, "adversaries": adversaries}
+    every, names = case.every, ("outer_lr", "outer_momentum", "adversaries")
+    options = {name: case.vote[name] for name in names if name in case.vote}
     reference = LocalReference(runs[0].start, len(runs), **options)
     demand(runs[0].start, *(run.start for run in runs))
     for epoch in range(max(len(run.ends) for run in runs)):

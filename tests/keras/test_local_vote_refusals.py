@@ -31,7 +31,7 @@ def _refused(model: Any, **settings: Any) -> str:
     before = values(model.variables)
     try:
         vote = LocalVote(strategy=strategy(), **settings)
-        model.fit(given(Case(adam, (3, 3)), rank()), callbacks=[vote], verbose=0)
+        model.fit(given(Case(adam, 2, (3, 3)), rank()), callbacks=[vote], verbose=0)
     except (ValueError, RuntimeError) as error:
         assert same(values(model.variables), before)
         return f"{type(error).__name__}: {error}"
@@ -92,7 +92,7 @@ def _flip() -> tuple[list[int], int, str]:
     """After the second round a bit of worker 1's memory flips; return what verification found."""
     from signsgd_keras import LocalVote, ReplicasDifferError
 
-    worker, model = rank(), compiled(adam())
+    worker, model = rank(), compiled(adam(), run_eagerly=True)
     kernel, written = model.get_layer("two").kernel, list[int]()
     assign = kernel.assign
 
@@ -106,7 +106,7 @@ def _flip() -> tuple[list[int], int, str]:
     kernel.assign = flips
     try:
         vote = LocalVote(sync_every=2, verify_every_n_rounds=1, strategy=strategy())
-        model.fit(given(Case(adam, (8, 8)), worker), callbacks=[vote], verbose=0)
+        model.fit(given(Case(adam, 2, (8, 8)), worker), callbacks=[vote], verbose=0)
     except ReplicasDifferError as error:
         return error.replicas, error.step, error.variable
     return [], 0, "no error"
@@ -125,7 +125,7 @@ def _interrupted(folder: Path, at: int | None, momentum: float) -> list[Array]:
     """Train 4 epochs, or start `at` epochs and stop; return the variables of model and optimizer."""
     from signsgd_keras import LocalVote
 
-    worker, model = rank(), compiled(adam(), jit_compile=False)
+    worker, model = rank(), compiled(adam(), run_eagerly=True)
     vote = LocalVote(2, outer_momentum=momentum, state_file=str(folder / "outer.npz"), strategy=strategy())
     backup = keras.callbacks.BackupAndRestore(folder / str(worker), delete_checkpoint=False)
 
@@ -135,7 +135,7 @@ def _interrupted(folder: Path, at: int | None, momentum: float) -> list[Array]:
 
     last = keras.callbacks.LambdaCallback(on_epoch_begin=stop)
     try:
-        model.fit(given(Case(adam, (3, 3)), worker), epochs=4, callbacks=[vote, backup, last], verbose=0)
+        model.fit(given(Case(adam, 2, (3, 3)), worker), epochs=4, callbacks=[vote, backup, last], verbose=0)
     except Interrupted:
         return []
     return values([*model.variables, *model.optimizer.variables])
