@@ -151,7 +151,8 @@ class Rounds:
         found = find_difference(ours, gather, gather)
         if found is not None:
             number, workers = found
-            raise ReplicasDifferError(workers, self.t, path([*self._trainable, *self._buffers][number]))
+            variable = path([*self._trainable, *self._buffers][number])
+            raise ReplicasDifferError(workers, self.t, variable, ("round", "worker", "outer momentum"))
 
     def _decide(self, stage: int, ends: Sequence[Array], stepped: bool) -> tuple[Any, dict[int, Array]]:
         """Return the rows of all workers, and the verdicts by their variables' numbers (L1-L3)."""
