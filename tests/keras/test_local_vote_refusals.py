@@ -1,5 +1,7 @@
 """Workers that differ are refused on all of them, replicas that differ are found, and a restart goes on."""
 
+import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -155,3 +157,22 @@ def test_a_restart_goes_on_bit_for_bit(momentum: float, cluster: Callable[[int],
     for name in ("whole", "cut"):
         (tmp_path / name).mkdir()
     assert cluster(2).run(_resume, tmp_path, momentum) == [True, True]
+
+
+def _late() -> str:
+    import tensorflow as tf
+
+    from signsgd_keras import LocalVote
+
+    workers = ["127.0.0.1:1", "127.0.0.1:2"]
+    os.environ["TF_CONFIG"] = json.dumps({"cluster": {"worker": workers}, "task": {"type": "worker", "index": 0}})
+    tf.constant(1)
+    try:
+        LocalVote()
+    except RuntimeError as error:
+        return str(error)
+    return "no error"
+
+
+def test_made_too_late(fresh_cluster: Callable[[int], Cluster]) -> None:
+    assert fresh_cluster(1).run(_late) == ["make LocalVote before the model, and before anything else of TensorFlow"]
