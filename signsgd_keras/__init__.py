@@ -14,6 +14,7 @@ from .monitor.geometry_monitor import GeometryMonitor
 from .optimizer import Signum
 
 if TYPE_CHECKING:
+    from .local_steps.local_vote import LocalVote
     from .monitor.verify_replicas import VerifyReplicas
     from .monitor.vote_monitor import VoteMonitor
     from .strategy import MultiWorkerMajorityVoteStrategy
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "GeometryMonitor",
+    "LocalVote",
     "LossScaleOptimizer",
     "MajorityVote",
     "MultiWorkerMajorityVoteStrategy",
@@ -31,6 +33,7 @@ __all__ = [
 ]
 
 _MODULES = {
+    "LocalVote": "local_steps.local_vote",
     "MajorityVote": "vote",
     "MultiWorkerMajorityVoteStrategy": "strategy",
     "ReplicasDifferError": "vote",
@@ -46,7 +49,7 @@ def __getattr__(name: str) -> Any:
     found = backend.current()
     if not found.can_vote:
         raise ImportError(
-            f"{name} works under tf.distribute and needs Keras' TensorFlow backend, got {found.name!r}: set "
+            f"{name} votes by tf.distribute and needs Keras' TensorFlow backend, got {found.name!r}: set "
             "KERAS_BACKEND=tensorflow before keras is imported"
         )
     return getattr(import_module(f".{_MODULES[name]}", __name__), name)

@@ -17,6 +17,7 @@ if keras.backend.backend() == "tensorflow":  # on the others only names of Keras
     from tensorflow.python.distribute.collective_all_reduce_strategy import CollectiveAllReduceExtended
     from tensorflow.python.distribute.cross_device_ops import CollectiveAllReduce
     from tensorflow.python.distribute.distribute_utils import regroup
+    from tensorflow.python.eager import context
     from tensorflow.python.ops import collective_ops, control_flow_util
 
 Tensor = Any
@@ -29,8 +30,10 @@ __all__ = [
     "cross_device_ops",
     "gather_now",
     "group_size",
+    "host_ops",
     "in_keras_loop",
     "in_xla",
+    "lost_workers",
     "per_replica",
     "read_when_saved",
     "saved_name",
@@ -95,6 +98,28 @@ def cross_device_ops(strategy: Any) -> Any:
     """Return the op that reduces between the devices of a strategy that mirrors variables; for `vote.vote`."""
     extended = strategy.extended
     return extended._cross_device_ops or extended._inferred_cross_device_ops
+
+
+def host_ops(strategy: Any) -> "CollectiveAllReduce":
+    """Return the op between the hosts of a `MultiWorkerMirroredStrategy`, one a worker; for `local_steps.exchange`."""
+    return strategy.extended._host_cross_device_ops
+
+
+def lost_workers(strategy: Any, seconds: int = 2) -> list[str]:
+    """Return the names of workers that do not answer, or are not those of the beginning; for `local_steps.exchange`.
+
+    Args:
+        strategy: a `MultiWorkerMirroredStrategy`.
+        seconds: for which each is waited for.
+    """
+    lost, cluster = [], strategy.cluster_resolver.cluster_spec().as_dict()
+    for job, tasks in cluster.items():
+        for task in range(len(tasks)):
+            try:
+                context.context().check_collective_ops_peer_health(f"/job:{job}/replica:0/task:{task}", 1000 * seconds)
+            except tf.errors.OpError:
+                lost.append(f"{job} {task}")
+    return lost
 
 
 def per_replica(values: Sequence[Any]) -> Any:

@@ -23,12 +23,18 @@ class ReplicasDifferError(RuntimeError):
         variable: the path of the first that differs.
     """
 
-    def __init__(self, replicas: list[int], step: int, variable: str) -> None:
-        one = len(replicas) == 1
-        who = f"replica {replicas[0]} differs" if one else f"replicas {_enumerate(replicas)} differ"
+    def __init__(
+        self,
+        replicas: list[int],
+        step: int,
+        variable: str,
+        words: tuple[str, str, str] = ("step", "replica", "verdict momentum"),
+    ) -> None:
+        one, (each, kind, momentum) = len(replicas) == 1, words
+        who = f"{kind} {replicas[0]} differs" if one else f"{kind}s {_enumerate(replicas)} differ"
         super().__init__(
-            f"after step {step} {who} from the other replicas in {variable}, or in its verdict momentum: memory failed "
-            "there, or code changed variables on that replica alone. Restart all from the last checkpoint."
+            f"after {each} {step} {who} from the other {kind}s in {variable}, or in its {momentum}: memory failed "
+            f"there, or code changed variables on that {kind} alone. Restart all from the last checkpoint."
         )
         self.replicas, self.step, self.variable = replicas, step, variable
 

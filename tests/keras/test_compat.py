@@ -17,6 +17,7 @@ from tensorflow.python.distribute import (
     distribute_utils,
     mirrored_strategy,
 )
+from tensorflow.python.eager import context
 from tensorflow.python.ops import collective_ops, control_flow_util
 
 import signsgd_keras
@@ -84,6 +85,11 @@ FUNCTIONS: dict[str, tuple[Any, str, str]] = {
         "MajorityVote hands it on",
     ),
     "distribute_utils.regroup": (distribute_utils, "values, wrap_class, always_wrap", "_compat.per_replica"),
+    "Context.check_collective_ops_peer_health": (
+        context.Context,
+        "self, task, timeout_in_ms",
+        "_compat.lost_workers",
+    ),
     "control_flow_util.GraphOrParentsInXlaContext": (control_flow_util, "graph", "_compat.in_xla"),
     "collective_ops.all_to_all_v2": (
         collective_ops,
@@ -123,6 +129,8 @@ def attributes() -> Iterator[tuple[str, Any, str, str]]:
     }.items():
         yield "an optimizer", optimizer, name, needed_by
     yield "MirroredStrategy.extended", mirrored(2).extended, "_cross_device_ops", "_compat.cross_device_ops"
+    alone = tf.distribute.MultiWorkerMirroredStrategy()
+    yield "MultiWorkerMirroredStrategy.extended", alone.extended, "_host_cross_device_ops", "_compat.host_ops"
     op = _compat.cross_device_ops(plain())
     for name, needed_by in {
         "_group_size": "_compat.group_size",

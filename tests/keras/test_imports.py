@@ -25,7 +25,7 @@ model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
 model.compile(signsgd_keras.Signum(weight_decay=0.1, verdict_momentum=0.5, zeros="alternate", warmup_steps=2), "mse")
 model.fit(np.ones((8, 4), "float32"), np.ones((8, 1), "float32"), verbose=0)
 print(imported())
-for name in ("MajorityVote", "MultiWorkerMajorityVoteStrategy", "Adam"):
+for name in ("MajorityVote", "MultiWorkerMajorityVoteStrategy", "LocalVote", "Adam"):
     try:
         print(getattr(signsgd_keras, name).__name__)
     except (ImportError, AttributeError) as error:
@@ -63,11 +63,11 @@ def test_the_optimizer_imports_no_other_framework(backend_name: str) -> None:
     before, after, *asked, at_last = printed(USE, backend_name)
     assert backend_name in before
     assert before == after == at_last
-    names = ["MajorityVote", "MultiWorkerMajorityVoteStrategy"]
+    names = ["MajorityVote", "MultiWorkerMajorityVoteStrategy", "LocalVote"]
     if backend_name != "tensorflow":
         assert "tensorflow" not in before
         names = [
-            f"{name} works under tf.distribute and needs Keras' TensorFlow backend, got '{backend_name}': set "
+            f"{name} votes by tf.distribute and needs Keras' TensorFlow backend, got '{backend_name}': set "
             "KERAS_BACKEND=tensorflow before keras is imported"
             for name in names
         ]
