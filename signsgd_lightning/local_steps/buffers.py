@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from functools import reduce
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -34,29 +36,33 @@ class Buffers:
                 buffer.copy_(self._old[name])
 
     def changed(self) -> list[bool]:
-        """Tell which ones are no longer as they were."""
+        """Tell which ones are no longer as they were, and finite."""
         return [
-            name not in self._old or not torch.equal(buffer, self._old[name]) for name, buffer in self._now().items()
+            (name not in self._old or not torch.equal(buffer, self._old[name])) and bool(buffer.isfinite().all())
+            for name, buffer in self._now().items()
         ]
 
-    def mean(self, wanted: Sequence[bool], everyone: PointToPoint) -> list[tuple[Tensor, Tensor]]:
-        """Return those that are wanted, each with the mean of all ranks', summed in the order of the ranks on each.
+    def mean(self, changed: npt.NDArray[np.bool_], everyone: PointToPoint) -> list[tuple[Tensor, Tensor]]:
+        """Return those that a rank changed, each with the mean of those ranks', summed in the same order on all.
 
         Args:
-            wanted: as many as there are, the same on all ranks.
+            changed: on which rank which is, shape (ranks, buffers).
             everyone: the ranks.
 
         Raises:
             PeerLostError: if a rank does not answer.
         """
-        chosen = [buffer for buffer, there in zip(self._now().values(), wanted, strict=True) if there]
+        pairs = zip(self._now().values(), changed.T, strict=True)
+        chosen = [(buffer, np.flatnonzero(ranks).tolist()) for buffer, ranks in pairs if ranks.any()]
         if not chosen:
             return []
-        row = torch.cat([buffer.reshape(-1).float() for buffer in chosen])
-        rows = everyone.gather(row.to(everyone.wire(row.device)), Message.BUFFERS)
-        mean = (reduce(torch.add, rows.unbind()) / len(rows)).to(row.device)
-        parts = torch.split(mean, [buffer.numel() for buffer in chosen])
-        return [(buffer, part.view(buffer.shape)) for buffer, part in zip(chosen, parts, strict=True)]
+        row = torch.cat([buffer.reshape(-1).float() for buffer, _ in chosen])
+        rows = everyone.gather(row.to(everyone.wire(row.device)), Message.BUFFERS).to(row.device)
+        parts = torch.split(rows, [buffer.numel() for buffer, _ in chosen], dim=1)
+        return [
+            (buffer, (reduce(torch.add, [part[rank] for rank in ranks]) / len(ranks)).view(buffer.shape))
+            for (buffer, ranks), part in zip(chosen, parts, strict=True)
+        ]
 
     def in_words(self) -> list[str]:
         """Return what all ranks must have in common."""

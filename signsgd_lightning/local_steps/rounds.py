@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -192,11 +194,13 @@ class LocalSteps:
         sent = self._adversary(delta.cpu().numpy())
         return torch.zeros_like(delta) if sent is None else torch.as_tensor(sent).to(delta).contiguous()
 
-    def _exchange_magnitudes(self, own: Sequence[float], early: bool) -> tuple[list[float], list[bool], bool]:
+    def _exchange_magnitudes(
+        self, own: Sequence[float], early: bool
+    ) -> tuple[list[float], npt.NDArray[np.bool_], bool]:
         """Swap one row of floats with every rank: whether it is early, which buffers changed, the magnitudes.
 
         Returns:
-            The magnitude of every tensor (L3), which buffers changed on some rank, whether all are early.
+            The magnitude of every tensor (L3), on which rank which buffer changed, whether all are early.
         """
         changed = self._buffers.changed()
         everyone, cut = self.vote.topology.everyone, 1 + len(changed)
@@ -204,7 +208,7 @@ class LocalSteps:
         rows = everyone.gather(row.to(everyone.wire(self._device)), Message.MAGNITUDES).cpu().numpy()
         flags = rows[:, :cut] > 0
         magnitudes: list[float] = core.median_magnitudes(rows[:, cut:]).tolist()
-        return magnitudes, [bool(of_ranks.any()) for of_ranks in flags[:, 1:].T], bool(flags[:, 0].all())
+        return magnitudes, flags[:, 1:], bool(flags[:, 0].all())
 
     def _commit(self, verdicts: Sequence[Verdict], magnitudes: Sequence[float]) -> None:
         """Take the outer step (L4); nothing here waits for another rank."""
