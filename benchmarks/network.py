@@ -23,13 +23,16 @@ class Network:
         size: how many machines.
         rate: bits a second that a cable carries each way; None for as much as the machine can.
         delay: seconds that the switch holds each frame; 0 for one of the kernel's, which holds none.
+        two_sites: the first half of the machines is on one switch and the rest on another; rate and delay are those of
+            the one cable between the switches, and all others carry as much as the machine can.
     """
 
     interface = "net0"
     """Its name on every machine."""
 
-    def __init__(self, size: int, rate: float | None = None, delay: float = 0.0) -> None:
-        self.size, self.rate, self.delay, self.prefix = size, rate, delay, f"signsgd-{os.getpid()}"
+    def __init__(self, size: int, rate: float | None = None, delay: float = 0.0, two_sites: bool = False) -> None:
+        self.size, self.rate, self.delay, self.two_sites = size, rate, delay, two_sites
+        self.prefix = f"signsgd-{os.getpid()}"
         self._switch: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> "Network":
@@ -49,16 +52,34 @@ class Network:
             self._inside(k, f"link set {self.interface} up")
             self._inside(k, "link set lo up")
             self._inside("switch", f"link set port{k} up")
-            if self.rate:
+            if self.rate and not self.two_sites:
                 self._limit(k, self.interface)
                 self._limit("switch", f"port{k}")
+        ports = [f"port{k}" for k in range(self.size)]
+        if self.two_sites:
+            half = self.size // 2
+            self._bridge("site0", [*ports[:half], *self._cable("way0")])
+            self._bridge("site1", [*ports[half:], *self._cable("way1")])
+            ports = ["way0end", "way1end"]
         if self.delay:
-            self._start_switch()
-            return
-        self._inside("switch", "link add switch type bridge")
-        self._inside("switch", "link set switch up")
-        for k in range(self.size):
-            self._inside("switch", f"link set port{k} master switch")
+            self._start_switch(ports)
+        else:
+            self._bridge("switch", ports)
+
+    def _cable(self, name: str) -> list[str]:
+        """Add a cable of the limited rate to the switches' machine; return the end that goes into a site."""
+        self._inside("switch", f"link add {name} type veth peer name {name}end")
+        for end in (name, f"{name}end"):
+            self._inside("switch", f"link set {end} up")
+            if self.rate:
+                self._limit("switch", end)
+        return [name]
+
+    def _bridge(self, name: str, ports: list[str]) -> None:
+        self._inside("switch", f"link add {name} type bridge")
+        self._inside("switch", f"link set {name} up")
+        for port in ports:
+            self._inside("switch", f"link set {port} master {name}")
 
     def __exit__(self, *exception: object) -> None:
         if self._switch is not None:
@@ -67,9 +88,8 @@ class Network:
         for name in [*range(self.size), "switch"]:
             subprocess.run(["ip", "netns", "delete", f"{self.prefix}-{name}"], capture_output=True)
 
-    def _start_switch(self) -> None:
+    def _start_switch(self, ports: list[str]) -> None:
         script = Path(__file__).with_name("slow_switch.py")
-        ports = [f"port{k}" for k in range(self.size)]
         command = self.command("switch", sys.executable, str(script), str(self.delay), *ports)
         self._switch = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert self._switch.stdout is not None

@@ -40,9 +40,11 @@ class Cell(NamedTuple):
     delay: float  # ms that the switch adds to a round trip
     workers: int
     millions: float  # of parameters
+    two_sites: bool = False  # half of the machines each, and the cable is between them
 
     def title(self) -> str:
         added = f", {self.delay:g} ms round trip added" if self.delay else ""
+        added += " between two sites" if self.two_sites else ""
         return f"{self.mbits:,} Mbit/s{added}, M = {self.workers}, {self.millions:g} million parameters"
 
 
@@ -50,6 +52,7 @@ CELLS = [
     *itertools.starmap(Cell, itertools.product((100, 1_000, 10_000), (0,), (4,), (10, 1, 25))),
     *itertools.starmap(Cell, itertools.product((100, 1_000), (1, 20), (4,), (10,))),
     *itertools.starmap(Cell, itertools.product((100, 1_000, 10_000), (0,), (2, 8), (10,))),
+    Cell(50, 40, 4, 10, two_sites=True),
 ]
 """What is run where nothing is chosen."""
 
@@ -70,7 +73,7 @@ def work(cell: Cell, module: Sequence[str], title: str, limit: float) -> dict[st
         limit: seconds after which it is too late.
     """
     with (
-        Network(cell.workers, cell.mbits * 1e6, cell.delay / 2e3) as network,
+        Network(cell.workers, cell.mbits * 1e6, cell.delay / 2e3, cell.two_sites) as network,
         tempfile.TemporaryDirectory() as folder,
     ):
         found, running = Path(folder) / "found.json", list[subprocess.Popen[bytes]]()
@@ -160,6 +163,7 @@ def main() -> None:
     parser.add_argument("--delays", nargs="+", type=float, default=[0.0], help="ms added to a round trip")
     parser.add_argument("--workers", nargs="+", type=int, default=[4])
     parser.add_argument("--millions", nargs="+", type=float, default=[10.0], help="of parameters")
+    parser.add_argument("--two-sites", action="store_true", help="the cable is between two halves of the machines")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--device", default="cpu", help="where to train: cuda puts all workers on one GPU")
     parser.add_argument("--out", type=Path, help="folder for wire.txt, wire.json and wire.png")
@@ -176,7 +180,7 @@ def main() -> None:
     ]
     print("\n".join(said))
     found = []
-    for cell in [Cell(*one) for one in product] or CELLS:
+    for cell in [Cell(*one, options.two_sites) for one in product] or CELLS:
         found.append((cell, launch(cell, options.batch_size, options.device)))
         said.append("\n" + table(*found[-1]))
         print(said[-1], flush=True)

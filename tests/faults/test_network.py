@@ -41,10 +41,12 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize(("rate", "delay"), [(50e6, 0.0), (50e6, 0.01), (None, 0.01)])
-def test_what_a_network_promises(rate: float | None, delay: float) -> None:
+@pytest.mark.parametrize(
+    ("rate", "delay", "two_sites"), [(50e6, 0.0, False), (50e6, 0.01, False), (None, 0.01, False), (50e6, 0.01, True)]
+)
+def test_what_a_network_promises(rate: float | None, delay: float, two_sites: bool) -> None:
     size, out = 2_000_000, subprocess.PIPE
-    with Network(3, rate, delay) as network:
+    with Network(4, rate, delay, two_sites) as network:
         server = subprocess.Popen(network.command(2, sys.executable, "-c", SERVER), stdout=out, text=True)
         client = network.command(1, sys.executable, "-c", CLIENT, network.address(2), str(size))
         begin = time.monotonic()
