@@ -4,6 +4,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch.cli import LightningCLI
 
 from signsgd_lightning import MajorityVoteStrategy
@@ -76,3 +77,39 @@ def test_in_a_yaml_file(tmp_path: Path, workers: Workers) -> None:
         assert arguments["timeout"] == timedelta(seconds=25)
         assert arguments["find_unused_parameters"] is True
         assert arguments["gradient_as_bucket_view"] is False
+
+
+LOCAL = """
+trainer:
+  strategy:
+    class_path: signsgd_lightning.LocalVoteStrategy
+    init_args:
+      sync_every: 3
+      outer_momentum: 0.5
+optimizer:
+  class_path: torch.optim.AdamW
+  init_args:
+    lr: 0.125
+"""
+
+
+class LocalModel(Net):
+    """Without an optimizer in the code, and any in the configuration."""
+
+    def on_train_end(self) -> None:
+        strategy: Any = self.trainer.strategy
+        self.rounds = strategy.local_steps.outer.t, strategy.options.sync_every, type(self.trainer.optimizers[0])
+
+
+def _local_cli(*arguments: str) -> Any:
+    usual = {**QUIET, "accelerator": "cpu", "devices": 2, "max_epochs": 1}
+    cli = LightningCLI(LocalModel, args=["fit", *arguments], trainer_defaults=usual, save_config_callback=None)
+    return cli.model.rounds
+
+
+def test_local_steps(tmp_path: Path, workers: Workers) -> None:
+    """By name: rounds of 16; from a file: of 3, of which the last one is of 1 and closes after this hook."""
+    named = workers.run(2, _local_cli, "--trainer.strategy=local_vote", "--optimizer=Adam")
+    assert named == [(0, 16, torch.optim.Adam)] * 2
+    (tmp_path / "local.yaml").write_text(LOCAL)
+    assert workers.run(2, _local_cli, f"--config={tmp_path / 'local.yaml'}") == [(1, 3, torch.optim.AdamW)] * 2
