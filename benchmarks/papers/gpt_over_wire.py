@@ -7,7 +7,8 @@ loss at a step does not depend on the network, and the time of a step not on the
 cables of 10 Gbit/s, for the losses, and takes its first steps once more over the slow ones, for seconds and bytes; the
 median behind PowerSGD's exact steps stands for all further ones. The workers share the machine's cores. What a worker's
 arithmetic takes with a core to itself is measured by one worker alone, and from that is reckoned what a run would take
-if each had one. Learning rates are tuned in one process, on half as many steps; AdamW's serves its compressed forms.
+if each had one. Learning rates are tuned in one process, on half the layers and half as many steps; AdamW's serves its
+compressed forms.
 """
 
 import itertools
@@ -127,8 +128,8 @@ def tuned(task: Text, steps: int, store: Store) -> tuple[dict[str, Job], str]:
     store.run(task, [job for begin in starts for job in (begin, *missing(begin, DECAYS, {}))], "tuning")
     found = {begin.method: tune(task, store, begin, DECAYS, RUNS, MOST) for begin in starts}
     runs = ", ".join(f"{method} {len(scores)}" for method, (_, scores) in found.items())
-    edges = [method for method, (job, scores) in found.items() if missing(job, DECAYS, scores)]
-    said = f"tuned on {steps} steps, one seed; runs: {runs}; best at an edge: {', '.join(edges) or 'none'}"
+    edges = ", ".join(method for method, (job, scores) in found.items() if missing(job, DECAYS, scores)) or "none"
+    said = f"tuned on {task.shape[1]} layers and {steps} steps, one seed; runs: {runs}; best at an edge: {edges}"
     return {method: job for method, (job, _) in found.items()}, said
 
 
@@ -197,12 +198,13 @@ def main() -> None:
     steps, methods, store = options.steps, tuple(METHODS), Store(options.out)
     if options.short:
         of, steps, methods = of._replace(shape=(32, 1, 64), batch_size=2, timed=EXACT + 3), 15, SHORT
-    task = Text(of.text, *of.shape, global_batch=WORKERS * of.batch_size)
-    jobs, said = {method: start(task, method) for method in START}, "not tuned"
+    width, layers, context = of.shape
+    half = Text(of.text, width, max(1, layers // 2), context, WORKERS * of.batch_size)
+    jobs, said = {method: start(half, method) for method in START}, "not tuned"
     if not options.short:
-        jobs, said = tuned(task, steps // 2, store)
+        jobs, said = tuned(half, steps // 2, store)
     ways = race(of, {method: jobs[METHODS[method][0]]._replace(steps=steps) for method in methods})
-    parameters = sum(p.numel() for p in task.model().parameters())
+    parameters = sum(p.numel() for p in Text(of.text, *of.shape).model().parameters())
     lines = [
         heading("gpt_over_wire"),
         f"{WORKERS} workers, {of.mbits} Mbit/s, {parameters:,} parameters, steps of {WORKERS} x {of.batch_size} x 64 "
