@@ -39,7 +39,7 @@ START: dict[str, tuple[float, float | None]] = {
     "SignMuon": (0.08, 1e-3),
 }
 """Where the search begins, at the rates of the GPT in signmuon.py: of matrices or of all, and of the rest."""
-DECAYS, RUNS, MOST = (0.1,), 5, 9
+DECAYS, RUNS, MOST = (0.1,), 5, 14
 """Weight decay, no choice; runs of tuning for each method, and at most, where the best is still at an edge."""
 DDP, OURS = "AdamW, DDP fp32", "SignMuon, vote"
 SHORT = (DDP, OURS)
