@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Every check that needs a GPU, in one command: the tests marked cuda, the kernels beside copies and torch's optimizers,
-# steps over slow networks where there are namespaces, then the demos. Keras' wants a TensorFlow built for GPUs: pip
-# install tensorflow[and-cuda] in place of tensorflow-cpu. It goes on after a failure and says at the end what failed.
+# SignMuon's step beside Muon's, steps over slow networks where there are namespaces, then the demos. Keras' wants a
+# TensorFlow built for GPUs: pip install tensorflow[and-cuda] in place of tensorflow-cpu. It goes on after a failure and
+# says at the end what failed.
 #     benchmarks/gpu.sh [OUT]
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -13,6 +14,7 @@ check() { "$@" || failed+=("$*"); }
 check nvidia-smi --query-gpu=name,memory.total --format=csv
 check python -m pytest -m cuda
 check python -m benchmarks.kernels --device cuda --parameters 100000000 --out "$out"
+check python -m benchmarks.muon_step --device cuda --models "GPT 4x256" "GPT 12x768" ResNet-8 --out "$out"
 check python -m benchmarks.wire --device cuda --mbits 1000 10000 --millions 25 --batch-size 2048 --out "$out"
 check python -m signsgd_lightning --out "$out"
 check python -m signsgd_keras --out "$out"

@@ -11,6 +11,9 @@
 #
 # You have settings for AdamW or SGD that work. What are Signum's?
 #
+# A transformer or a convolutional net has hidden matrices and kernels, and they had better vote by their polar factors,
+# as under "Matrices" below. What comes first is for all else, and for models without them.
+#
 # With signs the learning rate is a length: every weight moves by exactly `lr` at each step. AdamW moves a weight by
 # `lr` times `m/√v`, which is 1 where all gradients agree and near 0 where they are noise, so on the whole by less.
 # Hence a smaller `lr` for Signum, and one more like AdamW's for verdict momentum, whose mean of verdicts is near 0
@@ -132,6 +135,27 @@ for workers in (1, 3, 4, 8):
 #
 # And SGD's `lr` with momentum `μ` was, once and above, twice Signum's when multiplied by `1/(1 − μ)` and by the mean
 # size of a gradient's entry. Try twice and half of all these.
+#
+# ## Matrices
+#
+# `Signum(signmuon_groups(model, lr=0.08, other_lr=0.001))` votes on every hidden matrix and kernel by the signs of its
+# momentum's polar factor, with `betas=(0.9, 0.95)`, and on all else by those of the momentum. Four workers, three seeds
+# (`benchmarks/papers`):
+#
+# | | GPT, 0.64 M, 500 steps: loss | `lr`, `other_lr` | ResNet-8, one epoch: accuracy | `lr`, `other_lr` |
+# |---|---|---|---|---|
+# | **SignMuon**, vote | **1.84** | 0.08, 0.001 | **63.8%** | 0.08, 0.004 |
+# | Muon, fp32, clipped | **1.84** | 0.04, 0.005 | 63.5% | 0.08, 0.005 |
+# | AdamW, fp32, clipped, `betas=(0.9, 0.95)` | 2.20 | 0.002 | 52.9% | 0.0025 |
+# | verdict momentum, vote | 2.28 | 0.004 | 52.4% | 0.004 |
+#
+# The factors above are not for matrices. There `lr` is not what a weight moves by: that is `lr/√fan_in`, on the whole
+# as far as Muon moves it. At 0.08 and 128 columns, as most of the GPT's matrices have, it is 0.007, 3.5 times AdamW's.
+# Begin with Muon's `lr` or twice that, and for the rest with half of AdamW's (measured: 0.5 and 1.6).
+#
+# It costs arithmetic, once a step, whatever the batch: a polar factor is fifteen products of matrices. With small
+# batches that is more than the backward pass (`benchmarks/results/muon_step.txt`). A model without hidden matrices
+# gains nothing by it, and the perceptron above, which has one, little (`02_lightning`).
 #
 # ## betas
 #

@@ -1,4 +1,4 @@
-"""One worker of gpt_over_wire.py: trains the GPT one way; rank 0 writes down loss, bytes and seconds along the way."""
+"""One worker of gpt_over_wire.py: trains the GPT one way; rank 0 writes down losses, seconds and bytes."""
 
 import argparse
 import json
@@ -10,88 +10,98 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from benchmarks.wire_worker import join, sent_bytes
-from signsgd_lightning import Signum, enable_majority_vote
+from signsgd_lightning import enable_majority_vote
 
+from .methods import CLIPPED, Job, averaged_step, scaling, voted, voting_optimizer
 from .tasks import Text
 from .training import schedule
 
-POINTS = 15
+POINTS = 20
 """How often the loss on the rest of the text is looked at, off the clock."""
+EXACT = 10
+"""PowerSGD's first steps, which are in full precision."""
+
+Hook = Callable[[DistributedDataParallel], None]
+"""Registers how DDP sends gradients."""
 
 
-def adamw(ddp: DistributedDataParallel, lr: float) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(ddp.parameters(), lr=lr, weight_decay=0.1)
+def as_they_are(ddp: DistributedDataParallel) -> None:
+    """Nothing to register."""
 
 
-def compressed(hook: Any) -> Callable[[DistributedDataParallel, float], torch.optim.Optimizer]:
-    def build(ddp: DistributedDataParallel, lr: float) -> torch.optim.Optimizer:
-        ddp.register_comm_hook(None, hook)
-        return adamw(ddp, lr)
-
-    return build
+def half(ddp: DistributedDataParallel) -> None:
+    ddp.register_comm_hook(None, default_hooks.fp16_compress_hook)
 
 
-def low_rank(rank: int) -> Callable[[DistributedDataParallel, float], torch.optim.Optimizer]:
-    def build(ddp: DistributedDataParallel, lr: float) -> torch.optim.Optimizer:
-        state = powerSGD_hook.PowerSGDState(None, matrix_approximation_rank=rank, start_powerSGD_iter=10)
+def low_rank(rank: int) -> Hook:
+    def register(ddp: DistributedDataParallel) -> None:
+        state = powerSGD_hook.PowerSGDState(None, matrix_approximation_rank=rank, start_powerSGD_iter=EXACT)
         ddp.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
-        return adamw(ddp, lr)
 
-    return build
-
-
-def voting(**settings: Any) -> Callable[[DistributedDataParallel, float], torch.optim.Optimizer]:
-    def build(ddp: DistributedDataParallel, lr: float) -> torch.optim.Optimizer:
-        optimizer = Signum(ddp.parameters(), lr=lr, weight_decay=0.1, **settings)
-        enable_majority_vote(ddp, optimizer)
-        return optimizer
-
-    return build
+    return register
 
 
 DDP: dict[str, Any] = {"gradient_as_bucket_view": True, "bucket_cap_mb": 1 << 12}
 """One bucket: with several the PowerSGD hooks of the ranks reduce in orders that differ, and Gloo mistakes them."""
 
-METHODS = {
-    "AdamW, DDP fp32": adamw,
-    "AdamW, fp16 hook": compressed(default_hooks.fp16_compress_hook),
-    "AdamW, PowerSGD rank 1": low_rank(1),
-    "AdamW, PowerSGD rank 4": low_rank(4),
-    "Signum (.9, .9), vote": voting(),
-    "verdict momentum .8, vote": voting(betas=(0, 0), verdict_momentum=0.8),
+ADAMW, MUON = f"AdamW .95{CLIPPED}", f"Muon{CLIPPED}"
+METHODS: dict[str, tuple[str, Hook]] = {
+    "AdamW, DDP fp32": (ADAMW, as_they_are),
+    "AdamW, fp16 hook": (ADAMW, half),
+    "AdamW, PowerSGD rank 1": (ADAMW, low_rank(1)),
+    "AdamW, PowerSGD rank 4": (ADAMW, low_rank(4)),
+    "Muon, DDP fp32": (MUON, as_they_are),
+    "verdict momentum .8, vote": ("verdict momentum 0.8", as_they_are),
+    "SignMuon, vote": ("SignMuon", as_they_are),
 }
+"""Each one's method of methods.py, and what DDP sends where that averages."""
 
 
-def train(options: argparse.Namespace) -> list[dict[str, float]]:
-    """Train and return the points of the curve."""
+def stepping(ddp: DistributedDataParallel, job: Job, hook: Hook) -> Callable[[float], None]:
+    """Return what takes a step by the gradients that are there, at a share of the learning rate."""
+    if not voted(job.method):
+        hook(ddp)
+        return averaged_step(ddp.module, job)
+    optimizer = voting_optimizer(ddp.module, job)
+    enable_majority_vote(ddp, optimizer)
+    scale = scaling([optimizer])
+
+    def step(share: float) -> None:
+        scale(share)
+        optimizer.step()
+
+    return step
+
+
+def train(options: argparse.Namespace) -> dict[str, list[Any]]:
+    """Train; return (step, loss) along the way, and the seconds and bytes of every step."""
     task = Text(options.text, options.width, options.layers, options.context)
-    torch.manual_seed(0)
-    model: nn.Module = task.model()
+    method, hook = METHODS[options.method]
+    job = Job("", method, options.lr, 0.1, options.workers, options.steps, options.seed, options.other_lr)
+    torch.manual_seed(job.seed)
+    model = task.model()
     ddp = DistributedDataParallel(model, **DDP)
-    optimizer = METHODS[options.method](ddp, options.lr)
-    source = np.random.default_rng([options.seed, options.rank])
-    points, seconds, sent = [{"step": 0.0, "seconds": 0.0, "bytes": 0.0, "loss": task.score(model)}], 0.0, 0
-    for step in tqdm(range(options.steps), options.title, disable=options.rank > 0, leave=False):
-        for group in optimizer.param_groups:
-            group["lr"] = options.lr * schedule(step, options.steps)
+    take_step = stepping(ddp, job, hook)
+    source = np.random.default_rng([job.seed, options.rank])
+    losses, seconds, sent = list[tuple[int, float]](), list[float](), list[int]()
+    for step in tqdm(range(job.steps), options.title, disable=options.rank > 0, leave=False):
         batch = task.batch(options.batch_size, source)
         dist.barrier()
         before, begin = sent_bytes(), time.perf_counter()
-        optimizer.zero_grad()
+        ddp.zero_grad()
         task.loss(ddp, batch).backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
+        take_step(schedule(step, job.steps))
         dist.barrier()  # the slowest counts
-        seconds, sent = seconds + time.perf_counter() - begin, sent + sent_bytes() - before
-        if (step + 1) * POINTS // options.steps > step * POINTS // options.steps:
-            loss = task.score(model) if options.rank == 0 else 0.0
-            points.append({"step": step + 1.0, "seconds": seconds, "bytes": float(sent), "loss": loss})
-    return points
+        seconds.append(time.perf_counter() - begin)
+        sent.append(sent_bytes() - before)
+        if (step + 1) * POINTS // job.steps > step * POINTS // job.steps and options.score:
+            losses.append((step + 1, task.score(model) if options.rank == 0 else 0.0))
+    return {"losses": losses, "seconds": seconds, "bytes": sent}
 
 
 def main() -> None:
@@ -103,11 +113,13 @@ def main() -> None:
     for name in ("text", "found"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--lr", type=float, required=True)
+    parser.add_argument("--other-lr", type=float)
+    parser.add_argument("--score", action="store_true", help="look at the loss, too")
     options = parser.parse_args()
     join(options)
-    points = train(options)
+    found = train(options)
     if options.rank == 0:
-        options.found.write_text(json.dumps({"points": points}))
+        options.found.write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()
 

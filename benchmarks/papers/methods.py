@@ -112,21 +112,41 @@ def update_by(model: nn.Module, job: Job) -> Update:
 
 def _averaged(model: nn.Module, job: Job) -> Update:
     parameters = list(model.parameters())
-    optimizers, cuts = averaging_optimizers(model, job)
-    peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
+    step = averaged_step(model, job)
 
     def update(gradients: list[list[Tensor]], share: float) -> None:
         for p, of_workers in zip(parameters, zip(*gradients, strict=True), strict=True):
             p.grad = torch.stack(of_workers).mean(0)
-        if job.method.endswith(CLIPPED):
-            nn.utils.clip_grad_norm_(parameters, 1.0)
-        give_gradients(cuts)
-        for optimizer, of_groups in zip(optimizers, peaks, strict=True):
-            for group, peak in zip(optimizer.param_groups, of_groups, strict=True):
-                group["lr"] = peak * share
-            optimizer.step()
+        step(share)
 
     return update
+
+
+def averaged_step(model: nn.Module, job: Job) -> Callable[[float], None]:
+    """Return what moves a model by the mean gradients that its parameters have, at a share of the learning rate."""
+    optimizers, cuts = averaging_optimizers(model, job)
+    scale = scaling(optimizers)
+
+    def step(share: float) -> None:
+        if job.method.endswith(CLIPPED):
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        give_gradients(cuts)
+        scale(share)
+        for optimizer in optimizers:
+            optimizer.step()
+
+    return step
+
+
+def scaling(optimizers: Sequence[torch.optim.Optimizer]) -> Callable[[float], None]:
+    """Return what sets learning rates to a share of what they are now."""
+    peaks = [(group, group["lr"]) for optimizer in optimizers for group in optimizer.param_groups]
+
+    def scale(share: float) -> None:
+        for group, peak in peaks:
+            group["lr"] = peak * share
+
+    return scale
 
 
 Cut = tuple[nn.Parameter, list[nn.Parameter]]
@@ -184,25 +204,29 @@ def hidden_groups(model: nn.Module, job: Job) -> list[dict[str, Any]]:
     return signmuon_groups(model, job.lr, job.other_lr or job.lr, output=output)
 
 
-def _voted(model: nn.Module, job: Job) -> Update:
-    parameters = list(model.parameters())
+def voting_optimizer(model: nn.Module, job: Job) -> Signum:
+    """Return the optimizer of a voted method; all but SignMuon have a group for each parameter."""
     method = job.method.removesuffix(PER_LAYER)
-    per_layer = method != job.method
-    groups: list[dict[str, Any]] = [{"params": [p]} for p in parameters]
+    groups: list[dict[str, Any]] = [{"params": [p]} for p in model.parameters()]
     if method.startswith("SignMuon"):
         groups = hidden_groups(model, job)
         if method != "SignMuon":
             groups[-1] |= {"betas": (0.0, 0.0), "verdict_momentum": 0.8}
-    optimizer = Signum(groups, job.lr, weight_decay=job.weight_decay, **VOTED[method])
-    vote = SimulatedVote(optimizer, job.workers)
+    return Signum(groups, job.lr, weight_decay=job.weight_decay, **VOTED[method])
+
+
+def _voted(model: nn.Module, job: Job) -> Update:
+    parameters = list(model.parameters())
+    optimizer = voting_optimizer(model, job)
+    vote, scale = SimulatedVote(optimizer, job.workers), scaling([optimizer])
     numbers = {p: k for k, p in enumerate(parameters)}
     order = [numbers[p] for group in optimizer.param_groups for p in group["params"]]
-    peaks = [group["lr"] for group in optimizer.param_groups]
 
     def update(gradients: list[list[Tensor]], share: float) -> None:
-        rates = layer_rates(parameters) if per_layer else [1.0] * len(peaks)
-        for group, peak, rate in zip(optimizer.param_groups, peaks, rates, strict=True):
-            group["lr"] = peak * share * rate
+        scale(share)
+        if job.method.endswith(PER_LAYER):
+            for group, rate in zip(optimizer.param_groups, layer_rates(parameters), strict=True):
+                group["lr"] *= rate
         vote.step([[own[k] for k in order] for own in gradients])
 
     return update

@@ -26,7 +26,17 @@ class Found(NamedTuple):
 
 
 def search(task: Task, store: Store, start: Job, decays: tuple[float, ...], runs: int, most: int = 14) -> Found:
-    """Tune a method by one seed, then train it with all seeds.
+    """Tune a method by one seed, then train it with all seeds; the arguments are `tune`'s."""
+    chosen, scores = tune(task, store, start, decays, runs, most)
+    jobs = [chosen._replace(seed=seed) for seed in SEEDS]
+    row = Row(chosen, store.run(task, jobs, f"{task.key}, {start.method}, seeds"))
+    return Found(row, len(scores), not missing(chosen, decays, scores))
+
+
+def tune(
+    task: Task, store: Store, start: Job, decays: tuple[float, ...], runs: int, most: int = 14
+) -> tuple[Job, dict[Job, float]]:
+    """Return a method's best point, and the scores of all that were tried.
 
     The search goes on until the best point has all its neighbours tried: half and twice the learning rate, and likewise
     the other learning rate, or the other weight decay. Where that took fewer runs than `runs`, further points
@@ -48,9 +58,7 @@ def search(task: Task, store: Store, start: Job, decays: tuple[float, ...], runs
         known = list(scores)
         chosen = best(known, store.run(task, known, ""), task.better)
         new = missing(chosen, decays, scores) or around(chosen, decays, scores)[: max(runs - len(scores), 0)]
-    jobs = [chosen._replace(seed=seed) for seed in SEEDS]
-    row = Row(chosen, store.run(task, jobs, f"{task.key}, {start.method}, seeds"))
-    return Found(row, len(scores), not missing(chosen, decays, scores))
+    return chosen, scores
 
 
 def missing(job: Job, decays: tuple[float, ...], tried: Mapping[Job, float]) -> list[Job]:

@@ -27,10 +27,16 @@ _WRONG = 0.1
 _SKEWED, _BIMODAL = 1.0, 5 / 9
 _ENOUGH = 50
 """Samples from which on the median skewness of a normal noise is below 0.25."""
+_MATRICES = (
+    "Matrices: if the model has hidden ones, or kernels, let these vote by their polar factors (SignMuon), of which "
+    "the figures say nothing. Measured with four workers: on a GPT a loss of 1.84, verdict momentum 2.28, AdamW 2.20; "
+    "on a ResNet an accuracy of 63.8%, 52.4%, 52.9%. It takes betas=(0.9, 0.95), whatever is said of momentum above."
+)
+"""The same for all: figures of gradients' coordinates tell nothing of polar factors; benchmarks/papers/README.md."""
 
 
 def advise(records: Sequence[Mapping[str, float | None]], workers: int) -> list[str]:
-    r"""Return what to do, a sentence each: signs or gradients, how many workers, which momentum and warmup.
+    r"""Return what to do, a sentence each: signs or gradients, how many workers, which momentum, and matrices.
 
     Signs, if both of ``R1 = √φ(L)/φ(g)`` and ``R2 = φ(σ)/φ(g)`` are below 0.5, gradients if both are above 10.
     Workers: a vote of ``M`` errs at signal-to-noise ``S`` with ``Φ(−√M·q/√(1−q²))``, ``q = erf(S/√2)``, normal noise.
@@ -64,6 +70,7 @@ def advise(records: Sequence[Mapping[str, float | None]], workers: int) -> list[
         _workers(snr, workers, samples),
         _momentum(snr),
         _shape(values["geometry/skewness"], values["geometry/bimodality"], samples),
+        _MATRICES,
     ]
 
 

@@ -16,6 +16,8 @@ from PIL import Image
 
 from benchmarks.network import available
 from benchmarks.papers.densities import look
+from benchmarks.papers.gpt_over_wire import DDP, OURS, Way, cost
+from benchmarks.papers.gpt_worker import EXACT
 from benchmarks.papers.methods import PER_LAYER, VOTED, Job
 from benchmarks.papers.tasks import Images, Task, Text
 from benchmarks.papers.training import Run, Store, best, schedule, train
@@ -159,16 +161,25 @@ def test_looking_at_the_geometry_changes_no_training() -> None:
     assert len({record["geometry/gradient_density"] for record in seen}) == 4, "the weights had moved"
 
 
+def test_a_run_is_reckoned_from_its_first_steps() -> None:
+    """Those of PowerSGD in full precision as they were, all others by their median."""
+    seconds = [1.0] * EXACT + [3.0, 2.0, 9.0]
+    assert [cost(seconds, steps) for steps in (0.5, EXACT, EXACT + 2)] == [0.5, EXACT, EXACT + 6]
+    way = Way(Job("", "", 0.1), [(0, 4.0), (10, 2.0), (20, 1.0)], seconds, [], alone=0.0)
+    assert [way.reached(loss) for loss in (3.0, 2.0, 1.5)] == [5, 10, 15]
+    assert math.isnan(way.reached(0.5))
+    assert way.apart(EXACT) == EXACT
+
+
 @pytest.mark.nightly
 @pytest.mark.net
 @pytest.mark.skipif(not available(), reason="needs root and iproute2")
 def test_gpt_over_a_slow_network(tmp_path: Path) -> None:
     printed = _run("benchmarks.papers.gpt_over_wire", "--short", "--out", tmp_path)
-    sent = {
-        name: float(mb) for name, mb in re.findall(r"^(.{28}) +\S+ +[\d.]+ +([\d.]+) +[\d.]+ ", printed, re.MULTILINE)
-    }
-    fp32, vote = sent["AdamW, DDP fp32".ljust(28)], sent["verdict momentum .8, vote".ljust(28)]
-    assert vote < fp32 / 3, "even of so small a model, most of whose bytes are headers"
+    rows = re.findall(r"^(.{28})[ \d.e-]{30}([ \d.]{9})[ \d.]{23}   ", printed, re.MULTILINE)
+    sent = {name.rstrip(): float(mb) for name, mb in rows}
+    assert list(sent) == [DDP, OURS, f"{OURS}, 3 steps"]
+    assert sent[OURS] < sent[DDP] / 3, "even of so small a model, most of whose bytes are headers"
     assert (tmp_path / "gpt_over_wire.png").exists()
 
 

@@ -54,11 +54,11 @@ def test_neither_where_both_are_as_dense() -> None:
 
 
 def test_nothing_is_said_of_noise_alone() -> None:
-    signs, workers, momentum, _ = told(gradients(0.0, 1.0, n=50))
+    signs, workers, momentum, *_ = told(gradients(0.0, 1.0, n=50))
     assert signs.startswith("Signs or gradients: cannot tell. Noise explains")
     assert "cannot tell" in momentum or "still below" in momentum
     assert "of 50 gradients" in signs
-    signs, workers, momentum, _ = told(np.repeat([[1.0], [-1.0]], 25, axis=0) * np.ones(10))
+    signs, workers, momentum, *_ = told(np.repeat([[1.0], [-1.0]], 25, axis=0) * np.ones(10))
     assert "cannot tell" in signs
     assert workers.startswith("Workers: cannot tell.")
     assert momentum.startswith("Momentum: cannot tell")
@@ -99,6 +99,11 @@ def test_the_shape_of_noise() -> None:
     assert "not unimodal and symmetric" in told(rng.choice([-1.0, 1.0], (500, 100)))[3]
     assert told(np.ones((5, 3)))[3] == "Noise: there is none."
     assert told(rng.normal(size=(49, 100)))[3] == "Noise: cannot tell its shape from 49 gradients; 50 would do."
+
+
+@pytest.mark.parametrize("mean", [0.0, 3.0])
+def test_matrices_vote_by_polar_factors_whatever_the_gradients_say(mean: float) -> None:
+    assert told(gradients(mean, 1.0))[-1].startswith("Matrices: if the model has hidden ones, or kernels")
 
 
 def test_records_that_are_none() -> None:

@@ -228,7 +228,7 @@ def test_files_logs_and_advice(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert document["records"] == records(monitor)
     assert (tmp_path / "of" / "run" / "geometry.png").stat().st_size > 10_000
     lines = capsys.readouterr().out.splitlines()
-    for beginning in ("Signs", "Workers: ", "Momentum: ", "Noise: "):
+    for beginning in ("Signs", "Workers: ", "Momentum: ", "Noise: ", "Matrices: "):
         assert any(line.startswith(beginning) for line in lines)
 
 

@@ -105,7 +105,7 @@ def test_a_run_shorter_than_the_interval(caplog: pytest.LogCaptureFixture, tmp_p
     document = json.loads((tmp_path / "geometry" / "geometry.json").read_text())
     assert [(record["step"], record["samples"]) for record in document["records"]] == [(8, 8)]
     assert (tmp_path / "geometry" / "geometry.png").stat().st_size > 10_000
-    for beginning in ("Signs", "Workers: ", "Momentum: ", "Noise: "):
+    for beginning in ("Signs", "Workers: ", "Momentum: ", "Noise: ", "Matrices: "):
         assert any(message.startswith(beginning) for message in caplog.messages)
 
 
