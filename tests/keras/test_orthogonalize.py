@@ -35,11 +35,12 @@ def test_is_the_specifications(settings: dict[str, Any]) -> None:
     for compiled in (None, *COMPILED[keras.backend.backend()]):
         optimizer, xs, judge = signum(**settings), variables(parameters()), Judge(**settings)
         optimizer.build(xs)
+        take = compiled and compiled(optimizer, xs)
         for ((*step,),) in gradients():
-            if compiled is None:
+            if take is None:
                 train(optimizer, [step], xs)
             else:
-                compiled(optimizer, xs, [keras.ops.convert_to_tensor(g) for g in step])
+                take([keras.ops.convert_to_tensor(g) for g in step])
             judge.step([step])
             judge.check([numbers(x) for x in xs])
         names = [path.split("/")[-1] for path in optimizer.orthogonalized]

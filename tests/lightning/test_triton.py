@@ -84,8 +84,8 @@ def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., l
         (90, SETTINGS[4], torch.float32, "abstain"),
         (80, SETTINGS[1], torch.bfloat16, "alternate"),
         (100, SETTINGS[6], torch.float16, "positive"),
-        (90, SETTINGS[0], torch.float32, "alternate"),
-        (90, SETTINGS[3], torch.float16, "abstain"),
+        pytest.param(90, SETTINGS[0], torch.float32, "alternate", marks=pytest.mark.nightly),
+        pytest.param(90, SETTINGS[3], torch.float16, "abstain", marks=pytest.mark.nightly),
     ],
     ids=str,
 )
