@@ -22,10 +22,17 @@ GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("interpret", ["1", pytest.param("0", marks=[pytest.mark.cuda, GPU])])
-def test_equal_to_numpy(interpret: str) -> None:
+@pytest.mark.parametrize(
+    ("interpret", "which"),
+    [
+        ("1", "not nightly"),
+        pytest.param("1", "nightly", marks=pytest.mark.nightly),
+        pytest.param("0", "not nightly", marks=[pytest.mark.cuda, GPU]),
+    ],
+)
+def test_equal_to_numpy(interpret: str, which: str) -> None:
     """In a process of its own: whether loops are interpreted is settled when Triton is imported."""
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", str(CHECKS)]
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "-m", which, str(CHECKS)]
     environment = {**os.environ, "TRITON_INTERPRET": interpret, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-8_000:] + done.stderr[-2_000:]
