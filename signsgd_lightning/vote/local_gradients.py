@@ -90,6 +90,7 @@ def _refuse_other_wrappers(model: nn.Module) -> list[RemovableHandle]:
 def _with_subclasses(kind: type) -> Iterator[type]:
     """Yield a class and all that derive from it."""
     yield kind
+    derived: type
     for derived in kind.__subclasses__():
         yield from _with_subclasses(derived)
 
