@@ -76,3 +76,14 @@ def test_a_bit_that_is_the_same_number_is_found_too() -> None:
     model.get_layer("one").bias.value.values[1].assign(np.full(3, -0.0, np.float32))
     with pytest.raises(ReplicasDifferError, match="replica 1 differs from the other replicas in net/one/bias"):
         model.fit(*data(6), batch_size=6, verbose=0, callbacks=[VerifyReplicas(1)])
+
+
+def test_a_verdict_momentum_that_moves_nothing_is_found_too() -> None:
+    """With a rate of 0 the variables stay the same on all."""
+    with mirrored(REPLICAS).scope():
+        model = compiled(Signum(0.0, verdict_momentum=0.5))
+        model.optimizer.build(model.trainable_variables)
+    bias = model.get_layer("one").bias
+    model.optimizer.state_of(bias)[1].value.values[1].assign(np.full(3, 0.5, np.float32))
+    with pytest.raises(ReplicasDifferError, match="replica 1 differs from the other replicas in net/one/bias"):
+        model.fit(*data(6), batch_size=6, verbose=0, callbacks=[VerifyReplicas(1)])
