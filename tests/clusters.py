@@ -3,6 +3,7 @@
 TensorFlow takes seconds to import, so a nursery imports it once and forks a fresh process for every one asked for.
 """
 
+import gc
 import json
 import multiprocessing
 import os
@@ -103,6 +104,7 @@ class Cluster:
 def _nurse(end: Connection, address: str) -> None:
     import signsgd_keras  # noqa: F401  what every child would import anyway
 
+    gc.freeze()  # what was imported is not looked through again and again, and stays shared with the processes
     context = multiprocessing.get_context("fork")
     while True:
         try:

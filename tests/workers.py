@@ -1,6 +1,7 @@
 """Real worker processes, started once and used by many tests; every task gets a fresh process group over Gloo."""
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import secrets
@@ -120,6 +121,7 @@ def _serve(end: Connection) -> None:
     import torch
 
     torch.set_num_threads(1)
+    gc.freeze()  # what was imported is not looked through again and again, and stays shared with the other processes
     while True:
         try:
             rank, world_size, ranks_per_node, port, group_timeout, function, args = end.recv()

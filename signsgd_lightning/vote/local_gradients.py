@@ -2,7 +2,7 @@
 
 import gc
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -80,10 +80,19 @@ def _refuse_other_wrappers(model: nn.Module) -> list[RemovableHandle]:
             handles.append(module.register_forward_pre_hook(refuse))
 
     handles.append(register_module_module_registration_hook(watch))
-    for found in gc.get_objects():
-        if issubclass(type(found), DistributedDataParallel):  # `isinstance` raises for a dead weak proxy
+    kinds = list(_with_subclasses(DistributedDataParallel))
+    for found in gc.get_referrers(*kinds):  # an instance refers to its class; a look at every object would take longer
+        if any(type(found) is kind for kind in kinds):
             watch(found, "module", found.module)
     return handles
+
+
+def _with_subclasses(kind: type) -> Iterator[type]:
+    """Yield a class and all that derive from it."""
+    yield kind
+    derived: type
+    for derived in kind.__subclasses__():
+        yield from _with_subclasses(derived)
 
 
 def remove_hooks(handles: Iterable[RemovableHandle]) -> None:

@@ -10,7 +10,7 @@ from benchmarks.papers.simulated_vote import SimulatedVote
 from signsgd_lightning import Signum
 from tests.conformance.cases import LR, MATRICES, Case, assert_reference, cases, covering
 
-WITH_ALL_GRADIENTS = [case for case in cases() if not case.absent]
+WITH_ALL_GRADIENTS = tuple(case for case in cases() if not case.absent)
 
 
 def _optimizer(case: Case) -> tuple[Signum, list[int]]:

@@ -5,7 +5,7 @@ every step is exact in float32 and no order of operations can be told from anoth
 so near 0 that rounding decides its sign, and the verdict with it, nothing is compared from then on.
 """
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cache
 from itertools import combinations, product, starmap
@@ -159,17 +159,20 @@ def pairs(case: Case) -> set[Meeting]:
     return found
 
 
-def covering(table: Iterable[Case]) -> list[Case]:
+@cache
+def covering(table: tuple[Case, ...]) -> list[Case]:
     """Return few cases in which every pair of values is found that is found in a table; greedily, so always the same.
 
     Faults come of one option, or mostly of two that meet; all of `cases` are some fifty times as many.
     """
-    by_case = {case: pairs(case) for case in table}
-    missing, chosen = set[Meeting]().union(*by_case.values()), []
+    bits = dict[Meeting, int]()
+    sets = [sum(1 << bits.setdefault(pair, len(bits)) for pair in pairs(case)) for case in table]  # of pairs, as bits
+    missing, chosen = (1 << len(bits)) - 1, list[Case]()
     while missing:
-        best = max(by_case, key=lambda case: len(missing & by_case[case]))
-        missing -= by_case[best]
-        chosen.append(best)
+        shared = [(missing & has).bit_count() for has in sets]
+        best = shared.index(max(shared))
+        missing &= ~sets[best]
+        chosen.append(table[best])
     return sorted(chosen, key=lambda case: case.workers)
 
 

@@ -49,7 +49,7 @@ class FrontEnd:
     @cached_property
     def cases(self) -> list[Case]:
         """Those that it runs: of all that it does not skip, so many that every pair of options is among them."""
-        return covering(case for case in cases() if self.skips(case) is None)
+        return covering(tuple(case for case in cases() if self.skips(case) is None))
 
 
 def one_worker_only(case: Case) -> str | None:

@@ -52,7 +52,18 @@ def test_every_case_is_exact(case: Case) -> None:
             np.testing.assert_array_equal(x, y)
 
 
-@pytest.mark.parametrize(("end", "case", "batch"), PAIRS, ids=[f"{end.name}-{case}" for end, case, _ in PAIRS])
+def long(end: FrontEnd, case: Case) -> bool:
+    """Whether a front end takes seconds for so many workers, where its cases of fewer guard the same code."""
+    return end.name in ("keras-multi-worker", "keras-mirrored") and case.workers > 3
+
+
+@pytest.mark.parametrize(
+    ("end", "case", "batch"),
+    [
+        pytest.param(*pair, marks=[pytest.mark.nightly] if long(*pair[:2]) else [], id=f"{pair[0].name}-{pair[1]}")
+        for pair in PAIRS
+    ],
+)
 def test_trajectory(end: FrontEnd, case: Case, batch: Batch, trajectories: Any, record_property: Any) -> None:
     record_property(PROPERTY, end.name)
     ours = trajectories(end, batch)[case]

@@ -168,7 +168,14 @@ def _resume(path: str) -> tuple[int, list[str]]:
 
 
 @pytest.mark.parametrize(
-    ("ranks", "kind"), [((0, 1), "full"), ((0, 1), "sharded"), ((0,), "full"), ((0,), "sharded"), ((1,), "full")]
+    ("ranks", "kind"),
+    [
+        ((0, 1), "full"),
+        pytest.param((0, 1), "sharded", marks=pytest.mark.nightly),
+        pytest.param((0,), "full", marks=pytest.mark.nightly),
+        ((0,), "sharded"),
+        ((1,), "full"),
+    ],
 )
 def test_an_exceptions_checkpoint(ranks: tuple[int, ...], kind: str, tmp_path: Path, fault: Fault) -> None:
     """The user's exception comes out at once where it was raised; one rank alone saves what it has."""
@@ -204,7 +211,9 @@ def _terminated(ranks: tuple[int, ...]) -> tuple[str, float]:
     return "no error", time.monotonic() - begin
 
 
-@pytest.mark.parametrize("ranks", [(0, 1), (0,), (1,)], ids=["all", "rank 0", "rank 1"])
+@pytest.mark.parametrize(
+    "ranks", [(0, 1), pytest.param((0,), marks=pytest.mark.nightly), (1,)], ids=["all", "rank 0", "rank 1"]
+)
 def test_a_signal_to_end(ranks: tuple[int, ...], fault: Fault) -> None:
     with fault("ranks get SIGTERM, all or one alone: all end with an exception"), fresh_workers(2) as workers:
         results = workers.run(2, _terminated, ranks, group_timeout=GROUP_TIMEOUT)

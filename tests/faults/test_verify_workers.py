@@ -20,11 +20,13 @@ def _flip(every: int, replica: int, step: int, momentum: bool) -> Found:
     return _work(every, FlipBit(replica, step, momentum))
 
 
+def test_nothing_is_found_where_all_is_well(cluster: Callable[[int], Cluster]) -> None:
+    assert cluster(3).run(_work, 1) == [("", STEPS)] * 3
+
+
 @pytest.mark.parametrize(("replica", "momentum"), [(1, False), (2, True)])
 def test_workers(replica: int, momentum: bool, cluster: Callable[[int], Cluster], fault: Fault) -> None:
-    workers = cluster(3)
-    assert workers.run(_work, 1) == [("", STEPS)] * 3
     with fault("a bit flips in a variable or a verdict momentum of a Keras worker, and is found"):
-        for message, found in workers.run(_flip, 2, replica, 2, momentum):
+        for message, found in cluster(3).run(_flip, 2, replica, 2, momentum):
             assert found == ([replica], 3, "net/two/kernel")
             assert f"after step 3 replica {replica} differs" in message

@@ -67,8 +67,17 @@ def _ballot_bytes(replicas: int) -> int:
     return 8 * -(-length // (8 * replicas))
 
 
-@pytest.mark.parametrize("zeros", ["alternate", "abstain", "positive"])
-@pytest.mark.parametrize("replicas", [2, 3])
+@pytest.mark.parametrize(
+    ("replicas", "zeros"),
+    [
+        (2, "alternate"),
+        (3, "abstain"),
+        (3, "positive"),
+        pytest.param(3, "alternate", marks=pytest.mark.nightly),
+        pytest.param(2, "abstain", marks=pytest.mark.nightly),
+        pytest.param(2, "positive", marks=pytest.mark.nightly),
+    ],
+)
 def test_figures_are_exact(replicas: int, zeros: Zeros) -> None:
     given = given_gradients(replicas)
     history, _ = _fit(mirrored(replicas), given, zeros, [VoteMonitor()])

@@ -102,7 +102,7 @@ def test_backup_and_restore_goes_on_bit_for_bit(saved: tuple[Path, keras.Model, 
     assert same(state(made), state(ended))
 
 
-@pytest.mark.parametrize("replicas", [2, 6])
+@pytest.mark.parametrize("replicas", [2, pytest.param(6, marks=pytest.mark.nightly)])
 def test_another_number_of_replicas(saved: tuple[Path, keras.Model, list[Array]], replicas: int) -> None:
     folder, _, midway = saved
     with mirrored(replicas).scope():

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,14 @@ def fit(made: Any, seed: int = 0) -> None:
     made.fit(*data(24, seed), batch_size=6, shuffle=False, verbose=0)
 
 
+@cache
+def fitted(replicas: int) -> Any:
+    """Return a model after a fit, for tests that only read it."""
+    made = model(replicas)
+    fit(made)
+    return made
+
+
 def checkpoint(made: Any) -> tf.train.Checkpoint:
     return tf.train.Checkpoint(model=made, optimizer=made.optimizer)
 
@@ -62,8 +71,7 @@ def test_it_goes_on_bit_for_bit(tmp_path: Path) -> None:
 
 
 def test_restored_before_the_optimizer_is_built(tmp_path: Path) -> None:
-    saved = model(2)
-    fit(saved)
+    saved = fitted(2)
     path = checkpoint(saved).save(tmp_path / "a")
     with mirrored(2).scope():
         later = compiled(Signum(LR, 0.5, 0.75))
@@ -77,8 +85,7 @@ def test_restored_before_the_optimizer_is_built(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("error:an earlier version:UserWarning")
 def test_another_number_of_replicas(before: int, after: int, tmp_path: Path) -> None:
     """By the rule of `signsgd_core.redistribute`: one worker's momentum goes to all, and that is no loss to warn of."""
-    saved, other = model(before), model(after)
-    fit(saved)
+    saved, other = fitted(before), model(after)
     checkpoint(other).restore(checkpoint(saved).save(tmp_path / "a")).assert_consumed()
     old, new = (components(made.optimizer._momentums) for made in (saved, other))
     assert same(new, [core.redistribute(rows, after) for rows in old])
@@ -100,8 +107,7 @@ def test_every_replicas_loss_scale(replicas: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize("replicas", [1, 2])
 def test_one_of_an_earlier_version(replicas: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It kept the first replica's, as Keras' variables do; what that cost is said where there are others."""
-    saved, other = model(2), model(replicas)
-    fit(saved)
+    saved, other = fitted(2), model(replicas)
     with monkeypatch.context() as patch:
         patch.setattr(ReplicaVariable, "_serialize_to_tensors", keras.Variable._serialize_to_tensors)
         path = checkpoint(saved).save(tmp_path / "a")
@@ -114,8 +120,7 @@ def test_one_of_an_earlier_version(replicas: int, tmp_path: Path, monkeypatch: p
 
 
 def test_set_weights_takes_rows_and_says_what_one_costs() -> None:
-    saved, one, all_rows = model(2), model(2), model(2)
-    fit(saved)
+    saved, one, all_rows = fitted(2), model(2), model(2)
     with pytest.warns(UserWarning, match="it is replica 0's, and the momenta of the others are lost"):
         one.optimizer.set_weights([v.numpy() for v in saved.optimizer.variables])
     momenta = components(saved.optimizer._momentums)
@@ -128,8 +133,7 @@ def test_set_weights_takes_rows_and_says_what_one_costs() -> None:
 @pytest.mark.parametrize("replicas", [1, 2])
 def test_a_saved_model_has_no_rows(replicas: int, tmp_path: Path) -> None:
     """It is for others, which know the variable's shape; a checkpoint after it has them again."""
-    saved, other, module = model(replicas), model(replicas), tf.Module()
-    fit(saved)
+    saved, other, module = fitted(replicas), model(replicas), tf.Module()
     module.optimizer = saved.optimizer
     tf.saved_model.save(module, tmp_path / "module")
     first = tf.saved_model.load(tmp_path / "module").optimizer._momentums[0]

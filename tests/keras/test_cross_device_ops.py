@@ -50,7 +50,7 @@ OPTIMIZERS: dict[str, Callable[[], Any]] = {
     ("name", "replicas", "wrapped"),
     [
         ("Adam", 2, None),
-        ("SGD", 3, tf.distribute.ReductionToOneDevice),
+        pytest.param("SGD", 3, tf.distribute.ReductionToOneDevice, marks=pytest.mark.nightly),
         ("SGD", 3, tf.distribute.HierarchicalCopyAllReduce),
     ],
 )

@@ -57,7 +57,9 @@ def printed(code: str, backend: str) -> list[str]:
     return ran.stdout.splitlines()
 
 
-@pytest.mark.parametrize("backend_name", BACKENDS)
+@pytest.mark.parametrize(
+    "backend_name", [pytest.param(name, marks=[pytest.mark.nightly] * (name == "torch")) for name in BACKENDS]
+)
 def test_the_optimizer_imports_no_other_framework(backend_name: str) -> None:
     """Nothing that Keras has not imported by itself; without TensorFlow a vote is refused with a sentence."""
     before, after, *asked, at_last = printed(USE, backend_name)

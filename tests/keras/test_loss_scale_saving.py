@@ -74,7 +74,7 @@ def test_both_files_go_on_bit_for_bit(saved: tuple[Path, list[Array]]) -> None:
         assert same(state(made), ended)
 
 
-@pytest.mark.parametrize("replicas", [1, 2, 6])
+@pytest.mark.parametrize("replicas", [1, pytest.param(2, marks=pytest.mark.nightly), 6])
 def test_another_number_of_replicas(replicas: int, saved: tuple[Path, list[Array]]) -> None:
     with mirrored(replicas).scope():
         made = keras.models.load_model(saved[0] / "model.keras")

@@ -1,6 +1,6 @@
 """`Signum` alone steps as the specification, Keras' Lion and the torch side do, whatever is set around it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -14,6 +14,8 @@ from .backends import Array, assert_equal, everywhere, gradients, numbers, start
 
 Settings = dict[str, Any]
 Trajectory = list[list[Array]]
+Step = Callable[[list[Any]], object]
+"""Takes the gradients."""
 
 LR = 0.25
 
@@ -109,40 +111,47 @@ def test_is_the_specifications_inside_a_compiled_step() -> None:
     for compiled in COMPILED[keras.backend.backend()]:
         optimizer, xs = signum(**settings), variables()
         optimizer.build(xs)
-        trajectory = []
+        take, trajectory = compiled(optimizer, xs), []
         for step in wild:
-            compiled(optimizer, xs, [keras.ops.convert_to_tensor(g) for g in step])
+            take([keras.ops.convert_to_tensor(g) for g in step])
             trajectory.append([numbers(x) for x in xs])
         assert_equal(trajectory, expected)
 
 
-def jax_stateless(optimizer: Any, xs: Any, step: Any) -> None:
+def jax_stateless(optimizer: Any, xs: Any) -> Step:
     import jax
 
     apply = jax.jit(optimizer.stateless_apply)
-    before = [v.value for v in optimizer.variables]
-    moved, state = apply(before, step, [x.value for x in xs])
-    for variable, value in [*zip(xs, moved, strict=True), *zip(optimizer.variables, state, strict=True)]:
-        variable.assign(value)
+
+    def take(step: Any) -> None:
+        before = [v.value for v in optimizer.variables]
+        moved, state = apply(before, step, [x.value for x in xs])
+        for variable, value in [*zip(xs, moved, strict=True), *zip(optimizer.variables, state, strict=True)]:
+            variable.assign(value)
+
+    return take
 
 
-def tf_function(optimizer: Any, xs: Any, step: Any) -> None:
+def tf_function(optimizer: Any, xs: Any) -> Step:
     import tensorflow as tf
 
-    tf.function(lambda: optimizer.apply_gradients(zip(step, xs, strict=True)))()
+    take: Step = tf.function(lambda step: optimizer.apply_gradients(zip(step, xs, strict=True)))
+    return take
 
 
-def tf_xla(optimizer: Any, xs: Any, step: Any) -> None:
+def tf_xla(optimizer: Any, xs: Any) -> Step:
     import tensorflow as tf
 
-    tf.function(lambda: optimizer.apply(step, xs), jit_compile=True)()
+    take: Step = tf.function(lambda step: optimizer.apply(step, xs), jit_compile=True)
+    return take
 
 
-def as_it_is(optimizer: Any, xs: Any, step: Any) -> None:
-    optimizer.apply(step)
+def as_it_is(optimizer: Any, xs: Any) -> Step:
+    return lambda step: optimizer.apply(step)
 
 
 COMPILED = {"jax": [jax_stateless], "tensorflow": [tf_function, tf_xla], "torch": [as_it_is]}
+"""What makes a compiled step, traced once, of an optimizer that is built and its variables."""
 
 
 @everywhere

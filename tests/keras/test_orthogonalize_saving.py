@@ -70,7 +70,9 @@ def load_weights_and_go_on(folder: str) -> list[Array]:
     return state(model)
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.nightly] * (name == "jax")) for name in BACKENDS]
+)
 def test_training_goes_on_bit_for_bit(
     name: str,
     backend: Callable[[str], Cluster],

@@ -71,7 +71,7 @@ def constrained() -> keras.Model:
     return model
 
 
-@pytest.mark.parametrize("replicas", [2, 3])
+@pytest.mark.parametrize("replicas", [2, pytest.param(3, marks=pytest.mark.nightly)])
 def test_constraints(replicas: int) -> None:
     with mirrored(replicas).scope():
         model = compiled(signum(), constrained)

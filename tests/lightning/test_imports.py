@@ -25,8 +25,9 @@ print(signsgd_lightning.MajorityVoteStrategy.__name__, "lightning" in sys.module
 
 BY_NAME = """
 {imports}
-trainer = lightning.pytorch.Trainer(strategy="{name}", accelerator="cpu", devices=1, logger=False)
-print(type(trainer.strategy).__name__, trainer.strategy._ddp_kwargs)
+for name in ("majority_vote", "majority_vote_find_unused_parameters_true"):
+    trainer = lightning.pytorch.Trainer(strategy=name, accelerator="cpu", devices=1, logger=False)
+    print(type(trainer.strategy).__name__, trainer.strategy._ddp_kwargs)
 """
 
 WITHOUT = """
@@ -55,19 +56,15 @@ def test_lightning_is_imported_when_asked_for() -> None:
     [
         "import signsgd_lightning, lightning.pytorch",
         "import lightning.pytorch, signsgd_lightning",
-        "import lightning.pytorch\nfrom signsgd_lightning import Signum",
+        pytest.param("import lightning.pytorch\nfrom signsgd_lightning import Signum", marks=pytest.mark.nightly),
     ],
 )
-def test_the_strategy_by_name(imports: str) -> None:
+def test_the_strategy_and_its_variant_by_name(imports: str) -> None:
     """Whichever of the two is imported first."""
-    assert printed(BY_NAME.format(imports=imports, name="majority_vote")) == ["MajorityVoteStrategy {}"]
-
-
-def test_its_variants_by_name() -> None:
-    code = BY_NAME.format(
-        imports="import signsgd_lightning, lightning.pytorch", name="majority_vote_find_unused_parameters_true"
-    )
-    assert printed(code) == ["MajorityVoteStrategy {'find_unused_parameters': True}"]
+    assert printed(BY_NAME.format(imports=imports)) == [
+        "MajorityVoteStrategy {}",
+        "MajorityVoteStrategy {'find_unused_parameters': True}",
+    ]
 
 
 def test_without_lightning() -> None:

@@ -124,6 +124,7 @@ def test_lightnings_own_launchers(strategy: str, tmp_path: Path) -> None:
     _same_on_both_ranks(tmp_path)
 
 
+@pytest.mark.nightly  # tests/tutorials runs one, too
 def test_torchrun_of_a_plain_ddp_script(tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text(PLAIN_DDP)
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1"]

@@ -22,10 +22,17 @@ GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("interpret", ["1", pytest.param("0", marks=[pytest.mark.cuda, GPU])])
-def test_equal_to_numpy(interpret: str) -> None:
+@pytest.mark.parametrize(
+    ("interpret", "which"),
+    [
+        ("1", "not nightly"),
+        pytest.param("1", "nightly", marks=pytest.mark.nightly),
+        pytest.param("0", "not nightly", marks=[pytest.mark.cuda, GPU]),
+    ],
+)
+def test_equal_to_numpy(interpret: str, which: str) -> None:
     """In a process of its own: whether loops are interpreted is settled when Triton is imported."""
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", str(CHECKS)]
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "-m", which, str(CHECKS)]
     environment = {**os.environ, "TRITON_INTERPRET": interpret, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-8_000:] + done.stderr[-2_000:]
@@ -84,8 +91,8 @@ def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., l
         (90, SETTINGS[4], torch.float32, "abstain"),
         (80, SETTINGS[1], torch.bfloat16, "alternate"),
         (100, SETTINGS[6], torch.float16, "positive"),
-        (90, SETTINGS[0], torch.float32, "alternate"),
-        (90, SETTINGS[3], torch.float16, "abstain"),
+        pytest.param(90, SETTINGS[0], torch.float32, "alternate", marks=pytest.mark.nightly),
+        pytest.param(90, SETTINGS[3], torch.float16, "abstain", marks=pytest.mark.nightly),
     ],
     ids=str,
 )

@@ -160,6 +160,7 @@ def voted(table: list[Case]) -> Any:
     return vote(table, 384, "TritonKernel", None, overlap=False)
 
 
+@pytest.mark.nightly  # processes take long to start, and vote by the same kernel
 @pytest.mark.skipif(not INTERPRETED, reason="test_cuda.py runs every case on the GPU")
 def test_votes_of_real_processes() -> None:
     with fresh_workers(2) as workers:
