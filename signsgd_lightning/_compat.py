@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.variable import Variable
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 from torch.nn.parallel import DistributedDataParallel
 
@@ -74,6 +75,11 @@ def is_zero_tensor(tensor: Tensor) -> bool:
 def is_wrapped_by_transform(tensor: Tensor) -> bool:
     """Tell whether a tensor stands for one within `torch.func` transforms or functionalization; for `memory`."""
     return torch._is_functional_tensor(tensor) or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def arrived(tensor: Tensor) -> Tensor:
+    """Return a tensor once its values are there, where a collective may still bring them; for `sharding`."""
+    return tensor.wait() if isinstance(tensor, AsyncCollectiveTensor) else tensor
 
 
 def version(tensor: Tensor) -> int:
