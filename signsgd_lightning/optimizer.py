@@ -233,7 +233,8 @@ class Signum(Optimizer):
     def warn_of_lost(self) -> None:
         """Say so, once a vote is enabled, where the momentum that was loaded is another worker's."""
         if self._worker is not None:
-            loading.warn_of_lost(self._saved_by, self._worker)
+            cut = any(sharding.sharded(group["params"]) for group in self.param_groups)
+            loading.warn_of_lost(self._saved_by, self._worker, sharded=cut)
             self._saved_by = None
 
     @property

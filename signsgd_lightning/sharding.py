@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, MutableMapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
@@ -96,6 +96,11 @@ def refuse_sharded(optimizer: Optimizer, who: str, remedy: str) -> None:
 def sharded(parameters: Iterable[Tensor]) -> list[DTensor]:
     """Return those parameters that are DTensors."""
     return [p for p in parameters if isinstance(p, DTensor)]
+
+
+def sharded_by_name(model: nn.Module) -> list[tuple[str, DTensor]]:
+    """Return a model's DTensors with their names."""
+    return [(name, p) for name, p in model.named_parameters() if isinstance(p, DTensor)]
 
 
 def placement(parameter: Tensor) -> str:

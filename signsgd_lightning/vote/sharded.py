@@ -7,11 +7,12 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from .. import _compat
-from ..sharding import placement, sharded
+from ..sharding import placement, sharded, sharded_by_name
 from ..views import FlatView
+from .agreement import Purpose, meet
 from .topology import Note, Share, Topology, Verdict
 from .transport import Message, PointToPoint
 
@@ -20,10 +21,10 @@ class ShardGroups(NamedTuple):
     """The process groups of a vote between sharded models, on one rank.
 
     Attributes:
-        everyone: all ranks of all workers.
+        everyone: all ranks there are.
         counterparts: the ranks with this rank's place in every worker; a rank there is a worker's number.
         inside: the ranks of this rank's worker, a group for each dimension of its mesh.
-        order: the ranks of `everyone`, worker by worker.
+        order: their numbers, worker by worker, place by place.
     """
 
     everyone: dist.ProcessGroup
@@ -109,82 +110,75 @@ class Sharded(Topology):
         row = torch.cat(rows)
         for dim in (self.inside[k] for k in dims):
             row = (dim.gather(row.to(dim.wire(row.device)), Message.MEAN).sum(0) / dim.world_size).to(row.device)
-        return row.split([len(row) for row in rows])
+        return torch.split(row, [len(row) for row in rows])
 
 
 def find_shards(model: nn.Module, group: dist.ProcessGroup) -> ShardGroups | None:
-    """Return the groups of a model with DTensors, None for one without; every rank of all workers must call it.
+    """Return the groups of a model with DTensors, None for one without; every rank there is must call it.
 
     Args:
         model: whose parameters' meshes are the worker's, or dimensions of it.
         group: the ranks that hold the same shards.
 
     Raises:
-        ValueError: if a parameter is sharded or averaged among the ranks of the group; if meshes do not fit.
+        ValueError: on all ranks, if a parameter of one is sharded or averaged among the ranks of the group, or meshes
+            do not fit each other.
         PeerLostError: if a rank does not answer.
     """
     parameters = sharded(model.parameters())
-    if not parameters:
-        return None
-    counterparts = _ranks(group)
-    for name, p in model.named_parameters():
-        _check_mesh(name, p, counterparts)
-    largest = max(parameters, key=lambda p: p.device_mesh.size()).device_mesh
-    inside = [dim for dim in largest.get_all_groups() if dist.get_world_size(dim) > 1]
-    for name, p in model.named_parameters():
-        for ranks in _rank_sets(p) if isinstance(p, DTensor) else ():
-            if len(ranks) > 1 and ranks not in map(_ranks, inside):
-                raise ValueError(
-                    f"{name}{placement(p)} is sharded among the ranks {ranks}, which are no dimension of the mesh of "
-                    f"{largest.size()} ranks that other parameters have: shard all by dimensions of one mesh"
-                )
-    table = torch.tensor([counterparts])
-    for dim in inside:  # in the end a row for each place of the worker: who has it in every worker
-        everyone = PointToPoint(dim)
-        wire = everyone.wire(torch.device(largest.device_type))
-        table = everyone.gather(table.to(wire), Message.PLACES).cpu().flatten(0, 1)
-    order = _order(table, group)
-    return ShardGroups(_everyone(table, group), group, inside, order)
-
-
-def _everyone(table: Tensor, group: dist.ProcessGroup) -> dist.ProcessGroup:
-    """Return the group of all ranks."""
     world = dist.group.WORLD
-    if world is not None and table.numel() == dist.get_world_size():
-        return world
-    ranks = table.flatten().sort().values.tolist()
-    made: dist.ProcessGroup = dist.new_group(ranks, timeout=_compat.timeout(group), use_local_synchronization=True)
-    return made
+    if not parameters or world is None:
+        return None
+    largest = max((p.device_mesh for p in parameters), key=DeviceMesh.size)
+    everyone = PointToPoint(world)
+    device = everyone.wire(parameters[0].device)
+    problem = _problem(model, largest, _ranks(group))
+    refused = meet(everyone, Purpose.ENABLE, device, flag=bool(problem))[:, -1].tolist()
+    if any(refused):
+        others = f"the mesh of rank {refused.index(1)} does not fit its model, and rank {refused.index(1)} says why"
+        raise ValueError(problem or others)
+    place = largest.mesh.flatten().tolist().index(everyone.rank)
+    pairs = everyone.gather(torch.tensor([dist.get_rank(group), place], device=device), Message.PLACES).tolist()
+    if [pairs[rank] for rank in _ranks(group)] != [[k, place] for k in range(dist.get_world_size(group))]:
+        raise ValueError(
+            f"the ranks {_ranks(group)} that are to vote have the workers and places {pairs}, which is no mesh: build "
+            "one by init_device_mesh, and give fully_shard and the vote dimensions of it"
+        )
+    inside = [dim for dim in largest.get_all_groups() if dist.get_world_size(dim) > 1]
+    return ShardGroups(world, group, inside, sorted(range(len(pairs)), key=lambda rank: pairs[rank]))
 
 
-def _order(table: Tensor, group: dist.ProcessGroup) -> list[int]:
-    """Return the ranks worker by worker, as numbers among all of them.
+def _problem(model: nn.Module, largest: DeviceMesh, counterparts: list[int]) -> str:
+    """Return why the ranks of a group cannot vote on this rank's shards; nothing if they can.
 
-    Raises:
-        ValueError: if the workers' ranks do not fit each other.
+    Args:
+        model: with DTensors.
+        largest: of their meshes.
+        counterparts: the ranks that are to vote.
     """
-    flat = table.T.flatten().tolist()
-    here = table[:, dist.get_rank(group)].tolist()
-    if len(set(flat)) != len(flat) or dist.get_rank() not in here:
-        raise ValueError(
-            f"the replicas' ranks by place are {table.tolist()}, which is no mesh: build one with init_device_mesh on "
-            "all ranks, give fully_shard and parallelize_module some of its dimensions and the vote another one"
+    dims = [_ranks(dim) for dim in largest.get_all_groups()]
+    for name, p in sharded_by_name(model):
+        both = sorted(set(p.device_mesh.mesh.flatten().tolist()) & set(counterparts))
+        if both != [dist.get_rank()]:
+            return (
+                f"the vote is to be among the ranks {counterparts}, and {name}{placement(p)} lies on the ranks {both} "
+                "of them, which FSDP shards or averages: make a mesh of two dimensions by init_device_mesh('cuda', (2, "
+                "4), mesh_dim_names=('replicate', 'shard')), and take fully_shard(model, mesh=mesh['shard']) and "
+                "enable_majority_vote(model, optimizer, mesh=mesh['replicate'])"
+            )
+        strange = [ranks for ranks in _rank_sets(p) if len(ranks) > 1 and ranks not in dims]
+        if strange:
+            return (
+                f"{name}{placement(p)} is sharded among the ranks {strange[0]}, which are no dimension of the mesh "
+                f"{largest.mesh.tolist()} that other parameters have: shard all by dimensions of one mesh"
+            )
+    ranks, world = len(counterparts) * largest.size(), dist.get_world_size()
+    if ranks != world:
+        return (
+            f"{len(counterparts)} workers of {largest.size()} ranks each are {ranks} ranks, and there are {world}: let "
+            "the dimensions of the vote and of the shards be the whole mesh"
         )
-    return [sorted(flat).index(rank) for rank in flat]
-
-
-def _check_mesh(name: str, parameter: Tensor, counterparts: list[int]) -> None:
-    """Make sure that a parameter is neither sharded nor averaged among the ranks that vote."""
-    own = [dist.get_rank()]
-    ranks = parameter.device_mesh.mesh.flatten().tolist() if isinstance(parameter, DTensor) else own
-    both = sorted(set(ranks) & set(counterparts))
-    if both != own:
-        raise ValueError(
-            f"the vote is to be among the ranks {counterparts}, and {name}{placement(parameter)} lies on the ranks "
-            f"{both} of them, which FSDP shards or averages: make a mesh of two dimensions, as init_device_mesh('cuda', "
-            "(2, 4), mesh_dim_names=('replicate', 'shard')), and take fully_shard(model, mesh=mesh['shard']) and "
-            "enable_majority_vote(model, optimizer, mesh=mesh['replicate'])"
-        )
+    return ""
 
 
 def _ranks(group: dist.ProcessGroup) -> list[int]:

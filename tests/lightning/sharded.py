@@ -38,9 +38,9 @@ def mesh_of(replicas: int) -> DeviceMesh:
     return init_device_mesh("cpu", (replicas, size), mesh_dim_names=("replicate", "shard"))
 
 
-def shard(model: Any, mesh: DeviceMesh, **options: Any) -> Any:
-    """Shard all but the gain; it stays an ordinary tensor on every rank."""
-    ignored = {model[3].gain}
+def shard(model: Any, mesh: DeviceMesh, plain: bool = True, **options: Any) -> Any:
+    """Shard all but the gain, which stays an ordinary tensor on every rank where it is to be `plain`."""
+    ignored = {model[3].gain} if plain else set()
     for k in (0, 2, 4):
         fully_shard(model[k], mesh=mesh, **options)
     return fully_shard(model, mesh=mesh, ignored_params=ignored, **options)
@@ -65,10 +65,10 @@ def backward(model: Any, t: int) -> None:
     (model(x) - x.sum(1, keepdim=True)).square().mean().backward()
 
 
-def judge_places(ranks: Sequence[Record], replicas: int, plain: int | None = None, **settings: Any) -> None:
+def judge_places(ranks: Sequence[Record], replicas: int, plain: int = -1, **settings: Any) -> None:
     """Demand what `judge` does of the ranks of every place; a plain parameter has its worker's mean gradient."""
     size = len(ranks) // replicas
-    for worker in range(replicas) if plain is not None else ():
+    for worker in () if plain < 0 else range(replicas):
         members = ranks[worker * size : (worker + 1) * size]
         for t in range(len(members[0].gradients)):
             mean = _mean([one.gradients[t][plain] for one in members])

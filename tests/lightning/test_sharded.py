@@ -3,14 +3,20 @@
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
 
+from signsgd_lightning import Signum, enable_majority_vote
 from signsgd_lightning.sharding import local
 from tests.workers import Workers
 
-from .models import Record
-from .sharded import SIGNUM, backward, enabled, judge_places, records_of
+from .models import Record, judge
+from .sharded import SIGNUM, backward, batch, enabled, judge_places, net, records_of, shard
 
 GAIN = 4
 """The number of the parameter that is an ordinary tensor."""
@@ -41,3 +47,122 @@ def test_a_sharded_model(replicas: int, workers: Workers) -> None:
 def test_three_shards(workers: Workers) -> None:
     runs = workers.run(6, _train, 2, {})
     judge_places([one for one, *_ in runs], 2, GAIN, **SIGNUM)
+
+
+def _mixed_precision(replicas: int) -> Record:
+    return _train(replicas, {"mp_policy": MixedPrecisionPolicy(torch.bfloat16, torch.float32)})[0]
+
+
+def test_bf16_inside_the_worker(workers: Workers) -> None:
+    judge_places(workers.run(4, _mixed_precision, 2), 2, GAIN, **SIGNUM)
+
+
+class _Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down, self.out = (
+            nn.LayerNorm(4),
+            nn.Linear(4, 6),
+            nn.Linear(6, 4),
+            nn.Linear(4, 1),
+        )
+
+    def forward(self, x: Any) -> Any:
+        return self.out(self.down(self.up(self.norm(x)).relu()))
+
+
+PLAN = {"norm": SequenceParallel(), "up": ColwiseParallel(input_layouts=Shard(1)), "down": RowwiseParallel()}
+
+
+def _tensor_parallel(fsdp: bool, redistributed: bool = True) -> Record:
+    """Cut matrices by columns and rows and a norm's batch by sequence; with `fsdp` also by FSDP, in a third dimension.
+
+    The norm's gradients are partial sums until they are redistributed, and the last layer is FSDP's alone.
+    """
+    names = ("replicate", "shard", "tensor") if fsdp else ("replicate", "tensor")
+    mesh = init_device_mesh("cpu", (2,) * len(names), mesh_dim_names=names)
+    torch.manual_seed(0)
+    model = parallelize_module(_Block(), mesh["tensor"], PLAN)
+    if fsdp:
+        fully_shard(model, mesh=mesh["shard"])
+    optimizer = Signum(model.parameters(), lr=0.0625, **SIGNUM)
+    enable_majority_vote(model, optimizer, mesh=mesh["replicate"], verify_every_n_steps=1)
+    one = records_of(optimizer)
+    for t in range(3):
+        optimizer.zero_grad()
+        data = dist.get_rank() // 2  # ranks of a tensor-parallel group have one batch
+        x = torch.randn(2, 4, 4, generator=torch.Generator().manual_seed(100 * t + data))
+        model(x).square().sum().backward()
+        for p in model.parameters():
+            if redistributed and isinstance(p, DTensor) and isinstance(p.grad, DTensor):
+                p.grad = p.grad.redistribute(p.device_mesh, p.placements)  # so that the record has what is voted on
+        optimizer.step()
+    return one
+
+
+def test_tensor_parallel(workers: Workers) -> None:
+    runs = workers.run(4, _tensor_parallel, False)
+    judge_places(runs, 2, **SIGNUM)
+    for one, other in zip(runs, workers.run(4, _tensor_parallel, False, False), strict=True):
+        assert [x.tobytes() for x in one.end] == [x.tobytes() for x in other.end], "a sum that step() takes"
+
+
+@pytest.mark.nightly
+def test_tensor_parallel_and_fsdp(workers: Workers) -> None:
+    judge_places(workers.run(8, _tensor_parallel, True), 2, **SIGNUM)
+
+
+def _alone(mesh_dim: str) -> tuple[Record, int]:
+    """Step without a vote on shards among all ranks, then on a replicated and a partial sum's gradient."""
+    torch.manual_seed(0)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=(mesh_dim,))
+    model = shard(net(), mesh)
+    optimizer = Signum(model.parameters(), lr=0.0625, **SIGNUM)
+    one = records_of(optimizer)
+    for t in range(3):
+        backward(model, t)
+        optimizer.step()
+    return one, sum(len(entries) for entries in optimizer.state.values())
+
+
+def test_without_a_vote_every_rank_steps_on_its_shards(workers: Workers) -> None:
+    for one, entries in workers.run(3, _alone, "shard"):
+        judge([one], **SIGNUM)
+        assert entries == 2 * 7, "also of empty shards"
+
+
+def _scaled(replicas: int) -> Record:
+    """Gradients that a scaler has multiplied; one rank's overflow costs it its own evidence."""
+    model, optimizer = enabled(replicas, {"plain": False})  # torch's scaler takes DTensors or others, not both
+    one = records_of(optimizer)
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    for t in range(3):
+        model.zero_grad()
+        x = batch(t)
+        scaler.scale((model(x) - x.sum(1, keepdim=True)).square().mean()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    one.gradients = [[None if g is None else g / 64 for g in step] for step in one.gradients]
+    return one
+
+
+def test_a_gradient_scaler(workers: Workers) -> None:
+    judge_places(workers.run(4, _scaled, 2), 2, **SIGNUM)
+
+
+def _unused(replicas: int) -> Record:
+    """Worker 1 has no gradients for the first layer, rank 0 none for the gain."""
+    model, optimizer = enabled(replicas, {})
+    one = records_of(optimizer)
+    for t in range(3):
+        backward(model, t)
+        if dist.get_rank() >= 2:
+            model[0].weight.grad = model[0].bias.grad = None
+        if dist.get_rank() == 0:
+            model[3].gain.grad = None
+        optimizer.step()
+    return one
+
+
+def test_a_worker_abstains(workers: Workers) -> None:
+    judge_places(workers.run(4, _unused, 2), 2, GAIN, **SIGNUM)
