@@ -17,10 +17,13 @@ from .vote import PeerLostError, RanksDifferError
 if TYPE_CHECKING:
     from .monitor.geometry_monitor import GeometryMonitor
     from .monitor.vote_monitor import VoteMonitor
+    from .strategies.fabric import FabricLocalVoteStrategy, FabricMajorityVoteStrategy
     from .strategies.local_vote import LocalVoteStrategy
     from .strategies.majority_vote import MajorityVoteStrategy
 
 __all__ = [
+    "FabricLocalVoteStrategy",
+    "FabricMajorityVoteStrategy",
     "GeometryMonitor",
     "LocalSteps",
     "LocalVoteStrategy",
@@ -37,6 +40,8 @@ __all__ = [
 ]
 
 _HOMES = {
+    "FabricLocalVoteStrategy": "strategies.fabric",
+    "FabricMajorityVoteStrategy": "strategies.fabric",
     "GeometryMonitor": "monitor.geometry_monitor",
     "LocalVoteStrategy": "strategies.local_vote",
     "MajorityVoteStrategy": "strategies.majority_vote",

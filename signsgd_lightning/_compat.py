@@ -18,6 +18,7 @@ from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 from torch.nn.parallel import DistributedDataParallel
 
 if TYPE_CHECKING:
+    from lightning.fabric.strategies.strategy import Strategy as FabricStrategy
     from lightning.pytorch import LightningModule, Trainer
     from lightning.pytorch.strategies import DDPStrategy
 
@@ -116,6 +117,11 @@ def stands_for_no_optimizer(optimizer: object) -> bool:
 def ddp_options(strategy: "DDPStrategy") -> dict[str, Any]:
     """Return what Lightning's strategy hands on to `DistributedDataParallel`, to be added to; for `strategy`."""
     return strategy._ddp_kwargs
+
+
+def leave_backward_alone(strategy: "FabricStrategy") -> None:
+    """Tell Fabric that a strategy's backward pass sends nothing that could be left out; for `strategies.fabric`."""
+    strategy._backward_sync_control = None
 
 
 def is_local(path: Any) -> bool:
