@@ -93,6 +93,10 @@ class Signum(Optimizer):
     vote: Vote | None
     """How this rank's ballots meet the others'; None where it is the only worker."""
 
+    restored_apart: bool
+    """Whether each worker's momentum is saved and loaded apart from `state_dict`, which then does not say whose it is.
+    """
+
     def __init__(
         self,
         params: ParamsT,
@@ -127,7 +131,7 @@ class Signum(Optimizer):
         }
         settings.check(defaults)
         # No attributes of the class: a wrapper that looks like one of its instances would find those before its own.
-        self.vote, self._lost_vote = None, False
+        self.vote, self._lost_vote, self.restored_apart = None, False, False
         self._saved_by: tuple[int, int] | None = None
         self._checked: list[dict[str, Any]] = []
         super().__init__(params, defaults)
@@ -240,7 +244,7 @@ class Signum(Optimizer):
     @property
     def _worker(self) -> tuple[int, int] | None:
         """The number of this worker and how many there are, where each has a momentum of its own; else None."""
-        if self.vote is None or not any_private(self.param_groups):
+        if self.vote is None or self.restored_apart or not any_private(self.param_groups):
             return None
         return self.vote.topology.workers.rank, self.vote.topology.workers.world_size
 
@@ -251,7 +255,8 @@ class Signum(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take what `__getstate__` returned."""
         super().__setstate__(state)
-        for name, value in (("vote", None), ("_lost_vote", False), ("_saved_by", None), ("_checked", [])):
+        lacking = {"vote": None, "_lost_vote": False, "restored_apart": False, "_saved_by": None, "_checked": []}
+        for name, value in lacking.items():
             self.__dict__.setdefault(name, value)
         for group in self.param_groups:
             group.update({**settings.LATER, **group})
