@@ -56,12 +56,12 @@ class MajorityVoteCallback(TrainerCallback):
         """Put the momenta of all workers into the checkpoint that was written."""
         if args.save_only_model:
             return
-        gathered = gather_state(self._trainer.optimizer)
+        gathered = gather_state(find_signum(self._trainer.optimizer))
         others = gathered.pop(OTHERS, None)
         if others is None or not args.should_save:
             return
         first, *rest = gathered["param_groups"]
         gathered["param_groups"] = [{**first, OTHERS: others}, *rest]
-        path = os.path.join(args.output_dir, f"checkpoint-{state.global_step}", "optimizer.pt")
+        path = os.path.join(str(args.output_dir), f"checkpoint-{state.global_step}", "optimizer.pt")
         torch.save(gathered, path + PART)
         replace(path + PART, path)

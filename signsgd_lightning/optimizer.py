@@ -255,7 +255,13 @@ class Signum(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take what `__getstate__` returned."""
         super().__setstate__(state)
-        lacking = {"vote": None, "_lost_vote": False, "restored_apart": False, "_saved_by": None, "_checked": []}
+        lacking: dict[str, Any] = {
+            "vote": None,
+            "_lost_vote": False,
+            "restored_apart": False,
+            "_saved_by": None,
+            "_checked": [],
+        }
         for name, value in lacking.items():
             self.__dict__.setdefault(name, value)
         for group in self.param_groups:
