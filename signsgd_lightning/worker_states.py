@@ -5,7 +5,8 @@ from typing import Any
 from torch.optim import Optimizer
 
 from .checkpoint.gathered import gather_state, scatter_state
-from .optimizer import Signum, see_through
+from .local_steps.rounds import find_local_steps
+from .optimizer import find_signum, see_through
 
 
 class WorkerStates:
@@ -17,6 +18,9 @@ class WorkerStates:
     Args:
         optimizer: a `Signum`, wrapped or not, or one that takes local steps.
 
+    Raises:
+        TypeError: for any other optimizer.
+
     Example:
         >>> model, optimizer = accelerator.prepare(model, optimizer)  # doctest: +SKIP
         >>> enable_majority_vote(model, optimizer)  # doctest: +SKIP
@@ -25,8 +29,8 @@ class WorkerStates:
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = see_through(optimizer)
-        if isinstance(self._optimizer, Signum):
-            self._optimizer.restored_apart = True
+        if find_local_steps(self._optimizer) is None:
+            find_signum(self._optimizer).restored_apart = True
 
     def state_dict(self) -> dict[str, Any]:
         """Return what `gather_state` does; every rank must call it."""

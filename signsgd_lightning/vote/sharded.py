@@ -51,13 +51,13 @@ class Sharded(Topology):
         self.inside = [PointToPoint(group, groups.everyone) for group in groups.inside]
         self.order = groups.order
         self.ranks_per_worker = len(groups.order) // self.workers.world_size
-        self._own = [groups.order.index(rank) for rank in _ranks_in(groups.counterparts, groups.everyone)]
+        self._alike = _ranks(groups.counterparts)  # everyone is all ranks there are, by their own numbers
 
     def share(self, views: Sequence[FlatView], present: Tensor, bucket_size: int, note: Note | None) -> Share:
         """Return this rank's shards; see `Topology.share`."""
         missing = [self._missing(view.model_parameter) for view in views]
         averaged = torch.tensor([bool(dims) for dims in missing], device="cpu")
-        present = torch.where(averaged, self.by_worker(present).bool(), present[self.order][self._own])
+        present = torch.where(averaged, self.by_worker(present).bool(), present[self._alike])
         voted = present.any(0).nonzero().flatten().tolist()
         own = {k: views[k] for k in voted}
         for dims in dict.fromkeys(missing[k] for k in voted if missing[k]):
@@ -183,11 +183,6 @@ def _problem(model: nn.Module, largest: DeviceMesh, counterparts: list[int]) -> 
 
 def _ranks(group: dist.ProcessGroup) -> list[int]:
     return dist.get_process_group_ranks(group)
-
-
-def _ranks_in(group: dist.ProcessGroup, whole: dist.ProcessGroup) -> list[int]:
-    """Return the ranks of a group as numbers in another that has all of them."""
-    return [dist.get_group_rank(whole, rank) for rank in _ranks(group)]
 
 
 def _rank_sets(parameter: DTensor) -> list[list[int]]:

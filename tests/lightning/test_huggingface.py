@@ -148,8 +148,11 @@ def _mistakes(folder: str) -> list[str]:
     def no_trainer() -> None:
         MajorityVoteCallback(small_net())  # type: ignore[arg-type]
 
+    def no_signum() -> None:
+        WorkerStates(torch.optim.AdamW(small_net().parameters()))
+
     said = []
-    for mistake in (adam, no_trainer):
+    for mistake in (adam, no_trainer, no_signum):
         try:
             mistake()
         except TypeError as error:
@@ -158,6 +161,7 @@ def _mistakes(folder: str) -> list[str]:
 
 
 def test_mistakes(tmp_path: Path, workers: Workers) -> None:
-    for adam, no_trainer in workers.run(2, _mistakes, str(tmp_path)):
+    for adam, no_trainer, no_signum in workers.run(2, _mistakes, str(tmp_path)):
         assert adam.startswith("a majority vote needs signsgd_lightning.Signum, optimizer 0 is AdamW: replace it")
         assert no_trainer.startswith("MajorityVoteCallback needs the Trainer that it is added to, got Sequential")
+        assert no_signum == adam

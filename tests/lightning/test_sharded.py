@@ -11,8 +11,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
 
-from signsgd_lightning import Signum, enable_majority_vote
+from signsgd_lightning import RanksDifferError, Signum, enable_majority_vote
 from signsgd_lightning.sharding import local
+from signsgd_lightning.vote.observers import Verification
 from tests.workers import Workers
 
 from .models import Record, judge
@@ -175,3 +176,26 @@ def _unused(replicas: int) -> Record:
 
 def test_a_worker_abstains(workers: Workers) -> None:
     judge_places(workers.run(4, _unused, 2), 2, GAIN, **SIGNUM)
+
+
+def _drifts(replicas: int) -> tuple[list[int], str]:
+    """The shards of one rank change behind the vote's back."""
+    model, optimizer = enabled(replicas, {})
+    assert optimizer.vote is not None
+    optimizer.vote.observers.append(Verification(1))
+    backward(model, 0)
+    optimizer.step()
+    if dist.get_rank() == 3:
+        local(model[2].weight.detach()).add_(1)
+    backward(model, 1)
+    try:
+        optimizer.step()
+    except RanksDifferError as error:
+        return error.ranks, str(error)
+    return [], ""
+
+
+def test_a_rank_that_drifts_is_named(workers: Workers) -> None:
+    for ranks, message in workers.run(6, _drifts, 3):
+        assert ranks == [3]
+        assert message.startswith("after step 1 rank 3 differs from the other ranks in 2.weight")
