@@ -13,22 +13,29 @@ from .local_steps import LocalSteps, enable_local_steps
 from .optimizer import Signum
 from .strategies.registration import register_when_imported
 from .vote import PeerLostError, RanksDifferError
+from .worker_states import WorkerStates
 
 if TYPE_CHECKING:
+    from .huggingface import MajorityVoteCallback
     from .monitor.geometry_monitor import GeometryMonitor
     from .monitor.vote_monitor import VoteMonitor
+    from .strategies.fabric import FabricLocalVoteStrategy, FabricMajorityVoteStrategy
     from .strategies.local_vote import LocalVoteStrategy
     from .strategies.majority_vote import MajorityVoteStrategy
 
 __all__ = [
+    "FabricLocalVoteStrategy",
+    "FabricMajorityVoteStrategy",
     "GeometryMonitor",
     "LocalSteps",
     "LocalVoteStrategy",
+    "MajorityVoteCallback",
     "MajorityVoteStrategy",
     "PeerLostError",
     "RanksDifferError",
     "Signum",
     "VoteMonitor",
+    "WorkerStates",
     "enable_local_steps",
     "enable_majority_vote",
     "gather_state",
@@ -37,12 +44,18 @@ __all__ = [
 ]
 
 _HOMES = {
+    "FabricLocalVoteStrategy": "strategies.fabric",
+    "FabricMajorityVoteStrategy": "strategies.fabric",
     "GeometryMonitor": "monitor.geometry_monitor",
     "LocalVoteStrategy": "strategies.local_vote",
+    "MajorityVoteCallback": "huggingface",
     "MajorityVoteStrategy": "strategies.majority_vote",
     "VoteMonitor": "monitor.vote_monitor",
 }
-"""What needs Lightning."""
+"""What needs Lightning or transformers."""
+
+_EXTRAS = {"lightning": ("Lightning", "lightning"), "transformers": ("transformers", "huggingface")}
+"""Package -> what it is called, and the extra that brings it."""
 
 register_when_imported()
 
@@ -53,6 +66,7 @@ def __getattr__(name: str) -> Any:
     try:
         return getattr(import_module(f".{_HOMES[name]}", __name__), name)
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != "lightning":
+        called, extra = _EXTRAS.get((error.name or "").partition(".")[0], ("", ""))
+        if not called:
             raise
-        raise ImportError(f"{name} needs Lightning: pip install 'signsgd[lightning]'") from error
+        raise ImportError(f"{name} needs {called}: pip install 'signsgd[{extra}]'") from error

@@ -13,10 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.variable import Variable
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 from torch.nn.parallel import DistributedDataParallel
 
 if TYPE_CHECKING:
+    from lightning.fabric.strategies.strategy import Strategy as FabricStrategy
     from lightning.pytorch import LightningModule, Trainer
     from lightning.pytorch.strategies import DDPStrategy
 
@@ -76,6 +78,11 @@ def is_wrapped_by_transform(tensor: Tensor) -> bool:
     return torch._is_functional_tensor(tensor) or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
+def arrived(tensor: Tensor) -> Tensor:
+    """Return a tensor once its values are there, where a collective may still bring them; for `sharding`."""
+    return tensor.wait() if isinstance(tensor, AsyncCollectiveTensor) else tensor
+
+
 def version(tensor: Tensor) -> int:
     """Return how often a tensor was written to in place; for `vote.schedule` and `local_steps`."""
     return tensor._version
@@ -110,6 +117,11 @@ def stands_for_no_optimizer(optimizer: object) -> bool:
 def ddp_options(strategy: "DDPStrategy") -> dict[str, Any]:
     """Return what Lightning's strategy hands on to `DistributedDataParallel`, to be added to; for `strategy`."""
     return strategy._ddp_kwargs
+
+
+def leave_backward_alone(strategy: "FabricStrategy") -> None:
+    """Tell Fabric that a strategy's backward pass sends nothing that could be left out; for `strategies.fabric`."""
+    strategy._backward_sync_control = None
 
 
 def is_local(path: Any) -> bool:

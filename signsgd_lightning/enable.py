@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
@@ -14,12 +15,14 @@ from signsgd_core.adversaries import Adversary
 
 from . import _compat
 from .optimizer import Signum, find_signum
+from .sharding import local, sharded
 from .vote import Vote, VoteOptions
 from .vote.agreement import Purpose, agree, describe
 from .vote.local_gradients import keep_local
 from .vote.nodes import find_nodes
 from .vote.options import VoteBetween
 from .vote.schedule import AtStep, DuringBackward, Schedule
+from .vote.sharded import Sharded, find_shards
 from .vote.topology import Flat, Nodes, Topology
 from .vote.transport import Message, PointToPoint
 
@@ -28,6 +31,7 @@ def enable_majority_vote(
     model: nn.Module,
     *optimizers: Signum,
     process_group: dist.ProcessGroup | None = None,
+    mesh: DeviceMesh | None = None,
     verify_every_n_steps: int = 0,
     adversaries: Mapping[int, Adversary] | None = None,
     vote_between: VoteBetween = "ranks",
@@ -43,6 +47,9 @@ def enable_majority_vote(
         model: whose parameters the optimizers hold, wrapped or not.
         *optimizers: of the model's parameters, in the same order on all ranks.
         process_group: of the ranks that vote. None is that of the wrapped model, else the default group.
+        mesh: the dimension along which copies of a sharded model lie, which `fully_shard` was not shown:
+            ``mesh["replicate"]``. A worker is then the ranks of one copy, and each votes on its local shards
+            (`signsgd_lightning.vote.sharded.Sharded`). In the place of `process_group`.
         verify_every_n_steps: how often all ranks make sure that they hold the same parameters and verdict momenta, bit
             for bit (`RanksDifferError` if not); 0 for never.
         adversaries: worker (a rank, or a node) -> what it makes of its gradients before it votes
@@ -56,7 +63,8 @@ def enable_majority_vote(
         TypeError: if an optimizer is not a `Signum`.
         ValueError: without an optimizer, or if one holds a parameter that is not the model's, the model's
             embeddings have sparse gradients, or parameters lie on several devices; if there is no telling which
-            ranks share a node, or nodes differ in how many; for what `overlap` excludes.
+            ranks share a node, or nodes differ in how many; for what `overlap` excludes; for a mesh along which the
+            model is sharded or averaged.
         RuntimeError: if the ranks differ in parameters or settings; if the model has another communication hook.
 
     Example:
@@ -65,7 +73,7 @@ def enable_majority_vote(
         >>> enable_majority_vote(model, optimizer)  # doctest: +SKIP
     """
     options = VoteOptions(verify_every_n_steps, adversaries, vote_between, overlap)
-    let_vote(model, optimizers, options, process_group)
+    let_vote(model, optimizers, options, group_of(mesh, process_group))
 
 
 def let_vote(
@@ -90,18 +98,23 @@ def let_vote(
     if len(optimizers) > 1:
         options.exclude({f"{len(optimizers)} optimizers": True})
     group = _group(model, process_group)
+    shards = find_shards(model, group)
+    if shards is not None:
+        options.exclude({"sharded parameters": True})
+        options.exclude_nodes("sharded parameters")
     if dist.get_world_size(group) == 1:
         options.check_workers(1)
         keep_local(model, guard=False)
         for optimizer in optimizers:
             optimizer.vote = None
         return
-    number_of_model = _agree_on_options(model, len(optimizers), options, group)
-    topologies = [_topology(model, options, group, place) for _ in optimizers]
+    everyone = group if shards is None else shards.everyone
+    number_of_model = _agree_on_options(model, len(optimizers), options, everyone)
+    topologies = [Sharded(shards) if shards else _topology(model, options, group, place) for _ in optimizers]
     options.check_workers(topologies[0].workers.world_size)
     if not isinstance(model, DistributedDataParallel):
-        agree_on_model(model, group)
-        broadcast(model, group)
+        agree_on_model(model, everyone)
+        broadcast(model, everyone, group)
     keep_local(model, guard=True)
     names = {id(p): name.removeprefix("module.") for name, p in model.named_parameters()}
     for number, (optimizer, topology) in enumerate(zip(optimizers, topologies, strict=True)):
@@ -144,6 +157,30 @@ def _agree(model: nn.Module, group: dist.ProcessGroup, lines: list[str]) -> None
     agree(everyone, lines, torch.ones(0, dtype=torch.bool, device="cpu"), device, Purpose.ENABLE)
 
 
+def group_of(mesh: DeviceMesh | None, process_group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+    """Return the process group of a mesh of one dimension; without a mesh the one that is given.
+
+    Raises:
+        ValueError: for both, for a mesh of several dimensions, and on a rank that a mesh has not.
+        TypeError: for what is no mesh.
+    """
+    if mesh is None:
+        return process_group
+    if not isinstance(mesh, DeviceMesh):
+        raise TypeError(f"mesh must be a torch.distributed.device_mesh.DeviceMesh, got {type(mesh).__name__}")
+    if process_group is not None:
+        raise ValueError("mesh and process_group both say which ranks vote: leave out process_group")
+    if mesh.ndim != 1:
+        names = mesh.mesh_dim_names
+        raise ValueError(
+            f"mesh must be the one dimension along which ranks vote, got {mesh.ndim} ({names or 'without names'}): "
+            f"pass mesh[{names[0] if names else 'replicate'!r}]"
+        )
+    if mesh.get_coordinate() is None:
+        raise ValueError(f"rank {dist.get_rank()} is none of the mesh's {mesh.mesh.tolist()}: enable the vote on those")
+    return mesh.get_group()
+
+
 def _topology(
     model: nn.Module, options: VoteOptions, group: dist.ProcessGroup, place: tuple[int, int] | None
 ) -> Topology:
@@ -167,7 +204,7 @@ def _group(model: nn.Module, process_group: dist.ProcessGroup | None) -> dist.Pr
     """Return the process group of the ranks that vote."""
     if isinstance(model, DistributedDataParallel):
         if process_group not in (None, model.process_group):
-            raise ValueError("process_group must be that of the DDP model: leave it out")
+            raise ValueError("process_group, or mesh, must be that of the DDP model: leave it out")
         group: dist.ProcessGroup = model.process_group
         return group
     group = process_group or dist.group.WORLD  # type: ignore[assignment]
@@ -187,12 +224,18 @@ def _synchronises(model: DistributedDataParallel) -> Callable[[], bool]:
     return is_last
 
 
-def broadcast(model: nn.Module, group: dist.ProcessGroup) -> None:
-    """Start all ranks from the first one's parameters and buffers."""
-    source = dist.get_global_rank(group, 0)
+def broadcast(model: nn.Module, everyone: dist.ProcessGroup, counterparts: dist.ProcessGroup | None = None) -> None:
+    """Start all ranks from the first one's parameters and buffers.
+
+    Args:
+        model: that has them.
+        everyone: all ranks.
+        counterparts: those that hold the same shards of DTensors.
+    """
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
-            dist.broadcast(tensor.detach(), source, group)
+            group = counterparts if counterparts is not None and sharded([tensor]) else everyone
+            dist.broadcast(local(tensor.detach()), dist.get_global_rank(group, 0), group)
 
 
 def _find_ddp(model: nn.Module) -> nn.Module:
@@ -224,6 +267,11 @@ def _check(model: nn.Module, optimizers: Sequence[Signum]) -> None:
     if isinstance(model, DistributedDataParallel):
         _check_ddp(model)
     for name, module in model.named_modules():
+        if type(module).__name__ == "FullyShardedDataParallel":  # by name: its import takes a while
+            raise ValueError(
+                "the model is wrapped in FullyShardedDataParallel, which averages gradients in flat parameters of its "
+                "own: take fully_shard(model, mesh=mesh['shard']) and mesh=mesh['replicate'] here"
+            )
         if getattr(module, "sparse", False) is True:
             raise ValueError(
                 f"{name.removeprefix('module.')} ({type(module).__name__}) has sparse gradients, which cannot vote; "

@@ -54,9 +54,8 @@ def check_memory(tensor: Tensor, name: str) -> None:
     kind = _wrapper(tensor)
     if kind is not None:
         raise TypeError(
-            f"{name} is a {kind}, whose values are not in its own memory, and Signum takes ordinary tensors alone: "
-            "leave models unsharded and replicate them by DistributedDataParallel (in Lightning: "
-            "strategy='majority_vote'), and step outside of torch.func transforms and tracing"
+            f"{name} is a {kind}, whose values are not in its own memory, and Signum takes ordinary tensors and shards "
+            "of DTensors: step outside of torch.func transforms and tracing"
         )
 
 

@@ -11,11 +11,11 @@ from torch.optim.optimizer import ParamsT
 import signsgd_core as core
 from signsgd_core import WarmupSteps, Zeros
 
-from . import kernels, polar, settings
+from . import kernels, polar, settings, sharding
 from ._compat import called_by_torch
 from .checkpoint import loading
 from .memory import check_memory
-from .state import ENTRIES, any_private
+from .state import any_private
 from .views import FlatView
 from .vote import StepInput, Vote
 
@@ -93,6 +93,10 @@ class Signum(Optimizer):
     vote: Vote | None
     """How this rank's ballots meet the others'; None where it is the only worker."""
 
+    restored_apart: bool
+    """Whether each worker's momentum is saved and loaded apart from `state_dict`, which then does not say whose it is.
+    """
+
     def __init__(
         self,
         params: ParamsT,
@@ -127,7 +131,7 @@ class Signum(Optimizer):
         }
         settings.check(defaults)
         # No attributes of the class: a wrapper that looks like one of its instances would find those before its own.
-        self.vote, self._lost_vote = None, False
+        self.vote, self._lost_vote, self.restored_apart = None, False, False
         self._saved_by: tuple[int, int] | None = None
         self._checked: list[dict[str, Any]] = []
         super().__init__(params, defaults)
@@ -157,7 +161,7 @@ class Signum(Optimizer):
                 if not p.is_floating_point() or p.dtype.itemsize < 2:
                     size = " of 2 bytes or more" if p.is_floating_point() else ""
                     raise ValueError(f"parameters must be real floating point{size}, got {p.dtype}")
-                check_memory(p, f"parameter {k} of group {len(self.param_groups) - 1}")
+                sharding.check_parameter(p, f"parameter {k} of group {len(self.param_groups) - 1}")
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
@@ -233,13 +237,14 @@ class Signum(Optimizer):
     def warn_of_lost(self) -> None:
         """Say so, once a vote is enabled, where the momentum that was loaded is another worker's."""
         if self._worker is not None:
-            loading.warn_of_lost(self._saved_by, self._worker)
+            cut = any(sharding.sharded(group["params"]) for group in self.param_groups)
+            loading.warn_of_lost(self._saved_by, self._worker, sharded=cut)
             self._saved_by = None
 
     @property
     def _worker(self) -> tuple[int, int] | None:
         """The number of this worker and how many there are, where each has a momentum of its own; else None."""
-        if self.vote is None or not any_private(self.param_groups):
+        if self.vote is None or self.restored_apart or not any_private(self.param_groups):
             return None
         return self.vote.topology.workers.rank, self.vote.topology.workers.world_size
 
@@ -250,7 +255,14 @@ class Signum(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take what `__getstate__` returned."""
         super().__setstate__(state)
-        for name, value in (("vote", None), ("_lost_vote", False), ("_saved_by", None), ("_checked", [])):
+        lacking: dict[str, Any] = {
+            "vote": None,
+            "_lost_vote": False,
+            "restored_apart": False,
+            "_saved_by": None,
+            "_checked": [],
+        }
+        for name, value in lacking.items():
             self.__dict__.setdefault(name, value)
         for group in self.param_groups:
             group.update({**settings.LATER, **group})
@@ -289,10 +301,10 @@ class Signum(Optimizer):
         views: list[FlatView] = []
         for group in self.param_groups:
             for p in group["params"]:
-                check_memory(p, f"parameter {len(views)}")
+                sharding.check_parameter(p, f"parameter {len(views)}")
                 if p.grad is not None:
                     _check_gradient(p.grad, p, len(views))
-                views.append(FlatView(p, group, self.state, p.grad is not None, inverse_scale))
+                views.append(sharding.view(p, group, self.state, inverse_scale))
         return views
 
     def _check_groups(self) -> None:
@@ -322,8 +334,8 @@ class Signum(Optimizer):
     def _create_state(self) -> None:
         """Create the momenta that the settings need, as zeros."""
         for view in self.views():
-            for entry in ENTRIES if view.present else ():
-                view.entry(entry)
+            if view.present:
+                view.create_state()
 
     def _step_alone(self, views: Iterable[FlatView]) -> None:
         by_kernel: dict[kernels.Kernel, list[FlatView]] = {}
@@ -333,6 +345,8 @@ class Signum(Optimizer):
             polar.orthogonalize(own, range(len(own)))
             kernel.alone(own, self.zeros, self.t)
             for view in own:
+                if view.owner is not None:  # of an empty shard, too
+                    view.create_state()
                 view.finish()
 
 
@@ -376,7 +390,12 @@ def _check_gradient(gradient: Tensor, parameter: Tensor, number: int) -> None:
             f"the gradient of parameter {number} must have its shape {tuple(parameter.shape)}, got "
             f"{tuple(gradient.shape)}: call zero_grad() after a parameter got other data"
         )
-    check_memory(gradient, f"the gradient of parameter {number}")
+    if bool(sharding.sharded([gradient])) != bool(sharding.sharded([parameter])):
+        raise TypeError(
+            f"parameter {number} is a {type(parameter).__name__} and its gradient a {type(gradient).__name__}: give it "
+            "the gradient that a backward pass leaves"
+        )
+    check_memory(sharding.local(gradient), f"the gradient of parameter {number}")
     if gradient.layout is not torch.strided:
         raise RuntimeError(
             "Signum does not support sparse gradients: a coordinate without an entry would still have to vote. Build "

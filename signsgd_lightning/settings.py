@@ -9,6 +9,7 @@ from torch import Tensor
 
 import signsgd_core as core
 
+from .sharding import check_whole
 from .state import Group
 
 LATER = {"orthogonalize": False, "matrices": 1, "ns_steps": core.NS_STEPS, "ns_coefficients": core.NS_COEFFICIENTS}
@@ -70,7 +71,9 @@ def check_matrices(group: Group, number: int) -> None:
     """
     names = group.get("param_names")
     for k, p in enumerate(group["params"] if group["orthogonalize"] else ()):
-        core.matrices(p.shape, group["matrices"], names[k] if names else f"parameter {k} of group {number}")
+        name = names[k] if names else f"parameter {k} of group {number}"
+        core.matrices(p.shape, group["matrices"], name)
+        check_whole(p, name, "orthogonalize=True (SignMuon)", "put it into a group without orthogonalize")
 
 
 def in_words(groups: Sequence[Group], names: Sequence[str]) -> list[str]:

@@ -4,7 +4,7 @@ Views, checkpoints, a vote between nodes and the rule for another number of work
 an entry of its own. An entry that is private to a worker is gathered and handed out with the others.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +37,7 @@ class Entry:
     needed: Callable[[Group], bool]
     inherit: Callable[[Tensor], Tensor] = lambda rows: core.inherited(rows, 0, 1)
 
-    def of(self, entries: dict[str, Tensor], parameter: Tensor, group: Group) -> Tensor:
+    def of(self, entries: MutableMapping[str, Tensor], parameter: Tensor, group: Group) -> Tensor:
         """Return a parameter's tensor, row-major; create it where there is none.
 
         Args:

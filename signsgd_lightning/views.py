@@ -1,7 +1,7 @@
 """Flat views: coordinates of a parameter in row-major order, wherever their memory is; steps 1-3, 7 and 8 on them."""
 
 from bisect import bisect_right
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -31,22 +31,29 @@ class FlatView:
         sent: what counts as its gradient, where that is not the parameter's own.
         shape: of the model's parameter that this is all of, where `parameter` is flat.
         orthogonal: whether its gradient is a polar factor, so that step 2b is done.
+        owner: the model's parameter, where `parameter` is the local shard of it.
     """
 
     parameter: Tensor
     group: dict[str, Any]
-    state: MutableMapping[Tensor, dict[str, Tensor]]
+    state: Mapping[Tensor, MutableMapping[str, Tensor]]
     present: bool
     inverse_scale: Tensor | None = None
     start: int = 0
     sent: Tensor | None = None
     shape: torch.Size | None = None
     orthogonal: bool = False
+    owner: Tensor | None = None
 
     @property
     def stop(self) -> int:
         """The coordinate after its last, in the long vector."""
         return self.start + self.parameter.numel()
+
+    @property
+    def model_parameter(self) -> Tensor:
+        """The model's parameter, wherever its memory is."""
+        return self.parameter if self.owner is None else self.owner
 
     @cached_property
     def x(self) -> Tensor:
@@ -81,6 +88,11 @@ class FlatView:
         if not entry.needed(self.group):
             return None
         return entry.of(self.state[self.parameter], self.parameter, self.group)
+
+    def create_state(self) -> None:
+        """Create the entries that the settings need, as zeros; of an empty shard they are there, too."""
+        for entry in ENTRIES:
+            self.entry(entry)
 
     @property
     def momentum(self) -> Tensor | None:
@@ -180,7 +192,7 @@ class FlatView:
 
     def finish(self) -> None:
         """Write the coordinates back where they were a copy, and tell autograd, which does not see compiled loops."""
-        torch.autograd.graph.increment_version(self.parameter)
+        torch.autograd.graph.increment_version(self.model_parameter)
         if not self.parameter.is_contiguous() and self.x.data_ptr() != self.parameter.data_ptr():
             self.parameter.copy_(self.x.view_as(self.parameter))
 

@@ -9,6 +9,7 @@ import signsgd_core as core
 
 from ..local_steps.rounds import find_local_steps
 from ..optimizer import Signum, find_signum
+from ..sharding import refuse_sharded
 from ..state import ENTRIES, any_private, find, private
 from ..vote.agreement import Purpose, meet
 from ..vote.transport import Message
@@ -44,6 +45,7 @@ def gather_state(optimizer: Optimizer) -> dict[str, Any]:
     if local is not None:
         return gather_inner(local, optimizer)
     optimizer = find_signum(optimizer)
+    refuse_sharded(optimizer, "gather_state", _BY_TORCH)
     state, vote = optimizer.state_dict(), optimizer.vote
     if vote is None or not any_private(optimizer.param_groups):
         return state
@@ -92,6 +94,7 @@ def scatter_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
         scatter_inner(local, optimizer, state)
         return
     optimizer = find_signum(optimizer)
+    refuse_sharded(optimizer, "scatter_state", _BY_TORCH)
     check(state)
     own_state, others = part(state)
     _check(optimizer, own_state, others)
@@ -109,6 +112,11 @@ def scatter_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
     optimizer.load_state_dict({**own_state, "state": own})
     if optimizer.vote is not None:
         optimizer.vote.topology.keep_share(optimizer.views())
+
+
+_BY_TORCH = (
+    "save and load with torch.distributed.checkpoint, a directory for each worker and its shard group as process_group"
+)
 
 
 def _check(optimizer: Signum, state: dict[str, Any], others: Others) -> None:

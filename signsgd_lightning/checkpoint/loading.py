@@ -36,6 +36,16 @@ _NO_MOMENTA = (
 )
 
 
+_BY_GATHERING = (
+    "saved: save what signsgd_lightning.gather_state(optimizer) returns, and load it on every rank by "
+    "scatter_state(optimizer, state); in Lightning trainer.save_checkpoint and fit(ckpt_path=…) do that"
+)
+_BY_DIRECTORY = (
+    "loaded: save a directory for each worker, by torch.distributed.checkpoint with its shard group as process_group, "
+    "and load each worker's own"
+)
+
+
 def check(state_dict: dict[str, Any]) -> None:
     """Make sure that a state is one of `Signum`.
 
@@ -82,21 +92,22 @@ def unsign(state_dict: dict[str, Any]) -> tuple[dict[str, Any], tuple[int, int] 
     return {**state_dict, "param_groups": groups}, next(iter(workers), None)
 
 
-def warn_of_lost(saved_by: tuple[int, int] | None, worker: tuple[int, int]) -> None:
+def warn_of_lost(saved_by: tuple[int, int] | None, worker: tuple[int, int], *, sharded: bool = False) -> None:
     """Say so where a state has one worker's momentum, of several, and another worker has loaded it.
 
     Args:
         saved_by: whose momentum was loaded, None if that is not known.
         worker: whose it is now; each its number, of how many.
+        sharded: whether a worker has a directory of its own, which says whose it is.
     """
-    by_torch = called_by_torch("_load_optim_state_dict")  # keeps one rank's value of every tensor, here of any rank
+    # Else torch keeps one rank's value of every tensor, here of any rank.
+    by_torch = called_by_torch("_load_optim_state_dict") and not sharded
     if not by_torch and (saved_by is None or saved_by[1] == 1 or saved_by == worker):
         return
     whose = "some worker" if by_torch or saved_by is None else f"worker {saved_by[0]} of {saved_by[1]}"
     warnings.warn(
-        f"worker {worker[0]} of {worker[1]} goes on with the momentum of {whose}, since its own was not saved: save "
-        "what signsgd_lightning.gather_state(optimizer) returns, and load it on every rank by "
-        "scatter_state(optimizer, state); in Lightning trainer.save_checkpoint and fit(ckpt_path=…) do that",
+        f"worker {worker[0]} of {worker[1]} goes on with the momentum of {whose}, since its own was not "
+        + (_BY_DIRECTORY if sharded else _BY_GATHERING),
         stacklevel=4,
     )
 

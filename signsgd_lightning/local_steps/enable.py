@@ -12,6 +12,7 @@ from signsgd_core.adversaries import Adversary
 from .. import _compat
 from ..enable import agree_on_model, broadcast, check_optimizers
 from ..optimizer import see_through
+from ..sharding import refuse_sharded
 from ..vote import VoteOptions
 from .options import LocalStepOptions
 from .rounds import LocalSteps, find_local_steps
@@ -113,6 +114,8 @@ def _check(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
     if not optimizers:
         raise ValueError("enable_local_steps needs the optimizers that are to take steps, got none")
     check_optimizers(model, optimizers)
+    for k, optimizer in enumerate(optimizers):
+        refuse_sharded(optimizer, f"the vote on local steps of optimizer {k}", "leave the model unsharded")
     for name, p in model.named_parameters():
         if not p.is_floating_point():
             raise ValueError(f"parameters must be real floating point, {name} is {p.dtype}")

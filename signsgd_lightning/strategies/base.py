@@ -3,17 +3,14 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch.distributed as dist
-from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_warn
 
 from .. import _compat
-from ..checkpoint.atomic import PART, check_target, remove_directory, replace
+from ..checkpoint.atomic import remove_directory
 from ..checkpoint.gathered import gather_state, scatter_state
 from ..checkpoint.inner import own_state
 from ..checkpoint.sharded import load_shards, save_shards
@@ -21,6 +18,7 @@ from ..local_steps.rounds import find_local_steps
 from ..optimizer import Signum, see_through
 from ..vote.failures import explain
 from . import registration
+from .files import has_own_state, naming, warn_of_restarts, whole_file, writes_by_torch
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -61,18 +59,12 @@ class WorkerStateStrategy(DDPStrategy):
 
     def setup_environment(self) -> None:
         """Connect the ranks; warn where torchrun could not connect them again."""
-        restarts, shared = (os.environ.get(f"TORCHELASTIC_{name}") for name in ("MAX_RESTARTS", "USE_AGENT_STORE"))
-        if restarts not in (None, "0") and shared == "True":
-            rank_zero_warn(
-                "torchrun is to restart workers but shares its store with them, in which those of the next attempt find"
-                " the addresses of this one's and fail to connect: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 and start"
-                " it with --standalone, or on several machines with --rdzv-backend c10d"
-            )
+        warn_of_restarts()
         super().setup_environment()
 
     def setup(self, trainer: "Trainer") -> None:
         """Set up model and optimizers."""
-        if self.state_dict_type == "sharded" and not self._writes_by_torch:
+        if self.state_dict_type == "sharded" and not writes_by_torch(self):
             raise ValueError(
                 f"state_dict_type='sharded' would pass over {type(self.checkpoint_io).__name__}: leave that plugin "
                 "out, or take state_dict_type='full'"
@@ -91,16 +83,11 @@ class WorkerStateStrategy(DDPStrategy):
             if isinstance(optimizer, Signum):
                 optimizer.unscale_at_step(does)
 
-    @property
-    def _writes_by_torch(self) -> bool:
-        """Whether files are written by torch.save, at once, under the name that is asked for."""
-        return type(self.checkpoint_io) is TorchCheckpointIO
-
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
         """Return an optimizer's state with what all ranks have of it, or this rank's where each saves its own."""
         inner = see_through(optimizer)
         local = find_local_steps(inner)
-        if self.state_dict_type == "full" and not self._interrupted and (local or isinstance(inner, Signum)):
+        if self.state_dict_type == "full" and not self._interrupted and has_own_state(inner):
             return gather_state(inner)
         return super().optimizer_state(optimizer) if local is None else own_state(local, inner)
 
@@ -130,21 +117,16 @@ class WorkerStateStrategy(DDPStrategy):
             IsADirectoryError: if something else than a checkpoint has that name.
             ValueError: for a sharded checkpoint that is not to be on a local or mounted file system.
         """
-        local = _compat.is_local(filepath)
         if self.state_dict_type == "sharded" and not self._interrupted:
-            if not local or storage_options is not None:
+            if not _compat.is_local(filepath) or storage_options is not None:
                 raise ValueError(
                     "a sharded checkpoint must be a directory on a file system, without storage_options, got "
                     f"{filepath}: take such a path, or state_dict_type='full'"
                 )
             save_shards(checkpoint, self.broadcast(os.fspath(filepath)))
-        elif not self.is_global_zero or not local or not self._writes_by_torch:
-            super().save_checkpoint(checkpoint, filepath, storage_options)
         else:
-            check_target(os.fspath(filepath))
-            part = f"{os.fspath(filepath)}{PART}"
-            super().save_checkpoint(checkpoint, part, storage_options)
-            replace(part, os.fspath(filepath))
+            with whole_file(self, filepath) as target:
+                super().save_checkpoint(checkpoint, target, storage_options)
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint, a file or a directory.
@@ -157,19 +139,13 @@ class WorkerStateStrategy(DDPStrategy):
         def read(path: str | Path) -> dict[str, Any]:
             return super(WorkerStateStrategy, self).load_checkpoint(path, weights_only)
 
-        try:
+        with naming(checkpoint_path, "trainer.save_checkpoint"):
             if not os.path.isdir(checkpoint_path):
                 return read(checkpoint_path)
             assert self.lightning_module is not None
             fitting = self.lightning_module.trainer.state.fn == TrainerFn.FITTING
             worker, workers = self.global_rank // self._ranks_per_worker, self.world_size // self._ranks_per_worker
             return load_shards(os.fspath(checkpoint_path), read, worker, workers, momenta=fitting)
-        except (EOFError, RuntimeError, UnpicklingError) as error:
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise RuntimeError(
-                f"{checkpoint_path} is not a whole checkpoint as trainer.save_checkpoint writes it; take an older one, "
-                f"nothing was loaded ({reason})"
-            ) from error
 
     def remove_checkpoint(self, filepath: str | Path) -> None:
         """Remove a checkpoint so that a half removed directory never has its name."""

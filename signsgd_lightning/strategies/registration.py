@@ -10,25 +10,39 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-_REGISTRY = "lightning.pytorch.strategies"
-"""The module in which Lightning looks a name up."""
-
-_CLASSES = {"majority_vote": "MajorityVoteStrategy", "local_vote": "LocalVoteStrategy"}
-"""A name, also of the module here that has the class."""
+_REGISTRIES = {
+    "lightning.pytorch.strategies": (
+        "StrategyRegistry",
+        {
+            "majority_vote": ("majority_vote", "MajorityVoteStrategy"),
+            "local_vote": ("local_vote", "LocalVoteStrategy"),
+        },
+    ),
+    "lightning.fabric.strategies": (
+        "STRATEGY_REGISTRY",
+        {
+            "majority_vote": ("fabric", "FabricMajorityVoteStrategy"),
+            "local_vote": ("fabric", "FabricLocalVoteStrategy"),
+        },
+    ),
+}
+"""The modules in which the Trainer and Fabric look a name up, each with its registry: name -> module here, class."""
 
 
 def register_when_imported() -> None:
     """Register the strategies now if Lightning is imported, else once it is; nothing is imported for it."""
-    if _REGISTRY in sys.modules:
-        register_all(sys.modules[_REGISTRY].StrategyRegistry)
-    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())
+    for module in _REGISTRIES:
+        if module in sys.modules:
+            register_all(sys.modules[module])
+        elif not any(isinstance(finder, _Finder) and finder.module == module for finder in sys.meta_path):
+            sys.meta_path.insert(0, _Finder(module))
 
 
-def register_all(registry: Any) -> None:
-    """Register every strategy; its module is imported when it is built."""
-    for name, kind in _CLASSES.items():
-        register(registry, name, partial(_build, name, kind))
+def register_all(module: ModuleType) -> None:
+    """Register every strategy in a module's registry; its own module is imported when it is built."""
+    registry, classes = _REGISTRIES[module.__name__]
+    for name, (home, kind) in classes.items():
+        register(getattr(module, registry), name, partial(_build, home, kind))
 
 
 def register(registry: Any, name: str, build: Callable[..., Any]) -> None:
@@ -49,17 +63,20 @@ def register(registry: Any, name: str, build: Callable[..., Any]) -> None:
             registry.register(variant, build, description=description, override=True, **settings)
 
 
-def _build(name: str, kind: str, **settings: Any) -> Any:
-    return getattr(importlib.import_module(f".{name}", __package__), kind)(**settings)
+def _build(home: str, kind: str, **settings: Any) -> Any:
+    return getattr(importlib.import_module(f".{home}", __package__), kind)(**settings)
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Lets the import of Lightning's registry go on as ever, and registers behind it."""
+    """Lets the import of one of Lightning's registries go on as ever, and registers behind it."""
+
+    def __init__(self, module: str) -> None:
+        self.module = module
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != _REGISTRY:
+        if fullname != self.module:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(fullname)
@@ -78,4 +95,4 @@ class _Loader(importlib.abc.Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self._loader.exec_module(module)
-        register_all(module.StrategyRegistry)
+        register_all(module)

@@ -9,6 +9,7 @@ from torch import Tensor
 from signsgd_core.wire import DIGEST_BYTES, HEADER_BYTES, disagreement
 
 from ..kernels.cpu import packbits, unpackbits
+from ..sharding import placement
 from .transport import Message, PointToPoint
 
 _FLAG, _PURPOSE = DIGEST_BYTES, DIGEST_BYTES + 1  # their places in a header
@@ -103,7 +104,7 @@ def agree(
 
 def describe(name: str, parameter: Tensor) -> str:
     """Return a parameter in words, as `agree` compares it."""
-    return f"{name}: shape {tuple(parameter.shape)}, {parameter.dtype}"
+    return f"{name}: shape {tuple(parameter.shape)}, {parameter.dtype}{placement(parameter)}"
 
 
 def _difference(ranks: PointToPoint, lines: list[str], device: torch.device) -> str:

@@ -198,18 +198,19 @@ def verify(vote: "Vote", views: Sequence[FlatView], step: int, when: str, remedy
 
     def compare(whole: Digests) -> Digests:
         headers = meet(everyone, Purpose.VERIFY, device, whole.tobytes())
-        return headers[:, None, :DIGEST_BYTES].numpy()
+        return vote.topology.side_by_side(headers[:, None, :DIGEST_BYTES]).numpy()
 
     def collect(each: Digests) -> Digests:
         rows = everyone.gather(torch.from_numpy(each[0].copy()).to(device), Message.DIGESTS)
-        return rows.cpu().numpy()
+        return vote.topology.side_by_side(rows.cpu()).numpy()
 
     found = find_difference(own, compare, collect)
     if found is None:
         return
-    number, ranks = found
+    (place, number), rows = divmod(found[0], len(views)), found[1]
+    ranks = sorted(vote.topology.rank_of(row, place) for row in rows)
     who = f"rank {ranks[0]} differs" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))} differ"
-    name = vote.name_of(views[number].parameter)
+    name = vote.name_of(views[number].model_parameter)
     raise RanksDifferError(
         f"{when} {who} from the other ranks in {name}, or in its verdict momentum: {remedy}",
         ranks,

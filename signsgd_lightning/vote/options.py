@@ -58,6 +58,15 @@ class VoteOptions:
         if self.overlap and names:
             raise ValueError(f"overlap=True excludes {', '.join(names)}: leave out either")
 
+    def exclude_nodes(self, found: str) -> None:
+        """Make sure that nodes are not to vote beside something that says otherwise which ranks are a worker.
+
+        Raises:
+            ValueError: if they are.
+        """
+        if self.vote_between == "nodes":
+            raise ValueError(f"vote_between='nodes' excludes {found}, whose mesh says which ranks are one worker")
+
     def check_workers(self, workers: int) -> None:
         """Make sure that the workers that are to lie are there, and not all of them.
 

@@ -82,6 +82,25 @@ class Topology(ABC):
         """Return rows of ranks as rows of workers, the sum of each worker's."""
         return rows.view(self.workers.world_size, self.ranks_per_worker, *rows.shape[1:]).sum(1)
 
+    def side_by_side(self, rows: Tensor) -> Tensor:
+        """Return what each rank has, shape (ranks, tensors, …), with all that must be equal in one column."""
+        return rows
+
+    def rank_of(self, row: int, place: int) -> int:
+        """Return which rank has a row of `side_by_side`, in the so many-th block of columns."""
+        return row
+
+    def _between_workers(self, *inside: PointToPoint) -> tuple[int, float]:
+        """Return the bytes to other workers, and this rank's part of its worker's seconds.
+
+        Args:
+            *inside: what joins the ranks of a worker.
+        """
+        ranks, own = self.everyone.world_size, self.ranks_per_worker
+        headers = self.everyone.sent_bytes // (ranks - 1) * (ranks - own)  # the same to every rank
+        waited = sum(transport.waited_seconds for transport in (self.workers, self.everyone, *inside))
+        return self.workers.sent_bytes + headers, waited / own
+
     @abstractmethod
     def keep_share(self, views: Sequence[FlatView]) -> None:
         """Of private state that is whole, as what was loaded is, keep what this rank votes with."""
@@ -185,10 +204,7 @@ class Nodes(Topology):
 
     def traffic(self) -> tuple[int, float]:
         """Return the bytes between nodes; the seconds are this rank's part of the node's mean."""
-        ranks, own = self.everyone.world_size, self.inside.world_size
-        headers = self.everyone.sent_bytes // (ranks - 1) * (ranks - own)  # the same to every rank
-        waited = sum(transport.waited_seconds for transport in (self.workers, self.inside, self.everyone))
-        return self.workers.sent_bytes + headers, waited / own
+        return self._between_workers(self.inside)
 
     def keep_share(self, views: Sequence[FlatView]) -> None:
         """Keep this rank's share.

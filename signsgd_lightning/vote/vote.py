@@ -174,7 +174,8 @@ class Vote:
         lines += settings
         for view in views:
             kept = ", ".join(view.shared_names())
-            lines.append(describe(self.name_of(view.parameter), view.parameter) + (f", {kept}" if kept else ""))
+            p = view.model_parameter
+            lines.append(describe(self.name_of(p), p) + (f", {kept}" if kept else ""))
         here = torch.tensor([view.present for view in views], dtype=torch.bool, device="cpu")
         everyone = self.topology.everyone
         return agree(everyone, lines, here, everyone.wire(views[0].parameter.device), purpose)

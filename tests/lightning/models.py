@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from signsgd_core import Reference
 from signsgd_lightning import Signum
+from signsgd_lightning.sharding import local
 
 Array = npt.NDArray[Any]
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
@@ -36,8 +37,8 @@ class Record:
 
 
 def array(x: Tensor) -> Array:
-    """Copy a tensor; NumPy has no bfloat16, so halves become float32."""
-    x = x.detach()
+    """Copy what this rank has of a tensor; NumPy has no bfloat16, so halves become float32."""
+    x = local(x.detach())
     return np.array(x.float().numpy() if x.dtype in (torch.bfloat16, torch.float16) else x.numpy())
 
 

@@ -19,7 +19,7 @@ optimizer = signsgd_lightning.Signum([x])
 x.sum().backward()
 optimizer.step()
 signsgd_lightning.enable_majority_vote, signsgd_lightning.gather_state, dir(signsgd_lightning)
-print([name for name in sys.modules if name.startswith(("lightning", "pytorch_lightning"))])
+print([name for name in sys.modules if name.partition(".")[0] in ("lightning", "pytorch_lightning", "transformers")])
 print(signsgd_lightning.MajorityVoteStrategy.__name__, "lightning" in sys.modules)
 """
 
@@ -32,12 +32,13 @@ for name in ("majority_vote", "majority_vote_find_unused_parameters_true"):
 
 WITHOUT = """
 import sys
-sys.modules["lightning"] = None
+sys.modules["lightning"] = sys.modules["transformers"] = None
 import signsgd_lightning
-try:
-    signsgd_lightning.VoteMonitor
-except ImportError as error:
-    print(error)
+for name in ("VoteMonitor", "MajorityVoteCallback"):
+    try:
+        getattr(signsgd_lightning, name)
+    except ImportError as error:
+        print(error)
 """
 
 
@@ -67,7 +68,8 @@ def test_the_strategy_and_its_variant_by_name(imports: str) -> None:
     ]
 
 
-def test_without_lightning() -> None:
-    (message,) = printed(WITHOUT)
-    assert "VoteMonitor needs Lightning" in message
-    assert "signsgd[lightning]" in message
+def test_without_lightning_and_transformers() -> None:
+    assert printed(WITHOUT) == [
+        "VoteMonitor needs Lightning: pip install 'signsgd[lightning]'",
+        "MajorityVoteCallback needs transformers: pip install 'signsgd[huggingface]'",
+    ]

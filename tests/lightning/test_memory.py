@@ -7,12 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from signsgd_lightning import Signum, enable_majority_vote, kernels, memory
@@ -133,43 +129,6 @@ def _voted(kind: str, of: str, adversarial: bool) -> list[float]:
 @pytest.mark.parametrize(("kind", "of"), [("negative bit", "gradient"), ("negative bit", "parameter")])
 def test_a_vote_counts_the_value(kind: str, of: str, adversarial: bool, workers: Workers) -> None:
     assert workers.run(2, _voted, kind, of, adversarial) == [[0.5, -0.5, 0.5, -0.5, 0.5, -0.5, 0.5]] * 2
-
-
-def _sharded(kind: str) -> list[str]:
-    """Return what Signum says of a model's parameters, sharded before or after it was made."""
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    placements: dict[str, Any] = {"sharded": [Shard(0)], "replicated": [Replicate()], "partial": [Partial()]}
-    if kind in placements:
-        parameters = [nn.Parameter(DTensor.from_local(torch.ones(4), mesh, placements[kind]))]
-    else:
-        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
-        fully_shard(model, mesh=mesh)
-        parameters = list(model.parameters())
-    said = []
-    try:
-        Signum(parameters)
-    except TypeError as error:
-        said.append(str(error))
-    later = Signum([nn.Parameter(torch.ones(4))])
-    later.param_groups[0]["params"] = parameters
-    for p in parameters:
-        p.grad = p.detach().clone()
-    try:
-        later.step()
-    except TypeError as error:
-        said.append(str(error))
-    return said
-
-
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("kind", ["sharded", "replicated", "partial", "fully sharded"])
-def test_sharded_parameters_are_refused_until_they_are_supported(kind: str, ranks: int, workers: Workers) -> None:
-    for said in workers.run(ranks, _sharded, kind):
-        assert len(said) == 2
-        for sentence, which in zip(said, ("parameter 0 of group 0", "parameter 0"), strict=True):
-            assert sentence.startswith(
-                f"{which} is a DTensor, whose values are not in its own memory, and Signum takes"
-            )
 
 
 def _refuse(p: nn.Parameter, match: str) -> None:

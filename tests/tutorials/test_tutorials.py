@@ -169,5 +169,31 @@ def test_plain_ddp_is_short_and_needs_no_lightning() -> None:
     assert not re.search(r"^(import|from) (pytorch_)?lightning\b", source, re.MULTILINE)
 
 
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", ["accelerate_gpt2", "hf_trainer_gpt2"])
+def test_hugging_face_under_torchrun(name: str, tmp_path: Path) -> None:
+    """Train, go on from what was saved, and send a 32nd of DDP's bytes but for set-up and checkpoints."""
+    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1")
+    printed = ""
+    for steps, more in ((8, ()), (16, ("--resume",))):
+        port, saved = str(free_port()), str(tmp_path / "saved")
+        options = ("--steps", str(steps), "--output", saved, *more)
+        printed = _run(*torchrun, "--master-port", port, str(TUTORIALS / f"{name}.py"), *options, folder=tmp_path)
+        assert "parameters bit-identical on all ranks: True" in printed
+        found = re.search(r"loss ([\d.]+), in the end ([\d.]+) after (\d+) steps", printed)
+        assert found is not None
+        assert float(found[2]) < float(found[1])
+        assert int(found[3]) == steps
+    sent = re.search(r"([\d,]+) bytes sent per step; DDP in fp32 sends ([\d,]+)", printed)
+    assert sent is not None
+    ours, ddp = (int(number.replace(",", "")) for number in sent.groups())
+    assert ours < ddp / 5
+
+
+@pytest.mark.parametrize("name", ["accelerate_gpt2", "hf_trainer_gpt2"])
+def test_hugging_face_is_short(name: str) -> None:
+    assert len((TUTORIALS / f"{name}.py").read_text().splitlines()) < 60
+
+
 def test_multi_worker_keras_is_short() -> None:
     assert len((TUTORIALS / "multi_worker_keras.py").read_text().splitlines()) < 40
