@@ -22,7 +22,7 @@ from .vote.local_gradients import keep_local
 from .vote.nodes import find_nodes
 from .vote.options import VoteBetween
 from .vote.schedule import AtStep, DuringBackward, Schedule
-from .vote.sharded import Sharded, find_shards
+from .vote.sharded import Sharded, find_shards, group_of
 from .vote.topology import Flat, Nodes, Topology
 from .vote.transport import Message, PointToPoint
 
@@ -155,30 +155,6 @@ def _agree(model: nn.Module, group: dist.ProcessGroup, lines: list[str]) -> None
     everyone = PointToPoint(group)
     device = everyone.wire(next(model.parameters()).device)
     agree(everyone, lines, torch.ones(0, dtype=torch.bool, device="cpu"), device, Purpose.ENABLE)
-
-
-def group_of(mesh: DeviceMesh | None, process_group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
-    """Return the process group of a mesh of one dimension; without a mesh the one that is given.
-
-    Raises:
-        ValueError: for both, for a mesh of several dimensions, and on a rank that a mesh has not.
-        TypeError: for what is no mesh.
-    """
-    if mesh is None:
-        return process_group
-    if not isinstance(mesh, DeviceMesh):
-        raise TypeError(f"mesh must be a torch.distributed.device_mesh.DeviceMesh, got {type(mesh).__name__}")
-    if process_group is not None:
-        raise ValueError("mesh and process_group both say which ranks vote: leave out process_group")
-    if mesh.ndim != 1:
-        names = mesh.mesh_dim_names
-        raise ValueError(
-            f"mesh must be the one dimension along which ranks vote, got {mesh.ndim} ({names or 'without names'}): "
-            f"pass mesh[{names[0] if names else 'replicate'!r}]"
-        )
-    if mesh.get_coordinate() is None:
-        raise ValueError(f"rank {dist.get_rank()} is none of the mesh's {mesh.mesh.tolist()}: enable the vote on those")
-    return mesh.get_group()
 
 
 def _topology(

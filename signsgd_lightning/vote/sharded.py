@@ -113,6 +113,30 @@ class Sharded(Topology):
         return torch.split(row, [len(row) for row in rows])
 
 
+def group_of(mesh: DeviceMesh | None, process_group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+    """Return the process group of a mesh of one dimension; without a mesh the one that is given.
+
+    Raises:
+        ValueError: for both, for a mesh of several dimensions, and on a rank that a mesh has not.
+        TypeError: for what is no mesh.
+    """
+    if mesh is None:
+        return process_group
+    if not isinstance(mesh, DeviceMesh):
+        raise TypeError(f"mesh must be a torch.distributed.device_mesh.DeviceMesh, got {type(mesh).__name__}")
+    if process_group is not None:
+        raise ValueError("mesh and process_group both say which ranks vote: leave out process_group")
+    if mesh.ndim != 1:
+        names = mesh.mesh_dim_names
+        raise ValueError(
+            f"mesh must be the one dimension along which ranks vote, got {mesh.ndim} ({names or 'without names'}): "
+            f"pass mesh[{names[0] if names else 'replicate'!r}]"
+        )
+    if mesh.get_coordinate() is None:
+        raise ValueError(f"rank {dist.get_rank()} is none of the mesh's {mesh.mesh.tolist()}: enable the vote on those")
+    return mesh.get_group()
+
+
 def find_shards(model: nn.Module, group: dist.ProcessGroup) -> ShardGroups | None:
     """Return the groups of a model with DTensors, None for one without; every rank there is must call it.
 
