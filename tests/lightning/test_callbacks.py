@@ -181,5 +181,5 @@ def _no_vote(strategy: str) -> str:
 
 @pytest.mark.parametrize(("ranks", "strategy"), [(1, "majority_vote"), (2, "ddp")])
 def test_nothing_to_watch(ranks: int, strategy: str, workers: Workers) -> None:
-    message = "VoteMonitor has no vote to watch: it needs strategy='majority_vote' and several ranks"
+    message = "VoteMonitor has no vote to watch: it needs strategy='majority_vote' and several ranks, or 'local_vote'"
     assert workers.run(ranks, _no_vote, strategy) == [message] * ranks
