@@ -15,12 +15,15 @@ from .strategies.registration import register_when_imported
 from .vote import PeerLostError, RanksDifferError
 
 if TYPE_CHECKING:
+    from .elastic import ElasticBatches, ElasticVote, enable_elastic_vote
     from .monitor.geometry_monitor import GeometryMonitor
     from .monitor.vote_monitor import VoteMonitor
     from .strategies.local_vote import LocalVoteStrategy
     from .strategies.majority_vote import MajorityVoteStrategy
 
 __all__ = [
+    "ElasticBatches",
+    "ElasticVote",
     "GeometryMonitor",
     "LocalSteps",
     "LocalVoteStrategy",
@@ -29,6 +32,7 @@ __all__ = [
     "RanksDifferError",
     "Signum",
     "VoteMonitor",
+    "enable_elastic_vote",
     "enable_local_steps",
     "enable_majority_vote",
     "gather_state",
@@ -37,12 +41,18 @@ __all__ = [
 ]
 
 _HOMES = {
+    "ElasticBatches": "elastic",
+    "ElasticVote": "elastic",
     "GeometryMonitor": "monitor.geometry_monitor",
     "LocalVoteStrategy": "strategies.local_vote",
     "MajorityVoteStrategy": "strategies.majority_vote",
     "VoteMonitor": "monitor.vote_monitor",
+    "enable_elastic_vote": "elastic",
 }
-"""What needs Lightning."""
+"""What needs Lightning, or torchft."""
+
+_EXTRAS = {"lightning": ("Lightning", "lightning"), "torchft": ("torchft", "elastic")}
+"""Package -> its name and the extra that has it."""
 
 register_when_imported()
 
@@ -53,6 +63,8 @@ def __getattr__(name: str) -> Any:
     try:
         return getattr(import_module(f".{_HOMES[name]}", __name__), name)
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != "lightning":
+        package = (error.name or "").partition(".")[0]
+        if package not in _EXTRAS:
             raise
-        raise ImportError(f"{name} needs Lightning: pip install 'signsgd[lightning]'") from error
+        needed, extra = _EXTRAS[package]
+        raise ImportError(f"{name} needs {needed}: pip install 'signsgd[{extra}]'") from error

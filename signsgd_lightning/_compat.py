@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from datetime import timedelta
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -64,6 +64,13 @@ def past_the_hook(ddp_model: DistributedDataParallel) -> dict[str, bool]:
         "mixed_precision (take torch.autocast)": ddp_model.mixed_precision is not None,
         'torch._dynamo.config.optimize_ddp = "python_reducer"': bool(ddp_model._use_python_reducer),
     }
+
+
+def streaming_load(stream: IO[bytes]) -> Any:
+    """Return the tensors and plain values that a stream brings, refusing code; for `elastic.transport`."""
+    from torch.distributed._serialization import _streaming_load
+
+    return _streaming_load(stream, weights_only=True)  # type: ignore[arg-type]
 
 
 def is_zero_tensor(tensor: Tensor) -> bool:
