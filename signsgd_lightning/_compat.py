@@ -4,6 +4,7 @@ Lightning is imported only by the functions that are about it.
 """
 
 import sys
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from types import FrameType
@@ -70,7 +71,9 @@ def streaming_load(stream: IO[bytes]) -> Any:
     """Return the tensors and plain values that a stream brings, refusing code; for `elastic.transport`."""
     from torch.distributed._serialization import _streaming_load
 
-    return _streaming_load(stream, weights_only=True)  # type: ignore[arg-type]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given buffer is not writable")  # its tensors are only read
+        return _streaming_load(stream, weights_only=True)  # type: ignore[arg-type]
 
 
 def is_zero_tensor(tensor: Tensor) -> bool:

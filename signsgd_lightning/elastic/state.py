@@ -66,7 +66,7 @@ class SharedState:
             )
         self._model.load_state_dict(state["model"])
         for p, entries in zip(self._parameters(), state["momenta"], strict=True):
-            self._optimizer.state[p].update({name: value.to(p.device) for name, value in entries.items()})
+            self._optimizer.state[p].update({name: value.to(p.device, copy=True) for name, value in entries.items()})
         for group, settings in zip(self._optimizer.param_groups, state["groups"], strict=True):
             group.update(settings)
         for name, other in self._others.items():

@@ -1,0 +1,194 @@
+"""Workers that come and go: whoever is there votes, all of them have the same bits, and nobody waits for the dead."""
+
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from signsgd_core import Reference
+from tests.elastic import SHARED, TIMEOUT, Crew, Lighthouse, Task, crew, gradient
+
+pytest.importorskip("torchft", reason="the extra `elastic` is not installed")
+pytestmark = pytest.mark.multiprocess
+
+Here = tuple[Crew, Lighthouse]
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> Iterator[Here]:
+    with crew(tmp_path) as found:
+        yield found
+
+
+def lines_by_step(workers: Crew) -> dict[int, list[dict[str, Any]]]:
+    """Return what was written of every step, by all who took it; each took none twice."""
+    steps: dict[int, list[dict[str, Any]]] = {}
+    for name in range(len(workers.processes)):
+        log = workers.log(name)
+        taken = [line["step"] for line in log]
+        assert taken == sorted(set(taken))
+        for line in log:
+            steps.setdefault(line["step"], []).append(line)
+    return dict(sorted(steps.items()))
+
+
+def judge(workers: Crew) -> list[int]:
+    """Demand the same bits of all who took a step, and those of `Reference`; return how many workers each step had.
+
+    A newcomer's bits are those of the others before its first step, too. No batch is voted on twice, or left out.
+    """
+    steps = lines_by_step(workers)
+    assert list(steps) == list(range(1, len(steps) + 1))
+    start = [np.array(x, np.float32) for x in steps[1][0]["before"]]
+    reference = Reference(start, 1, 1.0, (0.0, 0.0), verdict_momentum=0.5, zeros="alternate")
+    voted = 0
+    for step, lines in steps.items():
+        first = lines[0]
+        for name in ("bits", "before", "workers", "batches", "lr", "zeros"):
+            assert all(line[name] == first[name] for line in lines), (step, name)
+        reference.workers, reference.lr = first["workers"], first["lr"]
+        reference.momenta = [[np.zeros_like(x) for x in start] for _ in range(reference.workers)]
+        for x, given in zip(reference.parameters, first["before"], strict=True):
+            np.testing.assert_array_equal(x, np.array(given, np.float32), f"before step {step}")
+        numbers = range(reference.workers)
+        assert all(line["drawn"] == voted + line["number"] for line in lines)
+        reference.step([gradient(voted + number) for number in numbers])
+        voted += reference.workers
+        assert first["batches"] == voted
+        for x, given in zip(reference.parameters, first["after"], strict=True):
+            np.testing.assert_array_equal(x, np.array(given, np.float32), f"after step {step}")
+    return [lines[0]["workers"] for lines in steps.values()]
+
+
+def test_they_train_as_the_reference_does(here: Here) -> None:
+    workers, _ = here
+    names = [workers.start(Task(min_workers=3)) for _ in range(3)]
+    workers.join(*names)
+    assert judge(workers) == [3] * 30
+    assert workers.log(0)[-1]["lr"] < SHARED["lr"]
+
+
+def test_killed_at_every_point(here: Here) -> None:
+    """In the exchange, at the commit, while it takes over the state or hands it on: the others go on."""
+    workers, _ = here
+    stay = [workers.start(Task(steps=100_000, pause=0.01)) for _ in range(2)]
+    waited = []
+    for place in ("HEADER", "BALLOTS", "VERDICTS", "commit", "apply", "heal", "load"):
+        begun = workers.step(stay[0])
+        name = workers.start(Task(steps=100_000, die=(place, begun + 3 if place not in ("heal", "load") else 0)))
+        workers.wait(lambda name=name: not workers.processes[name].is_alive())  # type: ignore[misc]
+        assert workers.processes[name].exitcode == -signal.SIGKILL, workers.said(name)
+        reached = workers.step(stay[0])
+        waited.append(workers.wait(lambda reached=reached: min(map(workers.step, stay)) > reached + 3))  # type: ignore[misc]
+    giver = workers.start(Task(steps=100_000, die=("save", 1)))  # whoever hands the state on dies of it
+    workers.wait(lambda: workers.step(giver) > 0)
+    for name in stay:
+        workers.signal(name, signal.SIGKILL)
+    new = [workers.start(Task(steps=100_000)) for _ in range(2)]
+    workers.wait(lambda: not workers.processes[giver].is_alive())
+    workers.wait(lambda: min(map(workers.step, new)) > 0)
+    assert max(waited) < TIMEOUT + 2, waited
+
+
+def test_stopped_and_gone_on(here: Here) -> None:
+    """One that hangs is left behind, and takes over what the others did meanwhile."""
+    workers, _ = here
+    names = [workers.start(Task(steps=100_000, pause=0.01, min_workers=1)) for _ in range(3)]
+    workers.wait(lambda: min(map(workers.step, names)) > 5)
+    workers.signal(names[0], signal.SIGSTOP)
+    time.sleep(0.2)
+    reached = max(map(workers.step, names))
+    assert workers.wait(lambda: min(map(workers.step, names[1:])) > reached + 3) < TIMEOUT + 2
+    workers.signal(names[0], signal.SIGCONT)
+    workers.wait(lambda: workers.step(names[0]) > reached + 10)
+    assert 2 in judge(workers)
+
+
+def test_half_leave_and_come_back(here: Here) -> None:
+    """4 -> 1 -> 4 with the zero rule of several workers throughout."""
+    workers, _ = here
+    task = Task(steps=100_000, pause=0.01, min_workers=1)
+    names = [workers.start(task) for _ in range(4)]
+    workers.wait(lambda: (workers.log(names[0]) or [{"workers": 0}])[-1]["workers"] == 4)
+    for name in names[1:]:
+        workers.signal(name, signal.SIGKILL)
+    workers.wait(lambda: workers.log(names[0])[-1]["workers"] == 1)
+    names += [workers.start(task) for _ in range(3)]
+    workers.wait(lambda: workers.log(names[0])[-1]["workers"] == 4)
+    sizes = judge(workers)
+    assert {1, 4} <= set(sizes)
+    assert "waits" not in workers.said(names[0])
+
+
+def test_too_few_wait(here: Here) -> None:
+    workers, _ = here
+    first = workers.start(Task(steps=100_000, pause=0.01))
+    workers.wait(lambda: "training waits: 1 of at least 2 workers" in workers.said(first))
+    time.sleep(1)
+    assert workers.step(first) == 0
+    second = workers.start(Task(steps=100_000, pause=0.01))
+    workers.wait(lambda: min(workers.step(first), workers.step(second)) > 3)
+    workers.signal(second, signal.SIGKILL)
+    workers.wait(lambda: workers.said(first).count("training waits: 1 of") == 2)
+    time.sleep(0.5)
+    workers.start(Task(steps=100_000))
+    reached = workers.step(first)
+    workers.wait(lambda: workers.step(first) > reached + 3)
+    assert set(judge(workers)) == {2}
+    assert workers.said(first).count("training goes on with 2 workers") == 2
+
+
+def test_the_lighthouse_is_lost_and_found(here: Here) -> None:
+    workers, lighthouse = here
+    names = [workers.start(Task(steps=100_000, pause=0.01, min_workers=3)) for _ in range(3)]
+    for _ in range(2):
+        reached = max(map(workers.step, names))
+        workers.wait(lambda reached=reached: min(map(workers.step, names)) > reached + 3)  # type: ignore[misc]
+        lighthouse.stop()
+        time.sleep(2.0)
+        assert all(process.is_alive() for process in workers.processes)
+        assert f"the lighthouse at {lighthouse.address} does not answer" in workers.said(names[0])
+        reached = max(map(workers.step, names))
+        lighthouse.start()
+        workers.wait(lambda reached=reached: min(map(workers.step, names)) > reached + 3)  # type: ignore[misc]
+    assert set(judge(workers)) == {3}
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        (Task(sizes=(70, 2)), "«1: shape (3,), torch.float32» where worker 1 has «1: shape (2,), torch.float32»"),
+        (Task(signum={**SHARED, "betas": (0.5, 0.5)}), "group 0: betas=(0.0, 0.0)"),
+        (Task(scheduler=False), "state 'scheduler'» where worker 1 has «nothing»"),
+    ],
+)
+def test_one_that_differs_may_not_join(here: Here, other: Task, words: str) -> None:
+    """It is told so by name, and the others go on."""
+    workers, _ = here
+    names = [workers.start(Task(steps=100_000, pause=0.01)) for _ in range(2)]
+    workers.wait(lambda: min(map(workers.step, names)) > 3)
+    name = workers.start(other)
+    workers.wait(lambda: not workers.processes[name].is_alive())
+    assert "this worker cannot join" in workers.said(name)
+    assert words in workers.said(name)
+    reached = max(map(workers.step, names))
+    workers.wait(lambda: min(map(workers.step, names)) > reached + 3)
+    assert set(judge(workers)) <= {2}
+
+
+def test_a_private_momentum_starts_at_zero(here: Here) -> None:
+    """A newcomer's is that of its first gradient alone; all have the same parameters."""
+    workers, _ = here
+    task = Task(steps=100_000, pause=0.01, signum={"lr": 2.0**-6, "betas": (0.5, 0.5)}, closure=False)
+    names = [workers.start(task) for _ in range(2)]
+    workers.wait(lambda: min(map(workers.step, names)) > 3)
+    newcomer = workers.start(task)
+    workers.wait(lambda: workers.step(newcomer) > 0)
+    first = workers.log(newcomer)[0]
+    np.testing.assert_array_equal(first["momentum"], gradient(first["drawn"])[0] / 2)
+    for lines in lines_by_step(workers).values():
+        assert len({line["bits"] for line in lines}) == 1
