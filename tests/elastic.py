@@ -182,12 +182,12 @@ def _train(path: Path, lighthouse: str, task: Task) -> None:
     )
     if task.die is not None:
         _die_at(vote, *task.die)
-    drawn, before = -1, [x.tolist() for x in model]
+    drawn, lr, before = -1, 0.0, [x.tolist() for x in model]
 
     def closure() -> torch.Tensor:
-        nonlocal drawn, before
+        nonlocal drawn, lr, before
         optimizer.zero_grad()
-        before = [x.tolist() for x in model]
+        lr, before = optimizer.param_groups[0]["lr"], [x.tolist() for x in model]
         drawn = vote.batches + vote.number
         loss = torch.stack([(x * torch.from_numpy(g)).sum() for x, g in zip(model, gradient(drawn), strict=False)])
         loss.sum().backward()
@@ -195,7 +195,6 @@ def _train(path: Path, lighthouse: str, task: Task) -> None:
 
     with path.open("a") as log:
         while vote.step < task.steps:
-            lr = optimizer.param_groups[0]["lr"]
             if task.closure:
                 optimizer.step(closure)
             else:
@@ -217,7 +216,7 @@ def _train(path: Path, lighthouse: str, task: Task) -> None:
 
 def _die_at(vote: Any, place: str, step: int) -> None:
     """Kill this process at a place in the code, when so many steps were taken."""
-    from signsgd_lightning.elastic import membership, state, transport
+    from signsgd_lightning.elastic import membership, transport
 
     def before(owner: Any, name: str, when: Callable[..., bool] = lambda *_: True) -> None:
         original = getattr(owner, name)
@@ -241,7 +240,7 @@ def _die_at(vote: Any, place: str, step: int) -> None:
     elif place == "heal":
         before(transport._compat, "streaming_load")
     elif place == "load":
-        before(state.SharedState, "load")
+        before(vote._membership, "_load")
     else:
         assert place == "save"
-        before(state.SharedState, "save")
+        before(vote._membership, "_save")

@@ -159,9 +159,8 @@ class ElasticVote:
     def _before(self, _: Signum, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Wait for the quorum before the closure is called; without one a newcomer's gradient is of no use."""
         self._closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-        self._stale = False
-        if not self._begun:
-            self._stale = self._meet()
+        healed = not self._begun and self._meet()
+        self._stale = healed and self._closure is None
 
     def _meet(self) -> bool:
         """Wait for a quorum; return whether this worker took over the others' state."""

@@ -14,6 +14,7 @@ from torchft import Manager
 from .transport import Members, SafeHTTP
 
 _LOG = logging.getLogger("signsgd_lightning.elastic")
+logging.getLogger("torchft.manager").addFilter(lambda record: "flight recorder" not in record.getMessage())
 _PAUSE = 0.2
 """Seconds between two attempts to find the lighthouse, or enough workers."""
 
@@ -140,7 +141,10 @@ class Membership:
             manager.start_quorum(timeout=self._place.timeout)
             return manager
         except TimeoutError:
-            self._say(f"no quorum yet: the lighthouse at {self._place.lighthouse} hangs, or a worker is slow")
+            words = f"no quorum yet: the lighthouse at {self._place.lighthouse} hangs, or a worker is slow"
+            if self._said == words:  # or this one was stopped in the middle of a question, which nobody answers then
+                self.leave()
+            self._say(words)
         except (RuntimeError, OSError) as error:
             reason = (str(error) or " ").splitlines()[0]
             self._say(f"training waits: the lighthouse at {self._place.lighthouse} does not answer ({reason})")

@@ -84,14 +84,18 @@ def test_killed_at_every_point(here: Here) -> None:
         assert workers.processes[name].exitcode == -signal.SIGKILL, workers.said(name)
         reached = workers.step(stay[0])
         waited.append(workers.wait(lambda reached=reached: min(map(workers.step, stay)) > reached + 3))  # type: ignore[misc]
-    giver = workers.start(Task(steps=100_000, die=("save", 1)))  # whoever hands the state on dies of it
-    workers.wait(lambda: workers.step(giver) > 0)
-    for name in stay:
-        workers.signal(name, signal.SIGKILL)
-    new = [workers.start(Task(steps=100_000)) for _ in range(2)]
-    workers.wait(lambda: not workers.processes[giver].is_alive())
-    workers.wait(lambda: min(map(workers.step, new)) > 0)
     assert max(waited) < TIMEOUT + 2, waited
+
+
+def test_killed_while_it_hands_the_state_on(here: Here) -> None:
+    """Two newcomers lose their only source, and start from each other."""
+    workers, _ = here
+    giver = workers.start(Task(steps=100_000, min_workers=1, die=("save", 1)))
+    workers.wait(lambda: workers.step(giver) > 1)
+    names = [workers.start(Task()) for _ in range(2)]
+    workers.join(*names)
+    assert workers.processes[giver].exitcode == -signal.SIGKILL
+    assert workers.log(names[0])[-1]["bits"] == workers.log(names[1])[-1]["bits"]
 
 
 def test_stopped_and_gone_on(here: Here) -> None:
@@ -149,9 +153,9 @@ def test_the_lighthouse_is_lost_and_found(here: Here) -> None:
         reached = max(map(workers.step, names))
         workers.wait(lambda reached=reached: min(map(workers.step, names)) > reached + 3)  # type: ignore[misc]
         lighthouse.stop()
-        time.sleep(2.0)
+        words = f"the lighthouse at {lighthouse.address} does not answer"
+        workers.wait(lambda words=words: all(words in workers.said(name) for name in names))  # type: ignore[misc]
         assert all(process.is_alive() for process in workers.processes)
-        assert f"the lighthouse at {lighthouse.address} does not answer" in workers.said(names[0])
         reached = max(map(workers.step, names))
         lighthouse.start()
         workers.wait(lambda reached=reached: min(map(workers.step, names)) > reached + 3)  # type: ignore[misc]
