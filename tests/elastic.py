@@ -6,8 +6,7 @@ import json
 import multiprocessing
 import os
 import signal
-import subprocess
-import sys
+import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -47,6 +46,7 @@ class Task:
         sizes: of the parameters.
         scheduler: whether there is one.
         closure: whether gradients are computed in one.
+        flip: after which step a parameter changes on this worker alone; the workers look for that every fifth.
     """
 
     steps: int = 30
@@ -57,6 +57,7 @@ class Task:
     sizes: tuple[int, ...] = SIZES
     scheduler: bool = True
     closure: bool = True
+    flip: int = -1
 
 
 class Lighthouse:
@@ -68,15 +69,18 @@ class Lighthouse:
         self.start()
 
     def start(self) -> None:
-        program = Path(sys.executable).with_name("torchft_lighthouse")
-        options = {"bind": f"127.0.0.1:{self.port}", "min_replicas": 1, "heartbeat_timeout_ms": 700}
-        options |= {"quorum_tick_ms": 20, "join_timeout_ms": 5000}
-        line = [str(program), *(str(word) for name, value in options.items() for word in (f"--{name}", value))]
-        self._process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self._process: Any = _context().Process(target=_shine, args=(self.port,), daemon=True)
+        self._process.start()
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1):
+                return
+            time.sleep(0.02)
+        raise TimeoutError("the lighthouse does not listen")
 
     def stop(self) -> None:
         self._process.kill()
-        self._process.wait()
+        self._process.join()
 
 
 class Crew:
@@ -85,14 +89,12 @@ class Crew:
     def __init__(self, folder: Path, lighthouse: Lighthouse) -> None:
         self._folder, self._lighthouse = folder, lighthouse
         self.processes: list[Any] = []
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload([*PRELOADED, "signsgd_lightning.elastic"])
 
     def start(self, task: Task) -> int:
         """Start a worker; return what it is called."""
         name = len(self.processes)
         arguments = (self._path(name), self._lighthouse.address, task)
-        process = self._context.Process(target=_work, args=arguments, daemon=True)
+        process = _context().Process(target=_work, args=arguments, daemon=True)
         process.start()
         self.processes.append(process)
         return name
@@ -153,6 +155,21 @@ def crew(folder: Path) -> Iterator[tuple[Crew, Lighthouse]]:
         lighthouse.stop()
 
 
+def _context() -> Any:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([*PRELOADED, "signsgd_lightning.elastic"])
+    return context
+
+
+def _shine(port: int) -> None:
+    from torchft.coordination import LighthouseServer
+
+    times = {"join_timeout_ms": 5000, "quorum_tick_ms": 20, "heartbeat_timeout_ms": 700}
+    lighthouse = LighthouseServer(bind=f"127.0.0.1:{port}", min_replicas=1, **times)
+    while lighthouse:
+        signal.pause()
+
+
 def _work(path: Path, lighthouse: str, task: Task) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     with path.with_suffix(".stderr").open("w", buffering=1) as stderr:
@@ -179,6 +196,7 @@ def _train(path: Path, lighthouse: str, task: Task) -> None:
         timeout=timedelta(seconds=TIMEOUT),
         state={"scheduler": scheduler} if task.scheduler else {},
         hostname="127.0.0.1",
+        verify_every_n_steps=5,
     )
     if task.die is not None:
         _die_at(vote, *task.die)
@@ -190,7 +208,7 @@ def _train(path: Path, lighthouse: str, task: Task) -> None:
         lr, before = optimizer.param_groups[0]["lr"], [x.tolist() for x in model]
         drawn = vote.batches + vote.number
         loss = torch.stack([(x * torch.from_numpy(g)).sum() for x, g in zip(model, gradient(drawn), strict=False)])
-        loss.sum().backward()
+        loss.sum().backward()  # type: ignore[no-untyped-call]
         return loss.sum()
 
     with path.open("a") as log:
@@ -202,8 +220,16 @@ def _train(path: Path, lighthouse: str, task: Task) -> None:
                 closure()
                 optimizer.step()
             scheduler.step()
+            if vote.step == task.flip:
+                model[0].data[0] += 1
+                task.flip = -1
             bits = b"".join(x.detach().numpy().tobytes() for x in model)
-            line = {"step": vote.step, "workers": vote.workers, "number": vote.number, "batches": vote.batches}
+            line: dict[str, Any] = {
+                "step": vote.step,
+                "workers": vote.workers,
+                "number": vote.number,
+                "batches": vote.batches,
+            }
             line |= {"drawn": drawn, "bits": hashlib.md5(bits).hexdigest(), "zeros": optimizer.zeros, "lr": lr}
             line |= {"before": before, "after": [x.tolist() for x in model], "time": time.time()}
             if "momentum" in optimizer.state[model[0]]:
@@ -216,6 +242,7 @@ def _train(path: Path, lighthouse: str, task: Task) -> None:
 
 def _die_at(vote: Any, place: str, step: int) -> None:
     """Kill this process at a place in the code, when so many steps were taken."""
+    from signsgd_lightning import _compat
     from signsgd_lightning.elastic import membership, transport
 
     def before(owner: Any, name: str, when: Callable[..., bool] = lambda *_: True) -> None:
@@ -238,7 +265,7 @@ def _die_at(vote: Any, place: str, step: int) -> None:
     elif place == "apply":
         before(vote._vote, "_commit")
     elif place == "heal":
-        before(transport._compat, "streaming_load")
+        before(_compat, "streaming_load")
     elif place == "load":
         before(vote._membership, "_load")
     else:

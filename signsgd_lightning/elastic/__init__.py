@@ -6,6 +6,6 @@ from .batches import ElasticBatches
 
 os.environ.setdefault("RUST_LOG", "warn")  # before torchft, which else writes several lines for every step
 
-from .enable import ElasticVote, enable_elastic_vote  # noqa: E402
+from .enable import ElasticVote, enable_elastic_vote
 
 __all__ = ["ElasticBatches", "ElasticVote", "enable_elastic_vote"]

@@ -28,7 +28,9 @@ class ElasticBatches:
 
     counted through all epochs. So no batch is voted on twice in an epoch, and none is left out, whoever comes and goes:
     a batch whose step failed is drawn again by the quorum that is left. What does not fill a batch is left out of the
-    epoch. Draw in the closure of `Signum.step`, or between `ElasticVote.begin` and the step. As the `batch_sampler` of a
+    epoch.
+
+    Draw in the closure of `Signum.step`, or between `ElasticVote.begin` and the step. As the `batch_sampler` of a
     `DataLoader` it needs ``num_workers=0``, since others draw ahead.
 
     Args:

@@ -1,5 +1,6 @@
 """A vote of whoever is there, in plain torch: one line behind the optimizer."""
 
+import logging
 import os
 import socket
 from collections.abc import Callable, Mapping
@@ -21,6 +22,8 @@ from ..vote.topology import Flat
 from .membership import Membership, Place
 from .state import SharedState, Stateful
 from .transport import Members
+
+_LOG = logging.getLogger(__name__)
 
 
 def enable_elastic_vote(
@@ -72,6 +75,8 @@ def enable_elastic_vote(
     model, optimizer = _compat.uncompiled(model), find_signum(optimizer)
     if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
         raise ValueError("workers that come and go do without DistributedDataParallel: pass the model unwrapped")
+    if optimizer.vote is not None:
+        raise ValueError("this optimizer votes already: make a new one for an elastic vote")
     check(model, [optimizer])
     address = lighthouse or os.environ.get("TORCHFT_LIGHTHOUSE")
     if not address:
@@ -122,7 +127,7 @@ class ElasticVote:
         state = SharedState(model, optimizer, others)
         self._membership = Membership(place, members, state.save, state.load, optimizer.t)
         keep_local(model, guard=True)
-        self._hook = optimizer.register_step_pre_hook(self._before)
+        optimizer.register_step_pre_hook(self._before)
 
     @property
     def step(self) -> int:
@@ -151,9 +156,8 @@ class ElasticVote:
 
     def close(self) -> None:
         """Leave the other workers; the optimizer takes no step any more."""
-        self._closed = True
+        self._closed, self._begun = True, False
         self._membership.leave()
-        self._hook.remove()
         release(self._model)
 
     def _before(self, _: Signum, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -171,24 +175,30 @@ class ElasticVote:
             self._vote.verify_next()
         return healed
 
-    def _take(self, given: StepInput) -> StepInput:
-        """Take a step with whoever is there; what it was about at last is returned."""
-        while True:
-            for view in given.views if self._stale else ():
-                view.present = False  # its gradient is one of other parameters
-            try:
-                self._vote.take(given, self._commit)
-                self.workers, self._begun = self._membership.workers.world_size, False
-                return given
-            except PeerLostError as error:
-                self._membership.fail(error)
-            except RanksDifferError as error:
-                self._start_over(error)
-            except BaseException as error:
-                self._begun = False
-                self._membership.fail(RuntimeError(repr(error)))
-                raise
+    def _take(self, given: StepInput) -> None:
+        """Take a step with whoever is there, as often as somebody is lost meanwhile."""
+        while not self._attempt(given):
             given = self._again()
+        self.workers, self._begun = self._membership.workers.world_size, False
+        try:
+            self._vote.end(given)
+        except (PeerLostError, RanksDifferError) as error:  # the step is taken; the next quorum sees to it
+            self._recover(error)
+
+    def _attempt(self, given: StepInput) -> bool:
+        """Vote and commit; return whether that was possible. If not, nothing that is the same on all was changed."""
+        for view in given.views if self._stale else ():
+            view.present = False  # its gradient is one of other parameters
+        try:
+            self._vote.take(given, self._commit)
+            return True
+        except (PeerLostError, RanksDifferError) as error:
+            self._recover(error)
+            return False
+        except BaseException as error:
+            self._begun = False
+            self._membership.fail(RuntimeError(repr(error)))
+            raise
 
     def _again(self) -> StepInput:
         """Wait for the quorum that is left, and return what the step is about now."""
@@ -205,10 +215,12 @@ class ElasticVote:
         if not self._membership.commit():
             raise PeerLostError("the step cannot be committed")
 
-    def _start_over(self, error: RanksDifferError) -> None:
-        """Let all but the largest party take over its state: they took a step that the others do not know of."""
-        number, size = self._membership.workers.rank, self._membership.workers.world_size
-        undecided = len(error.ranks) == size  # then the first worker is right
-        if number in error.ranks and not (undecided and number == 0):
-            self._membership.start_over()
+    def _recover(self, error: PeerLostError | RanksDifferError) -> None:
+        """Give up this quorum. Those who took a step that the larger party does not know of take over its state."""
+        if isinstance(error, RanksDifferError):
+            number, size = self._membership.workers.rank, self._membership.workers.world_size
+            wrong = error.ranks if len(error.ranks) < size else list(range(1, size))  # no party is larger
+            _LOG.warning("workers %s differ from the others in %s, and take over their state", wrong, error.parameter)
+            if number in wrong:
+                self._membership.start_over()
         self._membership.fail(error)

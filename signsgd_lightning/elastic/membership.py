@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torchft import Manager
 
 from .transport import Members, SafeHTTP
 
-_LOG = logging.getLogger("signsgd_lightning.elastic")
+_LOG = logging.getLogger(__name__)
 logging.getLogger("torchft.manager").addFilter(lambda record: "flight recorder" not in record.getMessage())
 _PAUSE = 0.2
 """Seconds between two attempts to find the lighthouse, or enough workers."""
@@ -109,14 +109,15 @@ class Membership:
         """Tell whether this worker may take the step that it has all verdicts of; if so it counts."""
         assert self._manager is not None
         try:
-            return self._manager.should_commit()
+            return bool(self._manager.should_commit())
         except (RuntimeError, OSError):  # a newcomer hangs in the middle of its copy
             self.leave()
             return False
 
     def fail(self, error: Exception) -> None:
         """Give up the step: let the others know by closing all connections; the next quorum opens new ones."""
-        assert self._manager is not None
+        if self._manager is None:
+            return
         self.workers.gloo.abort()
         self._manager.report_error(error)
         self.commit()
@@ -155,7 +156,7 @@ class Membership:
     def _join(self) -> Manager:
         """Join as a new member, with connections of its own; nothing of an older membership is used again."""
         host, timeout = self._place.hostname, self._place.timeout
-        store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout)
+        store = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout)
         http = SafeHTTP(timeout, host)
         try:
             manager = Manager(

@@ -56,7 +56,7 @@ class Members(PointToPoint):
         return PeerLostError(f"{who} stopped answering while the workers {message.value} ({error})", suspect)
 
 
-class SafeHTTP(HTTPTransport[Any]):
+class SafeHTTP(HTTPTransport[Any]):  # type: ignore[misc]
     """Sends a newcomer the state over HTTP; what arrives is loaded as tensors and plain values, never as code.
 
     Args:

@@ -62,8 +62,8 @@ class Vote:
 
     Attributes:
         observers: are told what happens; `observe` adds one.
-        taker: takes a step by `take`, as often as workers are lost meanwhile, and returns what it was about at last;
-            None where one that fails is not tried again.
+        taker: takes a step by `take` and `end`, and again where workers are lost meanwhile; None where one that fails
+            is not tried again.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Vote:
             self.observers.append(Verification(self.options.verify_every_n_steps))
         self._names, self._same = names, False
         self._model = None if model is None else weakref.ref(model)
-        self.taker: Callable[[StepInput], StepInput] | None = None
+        self.taker: Callable[[StepInput], None] | None = None
 
     def verify_next(self) -> None:
         """Make sure at the next vote, before it, that all ranks hold the same values: some were loaded or added."""
@@ -112,10 +112,10 @@ class Vote:
             )
         if not given.views:
             return
-        if self.taker is None:
-            self.take(given)
-        else:
-            given = self.taker(given)
+        if self.taker is not None:
+            self.taker(given)
+            return
+        self.take(given)
         self.end(given)
 
     def take(self, given: StepInput, before_commit: Callable[[], None] = lambda: None) -> None:
