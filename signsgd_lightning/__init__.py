@@ -16,6 +16,7 @@ from .vote import PeerLostError, RanksDifferError
 from .worker_states import WorkerStates
 
 if TYPE_CHECKING:
+    from .elastic import ElasticBatches, ElasticVote, enable_elastic_vote
     from .huggingface import MajorityVoteCallback
     from .monitor.geometry_monitor import GeometryMonitor
     from .monitor.vote_monitor import VoteMonitor
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from .strategies.majority_vote import MajorityVoteStrategy
 
 __all__ = [
+    "ElasticBatches",
+    "ElasticVote",
     "FabricLocalVoteStrategy",
     "FabricMajorityVoteStrategy",
     "GeometryMonitor",
@@ -36,6 +39,7 @@ __all__ = [
     "Signum",
     "VoteMonitor",
     "WorkerStates",
+    "enable_elastic_vote",
     "enable_local_steps",
     "enable_majority_vote",
     "gather_state",
@@ -44,6 +48,8 @@ __all__ = [
 ]
 
 _HOMES = {
+    "ElasticBatches": "elastic",
+    "ElasticVote": "elastic",
     "FabricLocalVoteStrategy": "strategies.fabric",
     "FabricMajorityVoteStrategy": "strategies.fabric",
     "GeometryMonitor": "monitor.geometry_monitor",
@@ -51,10 +57,15 @@ _HOMES = {
     "MajorityVoteCallback": "huggingface",
     "MajorityVoteStrategy": "strategies.majority_vote",
     "VoteMonitor": "monitor.vote_monitor",
+    "enable_elastic_vote": "elastic",
 }
-"""What needs Lightning or transformers."""
+"""What needs Lightning, transformers or torchft."""
 
-_EXTRAS = {"lightning": ("Lightning", "lightning"), "transformers": ("transformers", "huggingface")}
+_EXTRAS = {
+    "lightning": ("Lightning", "lightning"),
+    "torchft": ("torchft", "elastic"),
+    "transformers": ("transformers", "huggingface"),
+}
 """Package -> what it is called, and the extra that brings it."""
 
 register_when_imported()

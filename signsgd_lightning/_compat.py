@@ -4,10 +4,11 @@ Lightning is imported only by the functions that are about it.
 """
 
 import sys
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -66,6 +67,15 @@ def past_the_hook(ddp_model: DistributedDataParallel) -> dict[str, bool]:
         "mixed_precision (take torch.autocast)": ddp_model.mixed_precision is not None,
         'torch._dynamo.config.optimize_ddp = "python_reducer"': bool(ddp_model._use_python_reducer),
     }
+
+
+def streaming_load(stream: IO[bytes]) -> Any:
+    """Return the tensors and plain values that a stream brings, refusing code; for `elastic.transport`."""
+    from torch.distributed._serialization import _streaming_load
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given buffer is not writable")  # its tensors are only read
+        return _streaming_load(stream, weights_only=True)  # type: ignore[arg-type]
 
 
 def is_zero_tensor(tensor: Tensor) -> bool:

@@ -94,7 +94,7 @@ def let_vote(
     """
     model = _find_ddp(_compat.uncompiled(model))
     optimizers = [find_signum(optimizer, number) for number, optimizer in enumerate(optimizers)]
-    _check(model, optimizers)
+    check(model, optimizers)
     if len(optimizers) > 1:
         options.exclude({f"{len(optimizers)} optimizers": True})
     group = _group(model, process_group)
@@ -161,9 +161,9 @@ def _topology(
     model: nn.Module, options: VoteOptions, group: dist.ProcessGroup, place: tuple[int, int] | None
 ) -> Topology:
     if options.vote_between == "ranks":
-        return Flat(group)
+        return Flat(PointToPoint(group))
     groups = find_nodes(group, next(model.parameters()).device, *(place or ()))
-    return Nodes(groups) if dist.get_world_size(groups.inside) > 1 else Flat(group)
+    return Nodes(groups) if dist.get_world_size(groups.inside) > 1 else Flat(PointToPoint(group))
 
 
 def _schedule(model: nn.Module, optimizer: Signum, options: VoteOptions) -> Schedule:
@@ -236,7 +236,12 @@ def _check_ddp(model: DistributedDataParallel) -> None:
             )
 
 
-def _check(model: nn.Module, optimizers: Sequence[Signum]) -> None:
+def check(model: nn.Module, optimizers: Sequence[Signum]) -> None:
+    """Make sure that the optimizers can vote on the model's parameters.
+
+    Raises:
+        ValueError: if not.
+    """
     if not optimizers:
         raise ValueError("enable_majority_vote needs the optimizers that are to vote, got none")
     check_optimizers(model, optimizers)

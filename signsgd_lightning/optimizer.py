@@ -276,7 +276,7 @@ class Signum(Optimizer):
     def zeros(self) -> Zeros:
         """The zero rule in force."""
         chosen: Zeros | None = self.param_groups[0]["zeros"]
-        return chosen or core.default_zeros(1 if self.vote is None else self.vote.topology.workers.world_size)
+        return chosen or (core.default_zeros(1) if self.vote is None else self.vote.topology.zeros)
 
     def step_input(self) -> StepInput:
         """Return what a step taken now is about."""

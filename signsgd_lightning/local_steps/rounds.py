@@ -19,7 +19,7 @@ from ..views import FlatView
 from ..vote import StepInput, Vote, VoteOptions
 from ..vote.agreement import Purpose
 from ..vote.topology import Flat, Verdict
-from ..vote.transport import Message
+from ..vote.transport import Message, PointToPoint
 from .buffers import Buffers
 from .options import LocalStepOptions
 
@@ -63,7 +63,7 @@ class LocalSteps:
         self.outer = Signum([{"params": []}], lr=options.outer_lr, betas=(0.0, 0.0))
         self.outer.param_groups[0]["outer_momentum"] = options.outer_momentum
         votes = VoteOptions(options.verify_every_n_rounds)
-        self.vote = self.outer.vote = Vote(Flat(process_group), self._names, "local steps", votes)
+        self.vote = self.outer.vote = Vote(Flat(PointToPoint(process_group)), self._names, "local steps", votes)
         self._find_parameters()
         self.vote.agree(self.outer.views(), self._settings(), Purpose.ENABLE)
         self._handles = [optimizer.register_step_pre_hook(self._begin) for optimizer in self.optimizers]

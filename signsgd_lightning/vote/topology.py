@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from signsgd_core import Zeros, default_zeros
 from signsgd_core.wire import WORD_BITS
 
 from ..state import Entry, private
@@ -57,11 +57,18 @@ class Topology(ABC):
             numbers of the workers.
         everyone: all ranks.
         ranks_per_worker: how many ranks are one worker.
+        changes: whether workers come and go.
     """
 
     workers: PointToPoint
     everyone: PointToPoint
     ranks_per_worker: int
+    changes = False
+
+    @property
+    def zeros(self) -> Zeros:
+        """The zero rule where none is chosen; the last worker that is left keeps that of several."""
+        return default_zeros(2 if self.changes else self.workers.world_size)
 
     @abstractmethod
     def share(self, views: Sequence[FlatView], present: Tensor, bucket_size: int, note: Note | None) -> Share:
@@ -122,13 +129,15 @@ class Flat(Topology):
     """Every rank is a worker.
 
     Args:
-        process_group: of the ranks.
+        ranks: all of them.
+        changes: whether they come and go.
     """
 
     ranks_per_worker = 1
 
-    def __init__(self, process_group: dist.ProcessGroup) -> None:
-        self.workers = self.everyone = PointToPoint(process_group)
+    def __init__(self, ranks: PointToPoint, changes: bool = False) -> None:
+        self.workers = self.everyone = ranks
+        self.changes = changes
 
     def share(self, views: Sequence[FlatView], present: Tensor, bucket_size: int, note: Note | None) -> Share:
         """Return all parameters that some rank has a gradient for."""

@@ -62,6 +62,8 @@ class Vote:
 
     Attributes:
         observers: are told what happens; `observe` adds one.
+        taker: takes a step by `take` and `end`, and again where workers are lost meanwhile; None where one that fails
+            is not tried again.
     """
 
     def __init__(
@@ -80,7 +82,7 @@ class Vote:
             self.observers.append(Verification(self.options.verify_every_n_steps))
         self._names, self._same = names, False
         self._model = None if model is None else weakref.ref(model)
-        self._adversary = (self.options.adversaries or {}).get(topology.workers.rank)
+        self.taker: Callable[[StepInput], None] | None = None
 
     def verify_next(self) -> None:
         """Make sure at the next vote, before it, that all ranks hold the same values: some were loaded or added."""
@@ -110,10 +112,24 @@ class Vote:
             )
         if not given.views:
             return
-        ballot = self.cast(given)
-        if ballot is not None:
-            self._commit(ballot.share.moved, self.decide(ballot))
+        if self.taker is not None:
+            self.taker(given)
+            return
+        self.take(given)
         self.end(given)
+
+    def take(self, given: StepInput, before_commit: Callable[[], None] = lambda: None) -> None:
+        """Prepare, then commit; raises as `step`.
+
+        Args:
+            given: what the step is about.
+            before_commit: is called when all verdicts have arrived. If it raises, nothing is committed.
+        """
+        ballot = self.cast(given)
+        verdicts = [] if ballot is None else self.decide(ballot)
+        before_commit()
+        if ballot is not None:
+            self._commit(ballot.share.moved, verdicts)
 
     def cast(self, given: StepInput) -> Ballot | None:
         """Return a vote with all ballots sent, None where no rank has a gradient; raises as `step`."""
@@ -140,9 +156,10 @@ class Vote:
             RuntimeError: if the ranks disagree, on all of them.
         """
         self.topology.keep_share(given.views)
+        adversary = (self.options.adversaries or {}).get(self.topology.workers.rank)
         for view in given.views:
-            if self._adversary is not None and view.present:
-                view.lie(self._adversary)
+            if adversary is not None and view.present:
+                view.lie(adversary)
         present = self.agree(given.views, given.settings)
         if not self._same:
             verify_first(self, given.views, given.step)

@@ -1,0 +1,196 @@
+"""Who is there: a quorum by torchft's lighthouse before every step, and what becomes of a lost one."""
+
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torchft import Manager
+
+from .transport import Members, SafeHTTP
+
+_LOG = logging.getLogger(__name__)
+logging.getLogger("torchft.manager").addFilter(lambda record: "flight recorder" not in record.getMessage())
+_PAUSE = 0.2
+"""Seconds between two attempts to find the lighthouse, or enough workers."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where and how a worker meets the others.
+
+    Attributes:
+        lighthouse: its address, "http://host:port".
+        min_workers: with fewer of them training waits.
+        timeout: how long one that does not answer is waited for.
+        hostname: by which the others reach this machine.
+    """
+
+    lighthouse: str
+    min_workers: int
+    timeout: timedelta
+    hostname: str
+
+
+class Membership:
+    """This worker's part in the quorum.
+
+    Args:
+        place: where and how.
+        workers: are those of the quorum, from `meet` on.
+        save: returns the state that is the same on all workers.
+        load: goes on from another worker's.
+        step: how many steps this worker has taken; those that are behind take over the state of one that is ahead.
+
+    Attributes:
+        workers: those of the quorum.
+    """
+
+    def __init__(
+        self,
+        place: Place,
+        workers: Members,
+        save: Callable[[], dict[str, Any]],
+        load: Callable[[Mapping[str, Any]], None],
+        step: int,
+    ) -> None:
+        self.workers = workers
+        self._place, self._save, self._load = place, save, load
+        self._progress = {"step": step, "batches_committed": 0}
+        self._manager: Manager | None = None
+        self._pending: Mapping[str, Any] | None = None
+        self._said = ""
+        self._group: object = None
+
+    @property
+    def batches(self) -> int:
+        """How many batches have been voted on so far, of all workers and steps."""
+        return self._progress["batches_committed"] if self._manager is None else self._manager.batches_committed()
+
+    def meet(self) -> tuple[bool, bool]:
+        """Wait for a quorum of enough workers, however long that takes.
+
+        Returns:
+            Whether its workers are others than before, whether this one took over their state.
+
+        Raises:
+            RuntimeError: if this worker has another model or other settings.
+        """
+        healed = False
+        while True:
+            manager = self._ask()
+            if manager is None:
+                continue
+            if self._pending is not None:
+                pending, self._pending = self._pending, None
+                self._load(pending)
+                healed = True
+            number, size = manager.participating_rank(), manager.num_participants()
+            error = manager.errored()
+            if error is None and (self.workers.gloo.parent.rank(), self.workers.gloo.size()) != (number, size):
+                error = RuntimeError("a lighthouse that was started anew counts its quorums as the old one did")
+            if error is not None:
+                self.fail(error)
+                continue
+            if size >= self._place.min_workers:
+                break
+            self._say(f"training waits: {size} of at least {self._place.min_workers} workers are there")
+            time.sleep(_PAUSE)
+        self.workers.rank, self.workers.world_size = number, size
+        self._say("")
+        group, self._group = self._group, self.workers.gloo.parent
+        return group is not self._group, healed
+
+    def commit(self) -> bool:
+        """Tell whether this worker may take the step that it has all verdicts of; if so it counts."""
+        assert self._manager is not None
+        try:
+            return bool(self._manager.should_commit())
+        except (RuntimeError, OSError):  # a newcomer hangs in the middle of its copy
+            self.leave()
+            return False
+
+    def fail(self, error: Exception) -> None:
+        """Give up the step: let the others know by closing all connections; the next quorum opens new ones."""
+        if self._manager is None:
+            return
+        self.workers.gloo.abort()
+        self._manager.report_error(error)
+        self.commit()
+
+    def start_over(self) -> None:
+        """Take over the others' state with the next quorum, as a newcomer does."""
+        if self._manager is not None:
+            self._manager.load_state_dict({**self._manager.state_dict(), "step": 0})
+
+    def leave(self) -> None:
+        """Leave the quorum; `meet` joins again."""
+        manager, self._manager = self._manager, None
+        if manager is not None:
+            self._progress = manager.state_dict()
+            self.workers.gloo.abort()
+            manager.shutdown()
+
+    def _ask(self) -> Manager | None:
+        """Ask the lighthouse for a quorum; None if it does not answer."""
+        try:
+            manager = self._manager = self._manager or self._join()
+            manager.start_quorum(timeout=self._place.timeout)
+            return manager
+        except TimeoutError:
+            words = f"no quorum yet: the lighthouse at {self._place.lighthouse} hangs, or a worker is slow"
+            if self._said == words:  # or this one was stopped in the middle of a question, which nobody answers then
+                self.leave()
+            self._say(words)
+        except (RuntimeError, OSError) as error:
+            reason = (str(error) or " ").splitlines()[0]
+            self._say(f"training waits: the lighthouse at {self._place.lighthouse} does not answer ({reason})")
+            self.leave()
+        time.sleep(_PAUSE)
+        return None
+
+    def _join(self) -> Manager:
+        """Join as a new member, with connections of its own; nothing of an older membership is used again."""
+        host, timeout = self._place.hostname, self._place.timeout
+        store = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout)
+        http = SafeHTTP(timeout, host)
+        try:
+            manager = Manager(
+                pg=self.workers.gloo,
+                load_state_dict=self._take_pending,
+                state_dict=self._save,
+                min_replica_size=self._place.min_workers,
+                use_async_quorum=False,
+                timeout=timeout,
+                quorum_timeout=timeout,
+                connect_timeout=timeout,
+                rank=0,
+                world_size=1,
+                store_addr=host,
+                store_port=store.port,
+                lighthouse_addr=self._place.lighthouse,
+                replica_id=f"{host}-{os.getpid()}",
+                hostname=host,
+                checkpoint_transport=http,
+            )
+        except BaseException:
+            http.shutdown()
+            raise
+        manager.load_state_dict(self._progress)
+        self._store = store  # it lives as long as the membership
+        return manager
+
+    def _take_pending(self, state: Mapping[str, Any]) -> None:
+        self._pending = state
+
+    def _say(self, what: str) -> None:
+        """Say once that training waits, and that it goes on."""
+        if what and what != self._said:
+            _LOG.warning(what)
+        elif self._said and not what:
+            _LOG.warning("training goes on with %d workers", self.workers.world_size)
+        self._said = what

@@ -1,0 +1,273 @@
+"""Workers that come and go, as real processes, and the lighthouse by which they meet."""
+
+import contextlib
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .workers import PRELOADED, free_port
+
+Array = npt.NDArray[Any]
+SIZES = (70, 3)
+LR = 2.0**-6
+SHARED = {"lr": LR, "betas": (0.0, 0.0), "verdict_momentum": 0.5}
+TIMEOUT = 3.0
+"""Seconds that a worker which does not answer is waited for."""
+
+
+def gradient(k: int) -> list[Array]:
+    """The gradient of batch `k`, in eighths, zeros often."""
+    values = np.random.default_rng([19, k]).integers(-2, 3, sum(SIZES)) / 8
+    return list(np.split(values.astype(np.float32), np.cumsum(SIZES)[:-1]))
+
+
+@dataclass
+class Task:
+    """What a worker does.
+
+    Attributes:
+        steps: until which it trains.
+        min_workers: of the vote.
+        die: where it kills itself, as `_die_at` knows it, and at which step.
+        pause: seconds between steps.
+        signum: settings.
+        sizes: of the parameters.
+        scheduler: whether there is one.
+        closure: whether gradients are computed in one.
+        flip: after which step a parameter changes on this worker alone; the workers look for that every fifth.
+    """
+
+    steps: int = 30
+    min_workers: int = 2
+    die: tuple[str, int] | None = None
+    pause: float = 0.0
+    signum: dict[str, Any] = field(default_factory=lambda: dict(SHARED))
+    sizes: tuple[int, ...] = SIZES
+    scheduler: bool = True
+    closure: bool = True
+    flip: int = -1
+
+
+class Lighthouse:
+    """The one service; `stop` and `start` it as often as wanted."""
+
+    def __init__(self) -> None:
+        self.port = free_port()
+        self.address = f"http://127.0.0.1:{self.port}"
+        self.start()
+
+    def start(self) -> None:
+        self._process: Any = _context().Process(target=_shine, args=(self.port,), daemon=True)
+        self._process.start()
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1):
+                return
+            time.sleep(0.02)
+        raise TimeoutError("the lighthouse does not listen")
+
+    def stop(self) -> None:
+        self._process.kill()
+        self._process.join()
+
+
+class Crew:
+    """Workers, started one by one; each writes a line for every step that it has taken."""
+
+    def __init__(self, folder: Path, lighthouse: Lighthouse) -> None:
+        self._folder, self._lighthouse = folder, lighthouse
+        self.processes: list[Any] = []
+
+    def start(self, task: Task) -> int:
+        """Start a worker; return what it is called."""
+        name = len(self.processes)
+        arguments = (self._path(name), self._lighthouse.address, task)
+        process = _context().Process(target=_work, args=arguments, daemon=True)
+        process.start()
+        self.processes.append(process)
+        return name
+
+    def signal(self, name: int, number: signal.Signals) -> None:
+        os.kill(self.processes[name].pid, number)
+
+    def log(self, name: int) -> list[dict[str, Any]]:
+        """What a worker has written; a line that is not whole yet is left out."""
+        path = self._path(name)
+        lines = path.read_text().split("\n")[:-1] if path.exists() else []
+        return [json.loads(line) for line in lines]
+
+    def said(self, name: int) -> str:
+        """What it said on stderr."""
+        path = self._path(name).with_suffix(".stderr")
+        return path.read_text() if path.exists() else ""
+
+    def step(self, name: int) -> int:
+        """How many steps it has taken, 0 before the first."""
+        lines = self.log(name)
+        return lines[-1]["step"] if lines else 0
+
+    def wait(self, reached: Callable[[], object], seconds: float = 40.0) -> float:
+        """Wait until something is so; return how long that took."""
+        begin = time.monotonic()
+        while not reached():
+            if time.monotonic() > begin + seconds:
+                everyone = [(self.step(name), self.said(name)[-600:]) for name in range(len(self.processes))]
+                raise TimeoutError(f"not within {seconds} s: {everyone}")
+            time.sleep(0.02)
+        return time.monotonic() - begin
+
+    def join(self, *names: int, seconds: float = 60.0) -> None:
+        """Wait until workers have ended, well."""
+        self.wait(lambda: not any(self.processes[name].is_alive() for name in names), seconds)
+        for name in names:
+            assert self.processes[name].exitcode == 0, self.said(name)
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+    def _path(self, name: int) -> Path:
+        return self._folder / f"worker{name}.jsonl"
+
+
+@contextlib.contextmanager
+def crew(folder: Path) -> Iterator[tuple[Crew, Lighthouse]]:
+    """Workers and their lighthouse, all of which end."""
+    lighthouse = Lighthouse()
+    workers = Crew(folder, lighthouse)
+    try:
+        yield workers, lighthouse
+    finally:
+        workers.close()
+        lighthouse.stop()
+
+
+def _context() -> Any:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([*PRELOADED, "signsgd_lightning.elastic"])
+    return context
+
+
+def _shine(port: int) -> None:
+    from torchft.coordination import LighthouseServer
+
+    times = {"join_timeout_ms": 5000, "quorum_tick_ms": 20, "heartbeat_timeout_ms": 700}
+    lighthouse = LighthouseServer(bind=f"127.0.0.1:{port}", min_replicas=1, **times)
+    while lighthouse:
+        signal.pause()
+
+
+def _work(path: Path, lighthouse: str, task: Task) -> None:
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    with path.with_suffix(".stderr").open("w", buffering=1) as stderr:
+        os.dup2(stderr.fileno(), 2)
+        _train(path, lighthouse, task)
+
+
+def _train(path: Path, lighthouse: str, task: Task) -> None:
+    import torch
+    from torch import nn
+
+    from signsgd_lightning import Signum, enable_elastic_vote
+
+    torch.set_num_threads(1)
+    random = torch.Generator().manual_seed(os.getpid())  # each starts elsewhere
+    model = nn.ParameterList([torch.rand(size, generator=random) for size in task.sizes])
+    optimizer = Signum(model.parameters(), **task.signum)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 8, 0.5)
+    vote = enable_elastic_vote(
+        model,
+        optimizer,
+        lighthouse=lighthouse,
+        min_workers=task.min_workers,
+        timeout=timedelta(seconds=TIMEOUT),
+        state={"scheduler": scheduler} if task.scheduler else {},
+        hostname="127.0.0.1",
+        verify_every_n_steps=5,
+    )
+    if task.die is not None:
+        _die_at(vote, *task.die)
+    drawn, lr, before = -1, 0.0, [x.tolist() for x in model]
+
+    def closure() -> torch.Tensor:
+        nonlocal drawn, lr, before
+        optimizer.zero_grad()
+        lr, before = optimizer.param_groups[0]["lr"], [x.tolist() for x in model]
+        drawn = vote.batches + vote.number
+        loss = torch.stack([(x * torch.from_numpy(g)).sum() for x, g in zip(model, gradient(drawn), strict=False)])
+        loss.sum().backward()  # type: ignore[no-untyped-call]
+        return loss.sum()
+
+    with path.open("a") as log:
+        while vote.step < task.steps:
+            if task.closure:
+                optimizer.step(closure)
+            else:
+                vote.begin()
+                closure()
+                optimizer.step()
+            scheduler.step()
+            if vote.step == task.flip:
+                model[0].data[0] += 1
+                task.flip = -1
+            bits = b"".join(x.detach().numpy().tobytes() for x in model)
+            line: dict[str, Any] = {
+                "step": vote.step,
+                "workers": vote.workers,
+                "number": vote.number,
+                "batches": vote.batches,
+            }
+            line |= {"drawn": drawn, "bits": hashlib.md5(bits).hexdigest(), "zeros": optimizer.zeros, "lr": lr}
+            line |= {"before": before, "after": [x.tolist() for x in model], "time": time.time()}
+            if "momentum" in optimizer.state[model[0]]:
+                line["momentum"] = optimizer.state[model[0]]["momentum"].tolist()
+            log.write(json.dumps(line) + "\n")
+            log.flush()
+            time.sleep(task.pause)
+    vote.close()
+
+
+def _die_at(vote: Any, place: str, step: int) -> None:
+    """Kill this process at a place in the code, when so many steps were taken."""
+    from signsgd_lightning import _compat
+    from signsgd_lightning.elastic import membership, transport
+
+    def before(owner: Any, name: str, when: Callable[..., bool] = lambda *_: True) -> None:
+        original = getattr(owner, name)
+
+        def die(*args: Any, **kwargs: Any) -> Any:
+            if vote.step >= step and when(*args):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*args, **kwargs)
+
+        setattr(owner, name, die)
+
+    def message(kind: str) -> Callable[..., bool]:
+        return lambda *args: args[-1].name == kind
+
+    if place in ("HEADER", "BALLOTS", "VERDICTS"):
+        before(transport.Members, "_start", message(place))
+    elif place == "commit":
+        before(membership.Membership, "commit")
+    elif place == "apply":
+        before(vote._vote, "_commit")
+    elif place == "heal":
+        before(_compat, "streaming_load")
+    elif place == "load":
+        before(vote._membership, "_load")
+    else:
+        assert place == "save"
+        before(vote._membership, "_save")
