@@ -23,6 +23,7 @@ from .reference import Reference
 from .settings import (
     WarmupSteps,
     check_betas,
+    check_count,
     check_newton_schulz,
     check_settings,
     check_share,
@@ -50,6 +51,7 @@ __all__ = [
     "WarmupSteps",
     "Zeros",
     "check_betas",
+    "check_count",
     "check_local_steps",
     "check_newton_schulz",
     "check_settings",

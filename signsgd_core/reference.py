@@ -13,7 +13,7 @@ import numpy.typing as npt
 from .adversaries import Adversary, check_adversaries
 from .ballots import Zeros, default_zeros, zero_bit
 from .polar import NS_COEFFICIENTS, NS_STEPS, matrices, polar
-from .settings import WarmupSteps, check_newton_schulz, check_settings, check_warmup_steps
+from .settings import WarmupSteps, check_count, check_newton_schulz, check_settings, check_warmup_steps
 from .update import (
     direction,
     finite,
@@ -78,8 +78,7 @@ class Reference:
         ns_coefficients: Sequence[float] = NS_COEFFICIENTS,
         tolerance: float = 0.0,
     ) -> None:
-        if not isinstance(workers, int) or workers < 1:
-            raise ValueError(f"workers must be a whole number of 1 or more, got {workers!r}")
+        check_count("workers", workers, 1)
         check_settings(lr, betas, weight_decay, verdict_momentum, zeros, warmup_steps)
         self.parameters = [np.array(x) for x in parameters]
         if any(x.dtype.kind != "f" and x.dtype.name != "bfloat16" for x in self.parameters):

@@ -37,6 +37,16 @@ def check_size(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be 0 or more and finite, got {value!r}")
 
 
+def check_count(name: str, value: Any, least: int) -> None:
+    """Make sure that a setting is a whole number, an int of `least` or more.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    if not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be a whole number of {least} or more, got {value!r}")
+
+
 def check_share(name: str, value: Any) -> None:
     """Make sure that a setting is a number in [0, 1).
 

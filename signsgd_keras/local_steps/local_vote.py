@@ -9,7 +9,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from signsgd_core import check_local_steps
+from signsgd_core import check_count, check_local_steps
 from signsgd_core.adversaries import Adversary, check_adversaries
 from signsgd_core.analysis.vote_figures import figures, names
 
@@ -75,10 +75,7 @@ class LocalVote(keras.callbacks.Callback):  # type: ignore[misc]
         strategy: Any = None,
     ) -> None:
         check_local_steps(sync_every, outer_lr, outer_momentum)
-        if not isinstance(verify_every_n_rounds, int) or verify_every_n_rounds < 0:
-            raise ValueError(
-                f"verify_every_n_rounds must be a whole number of 0 or more, got {verify_every_n_rounds!r}"
-            )
+        check_count("verify_every_n_rounds", verify_every_n_rounds, 0)
         super().__init__()
         self.sync_every, self.outer_lr, self.outer_momentum = sync_every, outer_lr, outer_momentum
         self.verify_every_n_rounds, self.adversaries = verify_every_n_rounds, dict(adversaries or {})

@@ -4,6 +4,8 @@ from typing import Any
 
 import keras
 
+from signsgd_core import check_count
+
 from .. import _compat
 from ..vote.verification import verify
 from .optimizers import voting_optimizer
@@ -29,8 +31,7 @@ class VerifyReplicas(keras.callbacks.Callback):  # type: ignore[misc]
     """
 
     def __init__(self, every_n_steps: int = 100) -> None:
-        if not isinstance(every_n_steps, int) or every_n_steps < 1:
-            raise ValueError(f"every_n_steps must be a whole number of 1 or more, got {every_n_steps!r}")
+        check_count("every_n_steps", every_n_steps, 1)
         super().__init__()
         self.every_n_steps = every_n_steps
 

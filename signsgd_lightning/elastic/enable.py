@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from signsgd_core import check_count
 from signsgd_core.adversaries import Adversary
 
 from .. import _compat
@@ -84,8 +85,7 @@ def enable_elastic_vote(
             "an elastic vote needs a lighthouse: start `torchft_lighthouse --min_replicas 1` on one machine, and pass "
             'lighthouse="http://host:29510" or set TORCHFT_LIGHTHOUSE'
         )
-    if not isinstance(min_workers, int) or min_workers < 1:
-        raise ValueError(f"min_workers must be a whole number of 1 or more, got {min_workers!r}")
+    check_count("min_workers", min_workers, 1)
     place = Place(address, min_workers, timeout, hostname or socket.gethostname())
     return ElasticVote(model, optimizer, place, state or {}, VoteOptions(verify_every_n_steps, adversaries))
 

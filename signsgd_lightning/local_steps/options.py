@@ -32,9 +32,7 @@ class LocalStepOptions:
     def __post_init__(self) -> None:
         """Check the values."""
         core.check_local_steps(self.sync_every, self.outer_lr, self.outer_momentum)
-        every = self.verify_every_n_rounds
-        if not isinstance(every, int) or every < 0:
-            raise ValueError(f"verify_every_n_rounds must be a whole number of 0 or more, got {every!r}")
+        core.check_count("verify_every_n_rounds", self.verify_every_n_rounds, 0)
 
     def in_words(self) -> str:
         """Return what all ranks must have in common."""

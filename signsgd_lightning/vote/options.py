@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
+from signsgd_core import check_count
 from signsgd_core.adversaries import Adversary, check_adversaries
 from signsgd_core.wire import BUCKET_SIZE
 
@@ -35,9 +36,7 @@ class VoteOptions:
 
     def __post_init__(self) -> None:
         """Check the values."""
-        every = self.verify_every_n_steps
-        if not isinstance(every, int) or every < 0:
-            raise ValueError(f"verify_every_n_steps must be a whole number of 0 or more, got {every!r}")
+        check_count("verify_every_n_steps", self.verify_every_n_steps, 0)
         if self.vote_between not in get_args(VoteBetween):
             raise ValueError(
                 "vote_between must be 'ranks' (each is a worker) or 'nodes' (those of a machine are one), got "
