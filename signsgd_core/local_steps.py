@@ -165,16 +165,16 @@ class LocalReference:
             if verdict is None:
                 continue  # nobody moved it, and its momentum rests
             step = self.magnitudes[k] * verdict
-            new, self.momenta[k] = outer_update(_wide(x), self.momenta[k], step, self.outer_lr, self.outer_momentum)
+            new, self.momenta[k] = outer_update(widened(x), self.momenta[k], step, self.outer_lr, self.outer_momentum)
             self.parameters[k] = new.astype(x.dtype)
 
     def _displacement(self, i: int, k: int, x: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """L1: what worker `i` votes with on tensor `k`."""
-        delta = _wide(self.parameters[k]) - _wide(np.asarray(x))
+        delta = widened(self.parameters[k]) - widened(np.asarray(x))
         sent = self.adversaries[i](delta) if i in self.adversaries and delta.any() else delta
         return finite(np.zeros_like(delta) if sent is None else np.asarray(sent))
 
 
-def _wide(x: npt.NDArray[Any]) -> npt.NDArray[Any]:
+def widened(x: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Return an array in float32, or float64 if it is that; half types round once, at the end."""
     return x.astype(np.promote_types(x.dtype, np.float32))

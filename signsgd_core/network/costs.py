@@ -53,11 +53,14 @@ SCHEMES: Mapping[str, Scheme] = {
 """Every way to exchange gradients, by the name it has in the benchmarks' tables."""
 
 ROUND = "a round of local steps"
-_ROUND = Scheme(
-    lambda d, m: int(traffic.local_steps(d, m, 1)),
-    lambda m: 4 * (m > 1),  # agreement, ballots, verdicts, magnitudes
-    lambda d, m: _vote_messages(d, m) + m - 1,
-)
+_KNOWN: Mapping[str, Scheme] = {
+    **SCHEMES,
+    ROUND: Scheme(
+        lambda d, m: int(traffic.local_steps(d, m, 1)),
+        lambda m: 4 * (m > 1),  # agreement, ballots, verdicts, magnitudes
+        lambda d, m: _vote_messages(d, m) + m - 1,
+    ),
+}
 
 
 class Cost(NamedTuple):
@@ -138,13 +141,12 @@ def flat(
         >>> round(cost.fixed, 3), cost.bits, round(cost.seconds(1e9), 3)
         (0.106, 48000000, 0.154)
     """
-    known = {**SCHEMES, ROUND: _ROUND}
-    if scheme not in known:
-        raise ValueError(f"unknown scheme {scheme!r}, take one of {', '.join(map(repr, known))}")
+    if scheme not in _KNOWN:
+        raise ValueError(f"unknown scheme {scheme!r}, take one of {', '.join(map(repr, _KNOWN))}")
     for name, value in (("parameters", parameters), ("workers", workers)):
         if value < 1:
             raise ValueError(f"{name} must be 1 or more, got {value!r}")
-    sent, rounds, messages = known[scheme]
+    sent, rounds, messages = _KNOWN[scheme]
     count = messages(parameters, workers) if messages else rounds(workers)
     own = (work * parameters if workers > 1 else 0.0) + count * per_message
     fixed = compute + max(1.0, shared) * own + rounds(workers) * latency

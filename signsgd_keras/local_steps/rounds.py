@@ -12,6 +12,7 @@ import numpy.typing as npt
 import signsgd_core as core
 from signsgd_core.adversaries import Adversary
 from signsgd_core.analysis.vote_figures import COUNTS
+from signsgd_core.local_steps import widened
 from signsgd_core.wire import DIGEST_BYTES, Digests, digest, find_difference
 
 from ..variables import path
@@ -188,8 +189,7 @@ class Rounds:
         start, momenta = list(self._start), list(self.momenta)
         for k, verdict in verdicts.items():
             x, u = start[k], momenta[k] if momenta else 0.0
-            exact = x.astype(np.promote_types(x.dtype, np.float32))  # half types round once, at the end
-            new, u = core.outer_update(exact, u, magnitudes[k] * verdict.reshape(x.shape), *self._outer)
+            new, u = core.outer_update(widened(x), u, magnitudes[k] * verdict.reshape(x.shape), *self._outer)
             start[k] = new.astype(x.dtype)
             if momenta:
                 momenta[k] = u

@@ -7,13 +7,12 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from signsgd_core.adversaries import Adversary
+from signsgd_core.adversaries import Adversary, check_adversaries
 
 from .. import _compat
 from ..enable import agree_on_model, broadcast, check_optimizers
 from ..optimizer import see_through
 from ..sharding import refuse_sharded
-from ..vote import VoteOptions
 from .options import LocalStepOptions
 from .rounds import LocalSteps, find_local_steps
 
@@ -88,7 +87,7 @@ def let_step(
     group = process_group or dist.group.WORLD
     if group is None:
         raise RuntimeError("local steps need a process group: call torch.distributed.init_process_group first")
-    VoteOptions(adversaries=options.adversaries).check_workers(dist.get_world_size(group))
+    check_adversaries(options.adversaries, dist.get_world_size(group), "rank")
     agree_on_model(model, group)
     broadcast(model, group)
     return LocalSteps(model, optimizers, options, group, counts_steps)

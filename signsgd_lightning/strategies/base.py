@@ -73,6 +73,11 @@ class WorkerStateStrategy(DDPStrategy):
         if trainer.state.fn == TrainerFn.FITTING:  # where a step unscales, Lightning clips nothing
             self._unscale_at_step(getattr(self.precision_plugin, "scaler", None) is not None)
 
+    @property
+    def _stepping(self) -> list[Any]:
+        """The optimizers, without those that Lightning puts where a module has none."""
+        return [optimizer for optimizer in self.optimizers if not _compat.stands_for_no_optimizer(optimizer)]
+
     def teardown(self) -> None:
         """Let other loops have the optimizers."""
         self._unscale_at_step(True)
@@ -86,9 +91,9 @@ class WorkerStateStrategy(DDPStrategy):
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
         """Return an optimizer's state with what all ranks have of it, or this rank's where each saves its own."""
         inner = see_through(optimizer)
-        local = find_local_steps(inner)
         if self.state_dict_type == "full" and not self._interrupted and has_own_state(inner):
             return gather_state(inner)
+        local = find_local_steps(inner)
         return super().optimizer_state(optimizer) if local is None else own_state(local, inner)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:

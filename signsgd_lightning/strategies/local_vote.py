@@ -8,7 +8,6 @@ from torch.optim import Optimizer
 
 from signsgd_core.adversaries import Adversary
 
-from .. import _compat
 from ..local_steps import LocalSteps
 from ..local_steps.enable import let_step
 from ..local_steps.options import LocalStepOptions
@@ -73,8 +72,7 @@ class LocalVoteStrategy(WorkerStateStrategy):
         super().setup(trainer)
         if trainer.state.fn == TrainerFn.FITTING:
             assert self.model is not None
-            optimizers = [o for o in self.optimizers if not _compat.stands_for_no_optimizer(o)]
-            self.local_steps = let_step(self.model, optimizers, self.options, counts_steps=False)
+            self.local_steps = let_step(self.model, self._stepping, self.options, counts_steps=False)
 
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:
         """Take a step and count it, also one that a gradient scaler skips: so ranks close rounds at the same batch."""

@@ -103,8 +103,7 @@ class MajorityVoteStrategy(WorkerStateStrategy):
         super().setup(trainer)
         if trainer.state.fn == TrainerFn.FITTING:
             assert isinstance(self.model, DistributedDataParallel)
-            optimizers: Any = [o for o in self.optimizers if not _compat.stands_for_no_optimizer(o)]
-            let_vote(self.model, optimizers, self.options, place=(self.num_processes, self.local_rank))
+            let_vote(self.model, self._stepping, self.options, place=(self.num_processes, self.local_rank))
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Load the weights, once the optimizers' states are sure to be of `Signum`, where they are wanted, too."""
