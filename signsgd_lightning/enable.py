@@ -15,7 +15,7 @@ from signsgd_core.adversaries import Adversary
 
 from . import _compat
 from .optimizer import Signum, find_signum
-from .sharding import local, sharded
+from .sharding import is_sharded, local
 from .vote import Vote, VoteOptions
 from .vote.agreement import Purpose, agree, describe
 from .vote.local_gradients import keep_local
@@ -210,7 +210,7 @@ def broadcast(model: nn.Module, everyone: dist.ProcessGroup, counterparts: dist.
     """
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
-            group = counterparts if counterparts is not None and sharded([tensor]) else everyone
+            group = counterparts if counterparts is not None and is_sharded(tensor) else everyone
             dist.broadcast(local(tensor.detach()), dist.get_global_rank(group, 0), group)
 
 

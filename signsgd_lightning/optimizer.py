@@ -390,7 +390,7 @@ def _check_gradient(gradient: Tensor, parameter: Tensor, number: int) -> None:
             f"the gradient of parameter {number} must have its shape {tuple(parameter.shape)}, got "
             f"{tuple(gradient.shape)}: call zero_grad() after a parameter got other data"
         )
-    if bool(sharding.sharded([gradient])) != bool(sharding.sharded([parameter])):
+    if sharding.is_sharded(gradient) != sharding.is_sharded(parameter):
         raise TypeError(
             f"parameter {number} is a {type(parameter).__name__} and its gradient a {type(gradient).__name__}: give it "
             "the gradient that a backward pass leaves"

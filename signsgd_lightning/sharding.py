@@ -93,6 +93,11 @@ def refuse_sharded(optimizer: Optimizer, who: str, remedy: str) -> None:
             )
 
 
+def is_sharded(tensor: Tensor) -> bool:
+    """Tell whether a tensor is a DTensor."""
+    return isinstance(tensor, DTensor)
+
+
 def sharded(parameters: Iterable[Tensor]) -> list[DTensor]:
     """Return those parameters that are DTensors."""
     return [p for p in parameters if isinstance(p, DTensor)]
