@@ -7,12 +7,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import pytest
-
 from tests.clusters import Cluster
 from tests.keras.models import compiled, data, dataset, same
 
 from .conftest import Fault
+from .test_lost_workers import LOST
 
 
 def _endless(victim: int, number: int) -> tuple[str, float, bool]:
@@ -44,14 +43,7 @@ def _endless(victim: int, number: int) -> tuple[str, float, bool]:
     return "no error", 0.0, False
 
 
-@pytest.mark.parametrize(
-    ("number", "victim"),
-    [
-        (signal.SIGKILL, 1),
-        pytest.param(signal.SIGKILL, 0, marks=pytest.mark.nightly),
-        pytest.param(signal.SIGSTOP, 1, marks=pytest.mark.nightly),
-    ],
-)
+@LOST
 def test_a_lost_worker_is_named(
     number: signal.Signals, victim: int, fresh_cluster: Callable[[int], Cluster], fault: Fault
 ) -> None:

@@ -45,7 +45,7 @@ def _endless(victim: int, number: int) -> tuple[str, float]:
     return "no error", 0.0
 
 
-@pytest.mark.parametrize(
+LOST = pytest.mark.parametrize(
     ("number", "victim"),
     [
         (signal.SIGKILL, 1),
@@ -53,6 +53,10 @@ def _endless(victim: int, number: int) -> tuple[str, float]:
         pytest.param(signal.SIGSTOP, 1, marks=pytest.mark.nightly),
     ],
 )
+"""Who is lost of three workers, and by which signal."""
+
+
+@LOST
 def test_a_lost_worker_ends_the_others(
     number: signal.Signals, victim: int, fresh_cluster: Callable[[int], Cluster], fault: Fault
 ) -> None:
