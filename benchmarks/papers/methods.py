@@ -1,6 +1,7 @@
 """What the experiments train by: optimizers that take the mean of all workers' gradients, and majority votes.
 
-A name may end with `CLIPPED` or `PER_LAYER`. Muon and SignMuon divide a model alike, by `signmuon_groups`.
+A name may end with `MEDIAN`, then `CLIPPED`, or with `PER_LAYER`. Muon and SignMuon divide a model alike, by
+`signmuon_groups`.
 """
 
 import json
@@ -44,6 +45,8 @@ VOTED: dict[str, dict[str, Any]] = {
 """SignMuon's settings are those of `signmuon_groups`; in the second form verdict momentum is for what is no matrix."""
 CLIPPED = ", clipped"
 """At the end of a method that averages: the norm of the mean gradient is at most 1."""
+MEDIAN = ", median"
+"""Behind a method that averages: it takes the median of the workers, coordinate by coordinate, and not their mean."""
 PER_LAYER = ", per layer"
 """At the end of a voted method: matrices have learning rates in the ratio of their weights' root mean squares."""
 
@@ -57,6 +60,7 @@ class Job(NamedTuple):
         exchange: of local steps, "vote" or "mean".
         outer_lr: of local steps.
         outer_momentum: of local steps.
+        liars: workers that send the opposite of their gradients, the first ones; None for no such matter.
     """
 
     task: str
@@ -71,6 +75,7 @@ class Job(NamedTuple):
     exchange: str | None = None
     outer_lr: float | None = None
     outer_momentum: float | None = None
+    liars: int | None = None
 
     @property
     def key(self) -> str:
@@ -112,11 +117,12 @@ def update_by(model: nn.Module, job: Job) -> Update:
 
 def _averaged(model: nn.Module, job: Job) -> Update:
     parameters = list(model.parameters())
-    step = averaged_step(model, job)
+    step, robust = averaged_step(model, job), MEDIAN in job.method
 
     def update(gradients: list[list[Tensor]], share: float) -> None:
         for p, of_workers in zip(parameters, zip(*gradients, strict=True), strict=True):
-            p.grad = torch.stack(of_workers).mean(0)
+            rows = torch.stack(of_workers)
+            p.grad = rows.median(0).values if robust else rows.mean(0)
         step(share)
 
     return update
@@ -155,7 +161,7 @@ Cut = tuple[nn.Parameter, list[nn.Parameter]]
 
 def averaging_optimizers(model: nn.Module, job: Job) -> tuple[list[torch.optim.Optimizer], list[Cut]]:
     """Return the optimizers of a method that averages, and which parameters they have as matrices."""
-    method = job.method.removesuffix(CLIPPED)
+    method = job.method.removesuffix(CLIPPED).removesuffix(MEDIAN)
     if method == "Muon":
         return muon_optimizers(model, job, Muon)
     return [AVERAGED[method](model.parameters(), lr=job.lr, weight_decay=job.weight_decay)], []

@@ -51,9 +51,10 @@ def train(task: Task, job: Job, points: int = 20, watch: Callable[[int, nn.Modul
         if watch is not None:
             watch(step, model)
         gradients = []
-        for worker, source in zip(models, sources, strict=True):
+        for k, (worker, source) in enumerate(zip(models, sources, strict=True)):
             loss = task.loss(worker, task.batch(task.global_batch // job.workers, source))
-            gradients.append(list(torch.autograd.grad(loss, list(worker.parameters()))))
+            of_worker = torch.autograd.grad(loss, list(worker.parameters()))
+            gradients.append([-g for g in of_worker] if k < (job.liars or 0) else list(of_worker))
             losses.append(loss.item())
         if not math.isfinite(losses[-1]):
             return Run(math.nan, curve)

@@ -1,0 +1,137 @@
+"""The tables of README and docs, each made from a result file."""
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+SCHEMES = {
+    "no exchange": "no exchange",
+    "DDP fp32": "DDP, fp32",
+    "DDP fp16 hook": "DDP, fp16 hook",
+    "PowerSGD rank 1": "PowerSGD, rank 1",
+    "PowerSGD rank 4": "PowerSGD, rank 4",
+    "1-bit all-gather": "signs in one all-gather",
+    "majority vote (ours)": "**majority vote**",
+    "ours, overlap=True": "with `overlap=True`",
+}
+"""What `benchmarks.wire` calls a scheme -> what a table does."""
+FEW = ("no exchange", "DDP fp32", "PowerSGD rank 1", "1-bit all-gather", "majority vote (ours)")
+METHODS = {
+    "SignMuon": "**SignMuon, vote**",
+    "Muon, clipped": "Muon, fp32",
+    "AdamW .95, clipped": "AdamW, clipped, β2 = 0.95, fp32",
+    "verdict momentum 0.8": "verdict momentum, vote",
+}
+"""What `benchmarks.papers.signmuon` calls a method -> what a table does."""
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return the lines of a table."""
+    lines = [f"| {' | '.join(cells)} |".replace("|  |", "| |") for cells in (head, *rows)]
+    return [lines[0], "|" + "---|" * len(head), *lines[1:]]
+
+
+def text_rows(name: str, section: str = "") -> dict[str, list[str]]:
+    """Return the rows of a result file by their first columns.
+
+    Args:
+        name: of the file, without ending.
+        section: text of the line that the rows stand below, as far as the next empty line; none for the first line.
+
+    Raises:
+        ValueError: if no line has that text.
+    """
+    lines = (RESULTS / f"{name}.txt").read_text().splitlines()
+    first = next((k for k, line in enumerate(lines) if section in line), None)
+    if first is None:
+        raise ValueError(f"results/{name}.txt has no line with {section!r}")
+    rows = dict[str, list[str]]()
+    for line in lines[first + 1 :]:
+        if not line.strip():
+            break
+        label, *cells = re.split(r"\s{2,}", line.strip())
+        rows.setdefault(label, cells)
+    return rows
+
+
+def wire(columns: Mapping[str, tuple[float, float]], schemes: Sequence[str], corner: str = "") -> list[str]:
+    """Return milliseconds a step of four workers and ten million parameters, and the bytes of the first column.
+
+    Args:
+        columns: title -> link rate in bit/s, delay in seconds.
+        schemes: of `SCHEMES`.
+        corner: the first column's title.
+    """
+    cells = json.loads((RESULTS / "wire.json").read_text())["cells"]
+    chosen = [_cell(cells, *place)["schemes"] for place in columns.values()]
+    best = [min(cell[name]["seconds"] for name in schemes if name != "no exchange") for cell in chosen]
+    rows = []
+    for name in schemes:
+        seconds = [cell[name]["seconds"] for cell in chosen]
+        shown = [_bold(f"{1e3 * s:,.0f}", s == least) for s, least in zip(seconds, best, strict=True)]
+        sent = chosen[0][name]["bytes"] / 1e6
+        rows.append([SCHEMES[name], *shown, f"{sent:.1f}" if sent > 0.01 else "0"])
+    return markdown([corner, *columns, "MB sent by each"], rows)
+
+
+def learning() -> list[str]:
+    """Return what `benchmarks.papers.signmuon` measured of both tasks, three seeds each."""
+    gpt, resnet = (text_rows("papers/signmuon", task) for task in ("GPT on bytes", "ResNet on images"))
+    head = [
+        "",
+        "bits a parameter",
+        "GPT, 0.64 M, 500 steps: loss",
+        "bits a parameter",
+        "ResNet-8, an epoch of CIFAR-10",
+    ]
+    rows = []
+    for method, label in METHODS.items():
+        (loss_bits, loss, loss_spread, _), (bits, score, spread, _) = gpt[method][-4:], resnet[method][-4:]
+        shown = (
+            f"{float(loss):.3f} ± {float(loss_spread):.3f}",
+            f"{100 * float(score):.1f} ± {100 * float(spread):.1f}%",
+        )
+        rows.append([label, loss_bits, shown[0], bits, shown[1]])
+    return markdown(head, rows)
+
+
+def nodes() -> list[str]:
+    """Return what `benchmarks.nodes` measured."""
+    slow, fast = text_rows("nodes", "100 Mbit/s between"), text_rows("nodes", "1,000 Mbit/s between")
+    names = ("no exchange", "DDP fp32", "vote between ranks", "vote between nodes")
+    least = [min((rows[name][0] for name in names[1:]), key=float) for rows in (slow, fast)]
+    rows = [
+        [
+            SCHEMES.get(name, name),
+            *(
+                _bold(f"{int(rows[name][0]):,}", rows[name][0] == best)
+                for rows, best in zip((slow, fast), least, strict=True)
+            ),
+            "0" if name == names[0] else f"{float(slow[name][2]):.1f}",
+        ]
+        for name in names
+    ]
+    return markdown(["milliseconds a step", "100 Mbit/s", "1 Gbit/s", "MB sent by a node"], rows)
+
+
+def _cell(cells: Sequence[dict[str, Any]], rate: float, delay: float) -> dict[str, Any]:
+    """Return the cell of four workers and ten million parameters."""
+    wanted = {"rate": rate, "delay": delay, "workers": 4, "parameters": 10_010_000}
+    return next(cell for cell in cells if all(cell[key] == value for key, value in wanted.items()))
+
+
+def _bold(text: str, is_best: bool) -> str:
+    return f"**{text}**" if is_best else text
+
+
+RATES = {"100 Mbit/s": (1e8, 0.0), "1 Gbit/s": (1e9, 0.0), "10 Gbit/s": (1e10, 0.0)}
+TABLES: dict[str, Callable[[], list[str]]] = {
+    "wire": lambda: wire(RATES, FEW),
+    "wire, all schemes": lambda: wire({**RATES, "1 Gbit/s, 20 ms round trip": (1e9, 0.02)}, list(SCHEMES), "4 workers"),
+    "learning": learning,
+    "nodes": nodes,
+}
+"""Name in a page -> what makes the table."""
