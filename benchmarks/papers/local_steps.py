@@ -3,7 +3,7 @@
 python -m benchmarks.papers.local_steps --text FILE --images DIR --out benchmarks/results/papers
 
 The inner learning rates begin where signmuon.py found the best of the same optimizer; every row of local steps has as
-many tuning runs: two inner rates, two outer settings. Then two more seeds, and the vote with other numbers of workers.
+many tuning runs: three inner rates, two outer settings. Then two more seeds, and the vote with other numbers of workers.
 What was trained is kept in trainings.json: started again, it goes on where it was.
 """
 
@@ -30,7 +30,7 @@ OUTER: dict[str, list[tuple[str, float, float]]] = {
     "DiLoCo": [("mean", 0.7, 0.9), ("mean", 0.35, 0.9)],
 }
 """What is tried of each outer step: what is exchanged, η, μ with Nesterov's momentum."""
-RATES = (1.0, 0.5)
+RATES = (1.0, 2.0, 0.5)
 """Shares of the best inner learning rate that are tried."""
 EVERY, MANY, OTHERS = (4, 16, 64), 4, (2, 8)
 
