@@ -1,5 +1,6 @@
 """The tables of README and docs, each made from a result file."""
 
+import itertools
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -28,14 +29,25 @@ METHODS = {
 """What `benchmarks.papers.signmuon` calls a method -> what a table does."""
 
 
+INNER = {
+    "AdamW .95, clipped": "AdamW over DDP, every step",
+    "Muon, clipped": "Muon over DDP, every step",
+    "SignMuon": "SignMuon's vote, every step",
+    "Muon, clipped, vote": "**local steps, `sync_every={}`**",
+    "Muon, clipped, mean": "fp32 mean every {} steps",
+    "Muon, clipped, DiLoCo": "DiLoCo every {} steps",
+}
+"""What `benchmarks.papers.local_steps` calls a row -> what a table does, given `H`."""
+
+
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Return the lines of a table."""
     lines = [f"| {' | '.join(cells)} |".replace("|  |", "| |") for cells in (head, *rows)]
     return [lines[0], "|" + "---|" * len(head), *lines[1:]]
 
 
-def text_rows(name: str, section: str = "") -> dict[str, list[str]]:
-    """Return the rows of a result file by their first columns.
+def text_rows(name: str, section: str = "") -> list[list[str]]:
+    """Return the rows of a result file, cell by cell.
 
     Args:
         name: of the file, without ending.
@@ -48,13 +60,8 @@ def text_rows(name: str, section: str = "") -> dict[str, list[str]]:
     first = next((k for k, line in enumerate(lines) if section in line), None)
     if first is None:
         raise ValueError(f"results/{name}.txt has no line with {section!r}")
-    rows = dict[str, list[str]]()
-    for line in lines[first + 1 :]:
-        if not line.strip():
-            break
-        label, *cells = re.split(r"\s{2,}", line.strip())
-        rows.setdefault(label, cells)
-    return rows
+    below = itertools.takewhile(str.strip, lines[first + 1 :])
+    return [re.split(r"\s{2,}", line.strip()) for line in below]
 
 
 def wire(columns: Mapping[str, tuple[float, float]], schemes: Sequence[str], corner: str = "") -> list[str]:
@@ -79,7 +86,7 @@ def wire(columns: Mapping[str, tuple[float, float]], schemes: Sequence[str], cor
 
 def learning() -> list[str]:
     """Return what `benchmarks.papers.signmuon` measured of both tasks, three seeds each."""
-    gpt, resnet = (text_rows("papers/signmuon", task) for task in ("GPT on bytes", "ResNet on images"))
+    gpt, resnet = (_first(text_rows("papers/signmuon", task)) for task in ("GPT on bytes", "ResNet on images"))
     head = [
         "",
         "bits a parameter",
@@ -90,17 +97,24 @@ def learning() -> list[str]:
     rows = []
     for method, label in METHODS.items():
         (loss_bits, loss, loss_spread, _), (bits, score, spread, _) = gpt[method][-4:], resnet[method][-4:]
-        shown = (
-            f"{float(loss):.3f} ± {float(loss_spread):.3f}",
-            f"{100 * float(score):.1f} ± {100 * float(spread):.1f}%",
-        )
-        rows.append([label, loss_bits, shown[0], bits, shown[1]])
+        accuracy = f"{100 * float(score):.1f} ± {100 * float(spread):.1f}%"
+        rows.append([label, loss_bits, f"{float(loss):.3f} ± {float(loss_spread):.3f}", bits, accuracy])
     return markdown(head, rows)
+
+
+def local_steps() -> list[str]:
+    """Return what `benchmarks.papers.local_steps` measured of the GPT with Muon inside, three seeds each."""
+    rows = []
+    for label, *cells in text_rows("papers/local_steps", "GPT on bytes")[1:]:
+        if label in INNER and cells[0] in ("1", "4", "16", "64"):
+            every, (bits, loss, spread) = cells[0], cells[-3:]
+            rows.append([INNER[label].format(every), bits, f"{float(loss):.3f} ± {float(spread):.3f}"])
+    return markdown(["", "bits a parameter, whole run", "loss"], rows)
 
 
 def nodes() -> list[str]:
     """Return what `benchmarks.nodes` measured."""
-    slow, fast = text_rows("nodes", "100 Mbit/s between"), text_rows("nodes", "1,000 Mbit/s between")
+    slow, fast = (_first(text_rows("nodes", f"{rate} Mbit/s between")) for rate in ("100", "1,000"))
     names = ("no exchange", "DDP fp32", "vote between ranks", "vote between nodes")
     least = [min((rows[name][0] for name in names[1:]), key=float) for rows in (slow, fast)]
     rows = [
@@ -115,6 +129,11 @@ def nodes() -> list[str]:
         for name in names
     ]
     return markdown(["milliseconds a step", "100 Mbit/s", "1 Gbit/s", "MB sent by a node"], rows)
+
+
+def _first(rows: Sequence[Sequence[str]]) -> dict[str, Sequence[str]]:
+    """Return rows by their first cells; of several with the same one the first."""
+    return {label: cells for label, *cells in reversed(rows)}
 
 
 def _cell(cells: Sequence[dict[str, Any]], rate: float, delay: float) -> dict[str, Any]:
@@ -132,6 +151,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "wire": lambda: wire(RATES, FEW),
     "wire, all schemes": lambda: wire({**RATES, "1 Gbit/s, 20 ms round trip": (1e9, 0.02)}, list(SCHEMES), "4 workers"),
     "learning": learning,
+    "local steps": local_steps,
     "nodes": nodes,
 }
 """Name in a page -> what makes the table."""

@@ -2,9 +2,9 @@
 
 python -m benchmarks.papers.local_steps --text FILE --images DIR --out benchmarks/results/papers
 
-The inner learning rates begin where signmuon.py found the best of the same optimizer; every row of local steps has as
-many tuning runs: three inner rates, two outer settings. Then two more seeds, and the vote with other numbers of workers.
-What was trained is kept in trainings.json: started again, it goes on where it was.
+The inner learning rates are about the best that signmuon.py found of the same optimizer; every row of local steps has
+as many tuning runs: three inner rates, two outer settings. Then two more seeds, and the vote with other numbers of
+workers. What was trained is kept in trainings.json: started again, it goes on where it was.
 """
 
 import argparse
