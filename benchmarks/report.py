@@ -3,7 +3,7 @@
 python -m benchmarks.report           writes tables and figures, and lists what is in no result file
 python -m benchmarks.report --check   writes nothing, and fails where something would change or is in none
 
-A table stands between the lines `<!-- table NAME -->` and `<!-- end -->`. Of the rest of a page every number that looks
+A table stands between the lines `<!--table:NAME-->` and `<!--end-->`. Of the rest of a page every number that looks
 measured must be in one of the result files that `SOURCES` names for the page: with a decimal point, a thousands comma,
 or a unit behind it. A result is rounded as the page rounds it, and may be in another unit.
 """
@@ -49,7 +49,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
 GIVEN = frozenset({"0.8", "0.9", "0.95", "0.99", "0.999", "0.5", "3.11", "1.1", "0.64", "75,290", "636,000"})
 """Numbers of settings and sizes that look measured."""
 
-_TABLE = re.compile(r"(<!-- table (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
+_TABLE = re.compile(r"(<!--table:(.+?)-->\n).*?(<!--end-->)", re.DOTALL)
 _ASIDE = re.compile(r"```.*?```|<!--.*?-->|`[^`\n]*`|\]\([^)]*\)|\$.*?\$|^#.*?$", re.DOTALL | re.MULTILINE)
 """Code, links and headings, which tell nothing of a measurement."""
 _NUMBER = re.compile(

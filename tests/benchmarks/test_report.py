@@ -20,15 +20,15 @@ def test_no_number_without_a_result(page: str) -> None:
 
 
 def test_every_table_is_shown() -> None:
-    shown = {name for text in PAGES.values() for name in re.findall("<!-- table (.+?) -->", text)}
+    shown = {name for text in PAGES.values() for name in re.findall("<!--table:(.+?)-->", text)}
     assert shown == set(tables.TABLES)
 
 
 def test_a_table_is_written_anew() -> None:
-    old = "above\n<!-- table nodes -->\n| 1 |\n<!-- end -->\nbelow\n"
+    old = "above\n<!--table:nodes-->\n| 1 |\n<!--end-->\nbelow\n"
     new = report.fill(old)
-    assert new.startswith("above\n<!-- table nodes -->\n| milliseconds a step |")
-    assert new.endswith("|\n<!-- end -->\nbelow\n")
+    assert new.startswith("above\n<!--table:nodes-->\n| milliseconds a step |")
+    assert new.endswith("|\n<!--end-->\nbelow\n")
     with pytest.raises(KeyError, match="nothing"):
         report.fill(old.replace("nodes", "nothing"))
 
