@@ -23,7 +23,7 @@ START: dict[str, tuple[float, float | None]] = {
     f"AdamW .95{MEDIAN}{CLIPPED}": (4e-3, None),
 }
 """Where the search of a method begins: its learning rate, and that of what is no hidden matrix."""
-WORKERS, LIARS, STEPS, DECAY = 7, (0, 1, 2, 3), 200, 0.1
+WORKERS, LIARS, STEPS, DECAY = 7, (0, 1, 2, 3), 300, 0.1
 
 
 def measure(task: Task, options: argparse.Namespace, store: Store) -> dict[str, list[Found]]:
@@ -68,7 +68,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, help="trainings at a time (default: one a core)")
     add_device(parser)
     options = parser.parse_args()
-    width, layers, context, batch = (16, 1, 16, WORKERS) if options.short else (128, 3, 64, 4 * WORKERS)
+    width, layers, context, batch = (16, 1, 16, WORKERS) if options.short else (64, 2, 64, 4 * WORKERS)
     task = Text(text_of(options), width, layers, context, batch)
     found = measure(task, options, Store(options.out, options.device, options.processes))
     lines = [heading("gpt_liars"), *table(task, found)]
