@@ -17,7 +17,7 @@ from .common import command_line, heading, publish
 from .methods import CLIPPED, Job, voted
 from .search import Found, search
 from .tasks import Task, add_arguments, shared_task
-from .training import SEEDS, Row, Store, add_device
+from .training import SEEDS, Row, Store, add_device, tuned
 
 VERDICT = "verdict momentum 0.8"
 START: dict[str, dict[str, tuple[float, float | None]]] = {
@@ -48,8 +48,8 @@ DECAYS, COUPLED = (0.1, 0.0), (5e-4, 0.0)
 
 MANY, OTHERS = 4, (1, 3, 8)
 """Workers in the grid, and afterwards."""
-LONG_STEPS, LONG = 2_000, (f"AdamW .95{CLIPPED}", f"Muon{CLIPPED}", VERDICT, "SignMuon")
-"""The longer training of the GPT, by whom."""
+LONG_STEPS, LONG = 2_000, (f"AdamW .95{CLIPPED}", f"Muon{CLIPPED}", "SignMuon")
+"""The longer training of the GPT, by whom; at the best rates of the grid or, if that is better, at half of them."""
 PARTS = ("grid", "workers", "long")
 
 
@@ -91,10 +91,13 @@ def measure(kind: str, options: argparse.Namespace, store: Store) -> Table:
         others = [Row(job, store.run(task, [job], f"{task.key}, {job.workers} workers")) for job in votes]
     if "long" in options.parts and kind == "gpt":
         longer = [job._replace(steps=4 if options.short else LONG_STEPS) for job in jobs if job.method in LONG]
-        for job in longer:
-            seeds = [job._replace(seed=seed) for seed in SEEDS]
-            long.append(Row(job, store.run(task, seeds, f"{task.key}, {job.method}, {job.steps} steps")))
+        long = [tuned(task, store, [job, halved(job)]) for job in longer]
     return Table(task, steps, found, others, long)
+
+
+def halved(job: Job) -> Job:
+    """Return a job at half its learning rates."""
+    return job._replace(lr=job.lr / 2, other_lr=job.other_lr and job.other_lr / 2)
 
 
 HEAD = f"  {'method':<26}{'lr':>9}{'other lr':>9}{'decay':>8}{'runs':>5}{'bits':>8}{'mean':>9}{'±':>8}   last loss"
@@ -111,7 +114,7 @@ def table(kinds: list[Table]) -> Iterator[str]:
         for row in others:
             yield f"  {row.job.method:<26}{row.scores[0]:>9.4f}   {row.job.workers} workers"
         if long:
-            yield f"  {long[0].job.steps} steps at the same learning rates:"
+            yield f"  {long[0].job.steps} steps, at these learning rates or half of them, whichever is better with one seed:"
             yield from (line(row, "") for row in long)
     seeds = len(SEEDS)
     yield f"\nruns: of tuning, one seed (* the best is at an edge); then mean and standard deviation of {seeds} seeds."
