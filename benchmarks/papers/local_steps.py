@@ -3,8 +3,9 @@
 python -m benchmarks.papers.local_steps --text FILE --images DIR --out benchmarks/results/papers
 
 The inner learning rates are about the best that signmuon.py found of the same optimizer; every row of local steps has
-as many tuning runs: three inner rates, two outer settings. The two best have two more seeds, and the better mean counts.
-Then the vote with other numbers of workers. What was trained is kept in trainings.json: started again, it goes on where it was.
+as many tuning runs: three inner rates, two outer settings. The two best have two more seeds, and the better mean
+counts. Then the vote with other numbers of workers. What was trained is kept in trainings.json: started again, it goes
+on where it was.
 """
 
 import argparse
