@@ -12,6 +12,7 @@ import argparse
 import functools
 import json
 import re
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from .tables import RESULTS, TABLES
 Numbers = npt.NDArray[np.float64]
 ROOT = Path(__file__).parents[1]
 TRAININGS = "papers/trainings"
-"""A store of single runs, of which scores and last training losses count."""
+"""A store of single runs."""
 PAPERS = tuple(
     f"papers/{name}"
     for name in (
@@ -106,9 +107,19 @@ def _results(names: tuple[str, ...]) -> Numbers:
     text = "\n".join((RESULTS / f"{name}.txt").read_text() for name in names if name != TRAININGS)
     found = [float(found[0].replace(",", "")) for found in _RESULT.finditer(text)]
     if TRAININGS in names:
-        for score, curve in json.loads((RESULTS / f"{TRAININGS}.json").read_text()).values():
-            found += [score, *(loss for _, loss in curve[-1:])]
+        found += _trainings()
     return np.array(found)
+
+
+def _trainings() -> Iterator[float]:
+    """Yield scores and last training losses, then mean and standard deviation of the seeds of a job."""
+    seeds = defaultdict[str, list[float]](list)
+    for key, (score, curve) in json.loads((RESULTS / f"{TRAININGS}.json").read_text()).items():
+        yield from (score, *(loss for _, loss in curve[-1:]))
+        seeds[re.sub(r'"seed": \d+', "", key)].append(score)
+    for scores in seeds.values():
+        if len(scores) > 1:
+            yield from (float(np.mean(scores)), float(np.std(scores, ddof=1)))
 
 
 def draw() -> None:

@@ -85,7 +85,7 @@ def wire(columns: Mapping[str, tuple[float, float]], schemes: Sequence[str], cor
 
 
 def learning() -> list[str]:
-    """Return what `benchmarks.papers.signmuon` measured of both tasks, three seeds each."""
+    """Return what `benchmarks.papers` measured of both tasks, three seeds each."""
     gpt, resnet = (_first(text_rows("papers/signmuon", task)) for task in ("GPT on bytes", "ResNet on images"))
     head = [
         "",
@@ -96,19 +96,25 @@ def learning() -> list[str]:
     ]
     rows = []
     for method, label in METHODS.items():
-        (loss_bits, loss, loss_spread, _), (bits, score, spread, _) = gpt[method][-4:], resnet[method][-4:]
-        accuracy = f"{100 * float(score):.1f} ± {100 * float(spread):.1f}%"
-        rows.append([label, loss_bits, f"{float(loss):.3f} ± {float(loss_spread):.3f}", bits, accuracy])
+        (loss_bits, *loss, _), (bits, *score, _) = gpt[method][-4:], resnet[method][-4:]
+        rows.append([label, loss_bits, _mean(loss), bits, f"{_mean(score, 100, 1)}%"])
+    local = next(row[-3:] for row in local_rows() if row[:2] == ["Muon, clipped, vote", "16"])
+    rows.append(["**local steps**, `sync_every=16`, Muon inside", local[0], _mean(local[1:]), "", "not run"])
     return markdown(head, rows)
+
+
+def local_rows() -> list[list[str]]:
+    """Return the rows of what `benchmarks.papers.local_steps` measured of the GPT."""
+    return text_rows("papers/local_steps", "GPT on bytes")[1:]
 
 
 def local_steps() -> list[str]:
     """Return what `benchmarks.papers.local_steps` measured of the GPT with Muon inside, three seeds each."""
-    rows = []
-    for label, *cells in text_rows("papers/local_steps", "GPT on bytes")[1:]:
-        if label in INNER and cells[0] in ("1", "4", "16", "64"):
-            every, (bits, loss, spread) = cells[0], cells[-3:]
-            rows.append([INNER[label].format(every), bits, f"{float(loss):.3f} ± {float(spread):.3f}"])
+    rows = [
+        [INNER[row[0]].format(row[1]), row[-3], _mean(row[-2:])]
+        for row in local_rows()
+        if row[0] in INNER and row[1] in ("1", "4", "16", "64")
+    ]
     return markdown(["", "bits a parameter, whole run", "loss"], rows)
 
 
@@ -140,6 +146,12 @@ def _cell(cells: Sequence[dict[str, Any]], rate: float, delay: float) -> dict[st
     """Return the cell of four workers and ten million parameters."""
     wanted = {"rate": rate, "delay": delay, "workers": 4, "parameters": 10_010_000}
     return next(cell for cell in cells if all(cell[key] == value for key, value in wanted.items()))
+
+
+def _mean(cells: Sequence[str], factor: float = 1, digits: int = 3) -> str:
+    """Return a mean and a standard deviation as they are shown."""
+    mean, spread = (factor * float(cell) for cell in cells)
+    return f"{mean:.{digits}f} ± {spread:.{digits}f}"
 
 
 def _bold(text: str, is_best: bool) -> str:
