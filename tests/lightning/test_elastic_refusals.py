@@ -62,6 +62,19 @@ def test_after_close() -> None:
         optimizer.step()
 
 
+def test_nothing_moves_before_the_commit() -> None:
+    """All verdicts are there, and the step may not be committed."""
+    net, optimizer = model()
+    vote = enable_elastic_vote(net, optimizer, lighthouse=NOWHERE, min_workers=1)
+    net(torch.ones(1, 2)).sum().backward()
+    before = [p.clone() for p in net.parameters()]
+    with pytest.raises(ZeroDivisionError):
+        vote._vote.take(optimizer.step_input(), lambda: 1 // 0)  # type: ignore[arg-type, return-value]
+    assert all(torch.equal(p, x) for p, x in zip(net.parameters(), before, strict=True))
+    assert vote.step == 0
+    vote.close()
+
+
 class _Code:
     def __reduce__(self) -> Any:
         return print, ("code from another worker ran",)
