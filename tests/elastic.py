@@ -155,6 +155,41 @@ def crew(folder: Path) -> Iterator[tuple[Crew, Lighthouse]]:
         lighthouse.stop()
 
 
+def ask_apart(lighthouse: Lighthouse, seconds: float) -> list[float]:
+    """Let two workers ask for their third quorum, the second one so much later; return how long each waited."""
+    context = _context()
+    barrier, answers = context.Barrier(2), context.Queue()
+    arguments = (lighthouse.address, seconds, barrier, answers)
+    processes = [context.Process(target=_ask, args=(k, *arguments), daemon=True) for k in range(2)]
+    try:
+        for process in processes:
+            process.start()
+        return [waited for _, waited in sorted(answers.get(timeout=30) for _ in processes)]
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def _ask(number: int, lighthouse: str, seconds: float, barrier: Any, answers: Any) -> None:
+    from signsgd_lightning.elastic.membership import Membership, Place
+    from signsgd_lightning.elastic.transport import Members
+
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    timeout = timedelta(seconds=TIMEOUT)
+    membership = Membership(Place(lighthouse, 2, timeout, "127.0.0.1"), Members(timeout), dict, lambda _: None, 0)
+    for late in (0.0, 0.0, seconds):
+        barrier.wait(20)
+        time.sleep(late * number)
+        begin = time.monotonic()
+        membership.meet()
+        waited = time.monotonic() - begin
+        barrier.wait(20)
+        membership.commit()
+    answers.put((number, waited))
+    barrier.wait(20)
+
+
 def _context() -> Any:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([*PRELOADED, "signsgd_lightning.elastic"])

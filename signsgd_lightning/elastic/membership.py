@@ -139,7 +139,9 @@ class Membership:
         """Ask the lighthouse for a quorum; None if it does not answer."""
         try:
             manager = self._manager = self._manager or self._join()
-            manager.start_quorum(timeout=self._place.timeout)
+            # Others may be stuck with a lost worker for the timeout, and come back then. A question that ends just then
+            # is answered all the same: with a quorum whose other workers wait for this one, who did not hear of it.
+            manager.start_quorum(timeout=2 * self._place.timeout)
             return manager
         except TimeoutError:
             words = f"no quorum yet: the lighthouse at {self._place.lighthouse} hangs, or a worker is slow"

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from signsgd_core import Reference
-from tests.elastic import SHARED, TIMEOUT, Crew, Lighthouse, Task, crew, gradient
+from tests.elastic import SHARED, TIMEOUT, Crew, Lighthouse, Task, ask_apart, crew, gradient
 
 pytest.importorskip("torchft", reason="the extra `elastic` is not installed")
 pytestmark = pytest.mark.multiprocess
@@ -207,13 +207,18 @@ def test_a_memory_error_is_mended(here: Here) -> None:
     assert len({line["bits"] for line in ends}) == 1
 
 
+def test_a_question_outlasts_who_is_stuck(here: Here) -> None:
+    """One asks for the quorum while the other waits for a lost one, and is there when that comes back."""
+    _, lighthouse = here
+    asked, stuck = ask_apart(lighthouse, TIMEOUT + 0.05)
+    assert asked == pytest.approx(TIMEOUT + 0.05, abs=0.5)
+    assert stuck < 0.5
+
+
 @pytest.mark.nightly
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_twenty_at_random(here: Here, number: signal.Signals) -> None:
-    """One after the other is lost and replaced at random moments: no run ends.
-
-    One that hangs while a newcomer joins may cost the others the timeout twice.
-    """
+    """One after the other is lost and replaced at random moments: no run ends."""
     workers, _ = here
     random = np.random.default_rng(19)
     names = [workers.start(Task(steps=100_000, min_workers=1)) for _ in range(4)]
