@@ -16,7 +16,7 @@ from .vote import PeerLostError, RanksDifferError
 from .worker_states import WorkerStates
 
 if TYPE_CHECKING:
-    from .elastic import ElasticBatches, ElasticVote, enable_elastic_vote
+    from .elastic import ElasticBatches, ElasticLocalSteps, ElasticVote, enable_elastic_local_steps, enable_elastic_vote
     from .huggingface import MajorityVoteCallback
     from .monitor.geometry_monitor import GeometryMonitor
     from .monitor.vote_monitor import VoteMonitor
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ElasticBatches",
+    "ElasticLocalSteps",
     "ElasticVote",
     "FabricLocalVoteStrategy",
     "FabricMajorityVoteStrategy",
@@ -39,6 +40,7 @@ __all__ = [
     "Signum",
     "VoteMonitor",
     "WorkerStates",
+    "enable_elastic_local_steps",
     "enable_elastic_vote",
     "enable_local_steps",
     "enable_majority_vote",
@@ -49,6 +51,7 @@ __all__ = [
 
 _HOMES = {
     "ElasticBatches": "elastic",
+    "ElasticLocalSteps": "elastic",
     "ElasticVote": "elastic",
     "FabricLocalVoteStrategy": "strategies.fabric",
     "FabricMajorityVoteStrategy": "strategies.fabric",
@@ -57,6 +60,7 @@ _HOMES = {
     "MajorityVoteCallback": "huggingface",
     "MajorityVoteStrategy": "strategies.majority_vote",
     "VoteMonitor": "monitor.vote_monitor",
+    "enable_elastic_local_steps": "elastic",
     "enable_elastic_vote": "elastic",
 }
 """What needs Lightning, transformers or torchft."""

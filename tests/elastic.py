@@ -90,10 +90,10 @@ class Crew:
         self._folder, self._lighthouse = folder, lighthouse
         self.processes: list[Any] = []
 
-    def start(self, task: Task) -> int:
-        """Start a worker; return what it is called."""
+    def start(self, task: Any, train: Callable[[Path, str, Any], None] | None = None) -> int:
+        """Start a worker, which trains by votes at every step or as `train` does; return what it is called."""
         name = len(self.processes)
-        arguments = (self._path(name), self._lighthouse.address, task)
+        arguments = (self._path(name), self._lighthouse.address, task, train or _train)
         process = _context().Process(target=_work, args=arguments, daemon=True)
         process.start()
         self.processes.append(process)
@@ -205,11 +205,11 @@ def _shine(port: int) -> None:
         signal.pause()
 
 
-def _work(path: Path, lighthouse: str, task: Task) -> None:
+def _work(path: Path, lighthouse: str, task: Any, train: Callable[[Path, str, Any], None]) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     with path.with_suffix(".stderr").open("w", buffering=1) as stderr:
         os.dup2(stderr.fileno(), 2)
-        _train(path, lighthouse, task)
+        train(path, lighthouse, task)
 
 
 def _train(path: Path, lighthouse: str, task: Task) -> None:

@@ -85,7 +85,7 @@ class LocalSteps:
         """
         self.steps += 1
         if self.steps >= self.options.sync_every:
-            self._close(early=False)
+            self.close(early=False)
 
     def close_round(self) -> None:
         """Close the round now, however many steps it had; every rank must call it.
@@ -98,7 +98,7 @@ class LocalSteps:
             RuntimeError: if the ranks disagree.
             RanksDifferError: if they are no longer the same, where that is looked at.
         """
-        while not self._close(early=True):
+        while not self.close(early=True):
             pass
 
     def end(self) -> None:
@@ -162,8 +162,8 @@ class LocalSteps:
         self._displaced = None
 
     @torch.no_grad()
-    def _close(self, early: bool) -> bool:
-        """Close a round; return whether that was early on all ranks."""
+    def close(self, early: bool) -> bool:
+        """Close one round with the steps that this rank has; return whether that was early on all ranks."""
         self.open()
         try:
             outcome = self._taker.take(lambda: self._attempt(early))

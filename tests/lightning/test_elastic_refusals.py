@@ -121,13 +121,13 @@ def test_a_state_with_code_in_it_is_refused(served: tuple[str, list[Any]], capfd
 
 def test_batches() -> None:
     """Every epoch has each batch once, whoever draws it, in an order of its own."""
-    place = SimpleNamespace(batches=0, number=0)
+    place = SimpleNamespace(next_batch=0, begin=int)
     batches = ElasticBatches(10, 3, place, seed=5)
     epochs = list[list[int]]()
     for epoch in range(2):
         drawn = list[int]()
         for k in range(3):
-            place.batches, place.number = 3 * epoch + k // 2 * 2, k % 2
+            place.next_batch = 3 * epoch + k
             drawn += next(iter(batches))
         assert len(set(drawn)) == 9
         epochs.append(drawn)
