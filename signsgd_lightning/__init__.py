@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .huggingface import MajorityVoteCallback
     from .monitor.geometry_monitor import GeometryMonitor
     from .monitor.vote_monitor import VoteMonitor
+    from .strategies.elastic_vote import ElasticVoteStrategy
     from .strategies.fabric import FabricLocalVoteStrategy, FabricMajorityVoteStrategy
     from .strategies.local_vote import LocalVoteStrategy
     from .strategies.majority_vote import MajorityVoteStrategy
@@ -28,6 +29,7 @@ __all__ = [
     "ElasticBatches",
     "ElasticLocalSteps",
     "ElasticVote",
+    "ElasticVoteStrategy",
     "FabricLocalVoteStrategy",
     "FabricMajorityVoteStrategy",
     "GeometryMonitor",
@@ -53,6 +55,7 @@ _HOMES = {
     "ElasticBatches": "elastic",
     "ElasticLocalSteps": "elastic",
     "ElasticVote": "elastic",
+    "ElasticVoteStrategy": "strategies.elastic_vote",
     "FabricLocalVoteStrategy": "strategies.fabric",
     "FabricMajorityVoteStrategy": "strategies.fabric",
     "GeometryMonitor": "monitor.geometry_monitor",

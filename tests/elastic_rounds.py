@@ -15,7 +15,7 @@ from signsgd_core import LocalReference
 
 from .elastic import LR, SIZES, TIMEOUT, Crew, gradient
 
-OUTER = {"outer_lr": 0.5, "outer_momentum": 0.5}
+OUTER: dict[str, Any] = {"outer_lr": 0.5, "outer_momentum": 0.5}
 
 
 @dataclass
@@ -48,7 +48,7 @@ def train_rounds(path: Path, lighthouse: str, task: Rounds) -> None:
     random = torch.Generator().manual_seed(os.getpid())  # each starts elsewhere
     model = nn.ParameterList([torch.rand(size, generator=random) for size in SIZES])
     optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=0.5)
-    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 4, 0.5)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: 0.5 ** (k % 3))
     before: list[Any] = []
     moved: list[Any] = []
     optimizer.register_step_post_hook(lambda *_: moved.__setitem__(slice(None), [x.tolist() for x in model]))
@@ -116,8 +116,8 @@ def judge_rounds(workers: Crew, exact: bool = True) -> list[tuple[int, int]]:
     drawn: list[int] = []
     sizes = []
     for number, lines in sorted(rounds.items()):
-        for name in ("bits", "before", "workers", "batches", "lr"):
-            assert all(line[name] == lines[0][name] for line in lines), (number, name)
+        for key in ("bits", "before", "workers", "batches", "lr"):
+            assert all(line[key] == lines[0][key] for line in lines), (number, key)
         size = lines[0]["workers"]
         moved = [reference.parameters] * size
         for line in lines:

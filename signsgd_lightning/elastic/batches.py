@@ -64,13 +64,17 @@ class ElasticBatches:
         """Return itself: there is always another batch."""
         return self
 
+    def __len__(self) -> int:
+        """Return how many batches an epoch of all workers has."""
+        return self._length // self._size
+
     def __next__(self) -> list[int]:
         """Return the examples of the next batch."""
         self._position.begin()
         if self._position.next_batch != self._place or self._draws == self._per_step:  # another step, or the same again
             self._place, self._draws = self._position.next_batch, 0
         k, self._draws = self._place * self._per_step + self._draws, self._draws + 1
-        epoch, place = divmod(k, self._length // self._size)
+        epoch, place = divmod(k, len(self))
         if epoch != self._epoch:
             self._epoch, self._order = epoch, np.random.default_rng([self._seed, epoch]).permutation(self._length)
         indices: list[int] = self._order[place * self._size :][: self._size].tolist()

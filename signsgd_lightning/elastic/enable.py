@@ -89,6 +89,7 @@ class ElasticVote:
         place: where and how workers meet.
         others: what else a newcomer takes over, by name.
         options: of the vote.
+        recompute: whether the closure is called again for a step that is taken again; else the gradients stay.
 
     Attributes:
         workers: how many voted last; 0 before the first vote.
@@ -101,11 +102,13 @@ class ElasticVote:
         place: Place,
         others: Mapping[str, Stateful],
         options: VoteOptions,
+        recompute: bool = True,
     ) -> None:
         self.workers = 0
         self._model, self._optimizer = model, optimizer
         self._begun, self._stale, self._closed = False, False, False
         self._closure: Callable[[], Any] | None = None
+        self._recompute = recompute
         members = Members(place.timeout)
         names = {id(p): name for name, p in model.named_parameters()}
         self._vote = Vote(Flat(members, changes=True), names, options=options, model=model)
@@ -153,7 +156,8 @@ class ElasticVote:
 
     def _before(self, _: Signum, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Wait for the quorum before the closure is called; without one a newcomer's gradient is of no use."""
-        self._closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        self._closure = closure if self._recompute else None
         healed = not self._begun and self._meet()
         self._stale = healed and self._closure is None
 
