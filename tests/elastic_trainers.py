@@ -72,7 +72,7 @@ def fit(path: Path, lighthouse: str, task: Fit) -> None:
             x = torch.randn(64, 4, generator=torch.Generator().manual_seed(7))
             place = self.trainer.strategy.vote  # type: ignore[attr-defined]
             data = TensorDataset(x, x.sum(1, keepdim=True).sin())
-            return DataLoader(data, batch_sampler=Batches(64, 4, place, per_step=per_step))  # type: ignore[arg-type]
+            return DataLoader(data, batch_sampler=Batches(64, 4, place, per_step=per_step))
 
     class Lines(Callback):
         step = 0
