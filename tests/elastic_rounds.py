@@ -63,10 +63,12 @@ def train_rounds(path: Path, lighthouse: str, task: Rounds) -> None:
         **OUTER,
     )
     drawn: list[int] = []
+    lr = [0.0]
 
     def closure() -> torch.Tensor:
         if not local.is_open:
             before[:] = [x.tolist() for x in model]
+            lr[0] = optimizer.param_groups[0]["lr"]
         if local.rounds == task.stuck and local.is_open:
             path.with_suffix(".stuck").touch()
             time.sleep(100)
@@ -89,7 +91,7 @@ def train_rounds(path: Path, lighthouse: str, task: Rounds) -> None:
                 bits = hashlib.md5(b"".join(x.detach().numpy().tobytes() for x in model)).hexdigest()
                 line = {"step": local.rounds, "workers": local.workers, "number": local.number, "bits": bits}
                 line |= {"before": before, "moved": moved, "after": [x.tolist() for x in model], "drawn": drawn}
-                line |= {"batches": local.batches, "lr": optimizer.param_groups[0]["lr"]}
+                line |= {"batches": local.batches, "lr": lr[0]}
                 if local.rounds > reached:
                     log.write(json.dumps(line) + "\n")
                 drawn.clear()

@@ -130,11 +130,11 @@ class Membership:
         """Go on from the state that was taken over last, whatever was changed since."""
         assert self._taken is not None
         self._load(self._taken)
+        self._taken = None
 
     def commit(self) -> bool:
         """Tell whether this worker may take the step that it has all verdicts of; if so it counts."""
         assert self._manager is not None
-        self._taken = None
         try:
             return bool(self._manager.should_commit())
         except (RuntimeError, OSError):  # a newcomer hangs in the middle of its copy

@@ -165,7 +165,7 @@ class ElasticLocalSteps:
             healed = healed or took_over
             if closes:
                 self.local.close(early=False)  # without a step of this worker's
-                self._taker.start_over()
+                self._taker.abstained()
         return healed
 
     def close(self) -> None:
@@ -282,10 +282,12 @@ class _Taker:
             self.membership.take_over_again()
         return late
 
-    def start_over(self) -> None:
+    def abstained(self) -> None:
         """Take over the others' state with the next quorum: this worker did not run their code between rounds."""
         assert self.membership is not None
-        self.membership.start_over()
+        self._late = False  # what came with such a round is behind that code
+        if not self.begun:
+            self.membership.start_over()
 
     def end(self, tell: Callable[[], None]) -> None:
         """Tell the observers; the round is taken, so that the next quorum sees to what they find."""
