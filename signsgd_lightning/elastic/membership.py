@@ -136,10 +136,13 @@ class Membership:
         """Tell whether this worker may take the step that it has all verdicts of; if so it counts."""
         assert self._manager is not None
         try:
-            return bool(self._manager.should_commit())
+            committed = bool(self._manager.should_commit())
         except (RuntimeError, OSError):  # a newcomer hangs in the middle of its copy
             self.leave()
             return False
+        if committed:
+            self._taken = None
+        return committed
 
     def fail(self, error: Exception) -> None:
         """Give up the step: let the others know by closing all connections; the next quorum opens new ones."""
