@@ -46,6 +46,7 @@ class Task:
         sizes: of the parameters.
         scheduler: whether there is one.
         closure: whether gradients are computed in one.
+        leave_every: after how many steps it leaves the others, to join again with the next; 0 for never.
         flip: after which step a parameter changes on this worker alone; the workers look for that every fifth.
     """
 
@@ -58,6 +59,7 @@ class Task:
     scheduler: bool = True
     closure: bool = True
     flip: int = -1
+    leave_every: int = 0
 
 
 class Lighthouse:
@@ -117,6 +119,19 @@ class Crew:
         """How many steps it has taken, 0 before the first."""
         lines = self.log(name)
         return lines[-1]["step"] if lines else 0
+
+    def threads(self, name: int) -> int:
+        """How many threads it has."""
+        return len(os.listdir(f"/proc/{self.processes[name].pid}/task"))
+
+    def files(self, name: int) -> int:
+        """How many files and sockets it has open."""
+        return len(os.listdir(f"/proc/{self.processes[name].pid}/fd"))
+
+    def memory(self, name: int) -> float:
+        """How much memory it has, in MiB."""
+        pages = int(Path(f"/proc/{self.processes[name].pid}/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
     def wait(self, reached: Callable[[], object], seconds: float = 40.0) -> float:
         """Wait until something is so; return how long that took."""
@@ -271,6 +286,8 @@ def _train(path: Path, lighthouse: str, task: Task) -> None:
                 line["momentum"] = optimizer.state[model[0]]["momentum"].tolist()
             log.write(json.dumps(line) + "\n")
             log.flush()
+            if task.leave_every and vote.step % task.leave_every == 0:
+                vote._membership.leave()
             time.sleep(task.pause)
     vote.close()
 

@@ -260,3 +260,42 @@ def test_churn(here: Here) -> None:
     sizes = judge(workers)
     assert len(sizes) == 300
     assert min(sizes) >= 2
+
+
+@pytest.mark.nightly
+def test_joins_at_twenty_random_moments(here: Here) -> None:
+    """A newcomer has the others' bits at its first committed step, and before it."""
+    workers, _ = here
+    random = np.random.default_rng(20)
+    stay = [workers.start(Task(steps=100_000)) for _ in range(2)]
+    workers.wait(lambda: min(map(workers.step, stay)) > 3)
+    for _ in range(20):
+        time.sleep(random.random() / 4)
+        newcomer = workers.start(Task(steps=100_000))
+        workers.wait(lambda newcomer=newcomer: workers.step(newcomer) > 2)  # type: ignore[misc]
+        first = workers.log(newcomer)[0]
+        workers.wait(lambda first=first: min(map(workers.step, stay)) > first["step"])  # type: ignore[misc]
+        for name in stay:
+            line = next(line for line in workers.log(name) if line["step"] == first["step"])
+            assert (line["bits"], line["before"]) == (first["bits"], first["before"])
+        workers.signal(newcomer, signal.SIGKILL)
+    judge(workers)
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(600)
+def test_two_hundred_changes_leave_nothing_behind(here: Here) -> None:
+    """Memory, threads and open files of one that stays, while another one leaves and joins."""
+    workers, _ = here
+    stay = workers.start(Task(steps=100_000, pause=0.01))
+    guest = workers.start(Task(steps=100_000, pause=0.01, leave_every=2))
+    sizes = []
+    for changes in (50, 100, 150, 200):
+        workers.wait(lambda changes=changes: workers.step(guest) >= 2 * changes, 200)  # type: ignore[misc]
+        sizes.append((workers.threads(stay), workers.files(stay), workers.memory(stay)))
+    print(sizes)
+    assert workers.processes[guest].is_alive()
+    for threads, files, memory in sizes[1:]:
+        assert threads <= sizes[0][0] + 2, sizes
+        assert files <= sizes[0][1] + 4, sizes
+        assert memory < sizes[0][2] + 30, sizes
