@@ -47,6 +47,7 @@ class Task:
         scheduler: whether there is one.
         closure: whether gradients are computed in one.
         leave_every: after how many steps it leaves the others, to join again with the next; 0 for never.
+        hostname: by which the others reach it.
         flip: after which step a parameter changes on this worker alone; the workers look for that every fifth.
     """
 
@@ -59,6 +60,7 @@ class Task:
     scheduler: bool = True
     closure: bool = True
     flip: int = -1
+    hostname: str = "127.0.0.1"
     leave_every: int = 0
 
 
@@ -211,17 +213,17 @@ def _context() -> Any:
     return context
 
 
-def _shine(port: int) -> None:
+def _shine(port: int, host: str = "127.0.0.1") -> None:
     from torchft.coordination import LighthouseServer
 
     times = {"join_timeout_ms": 5000, "quorum_tick_ms": 20, "heartbeat_timeout_ms": 700}
-    lighthouse = LighthouseServer(bind=f"127.0.0.1:{port}", min_replicas=1, **times)
+    lighthouse = LighthouseServer(bind=f"{host}:{port}", min_replicas=1, **times)
     while lighthouse:
         signal.pause()
 
 
 def _work(path: Path, lighthouse: str, task: Any, train: Callable[[Path, str, Any], None]) -> None:
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     with path.with_suffix(".stderr").open("w", buffering=1) as stderr:
         os.dup2(stderr.fileno(), 2)
         train(path, lighthouse, task)
@@ -245,7 +247,7 @@ def _train(path: Path, lighthouse: str, task: Task) -> None:
         min_workers=task.min_workers,
         timeout=timedelta(seconds=TIMEOUT),
         state={"scheduler": scheduler} if task.scheduler else {},
-        hostname="127.0.0.1",
+        hostname=task.hostname,
         verify_every_n_steps=5,
     )
     if task.die is not None:
