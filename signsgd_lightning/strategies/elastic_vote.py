@@ -117,8 +117,9 @@ class ElasticVoteStrategy(SingleDeviceStrategy):
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Return the weights that are the same on all workers; within a round those with which it began."""
-        vote = self.vote
-        return vote.local.model_state() if _is_open(vote) else super().lightning_module_state_dict()  # type: ignore[union-attr]
+        if isinstance(self.vote, ElasticLocalSteps) and self.vote.is_open:
+            return self.vote.local.model_state()
+        return super().lightning_module_state_dict()
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         """Write a checkpoint, on one worker, so that what has that name is always a whole one."""
@@ -219,7 +220,3 @@ class _Progress:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from them."""
         _compat.set_steps(self._trainer, state_dict["global_step"], state_dict["logged_step"])
-
-
-def _is_open(vote: ElasticVote | ElasticLocalSteps | None) -> bool:
-    return isinstance(vote, ElasticLocalSteps) and vote.is_open

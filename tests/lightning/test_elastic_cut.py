@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -37,7 +38,7 @@ _work(Path(sys.argv[1]), sys.argv[2], Task(steps=10**6, pause=0.01, min_workers=
 @contextlib.contextmanager
 def running(network: Network, folder: Path) -> Iterator[None]:
     """The lighthouse and the workers, all of which end."""
-    commands = [(0, SHINE, network.address(0))]
+    commands: list[tuple[Any, ...]] = [(0, SHINE, network.address(0))]
     lighthouse = f"http://{network.address(0)}:29510"
     commands += [(k, WORK, str(folder / f"{k}.jsonl"), lighthouse, network.address(k)) for k in WORKERS]
     settings = {"GLOO_SOCKET_IFNAME": network.interface, "PYTHONPATH": os.pathsep.join(sys.path), "RUST_LOG": "error"}
