@@ -107,6 +107,10 @@ class Network:
         """Pull a machine's cable out of the switch: its own side sees nothing."""
         self._inside("switch", f"link set port{machine} down")
 
+    def mend(self, machine: int) -> None:
+        """Put a cable that was pulled into the switch again."""
+        self._inside("switch", f"link set port{machine} up")
+
     def _limit(self, machine: int | str, interface: str) -> None:
         """Let an interface send no more than the rate, and at once no more than 100 µs of it, or 16 KiB."""
         assert self.rate is not None

@@ -16,17 +16,20 @@ from .vote import PeerLostError, RanksDifferError
 from .worker_states import WorkerStates
 
 if TYPE_CHECKING:
-    from .elastic import ElasticBatches, ElasticVote, enable_elastic_vote
+    from .elastic import ElasticBatches, ElasticLocalSteps, ElasticVote, enable_elastic_local_steps, enable_elastic_vote
     from .huggingface import MajorityVoteCallback
     from .monitor.geometry_monitor import GeometryMonitor
     from .monitor.vote_monitor import VoteMonitor
+    from .strategies.elastic_vote import ElasticVoteStrategy
     from .strategies.fabric import FabricLocalVoteStrategy, FabricMajorityVoteStrategy
     from .strategies.local_vote import LocalVoteStrategy
     from .strategies.majority_vote import MajorityVoteStrategy
 
 __all__ = [
     "ElasticBatches",
+    "ElasticLocalSteps",
     "ElasticVote",
+    "ElasticVoteStrategy",
     "FabricLocalVoteStrategy",
     "FabricMajorityVoteStrategy",
     "GeometryMonitor",
@@ -39,6 +42,7 @@ __all__ = [
     "Signum",
     "VoteMonitor",
     "WorkerStates",
+    "enable_elastic_local_steps",
     "enable_elastic_vote",
     "enable_local_steps",
     "enable_majority_vote",
@@ -49,7 +53,9 @@ __all__ = [
 
 _HOMES = {
     "ElasticBatches": "elastic",
+    "ElasticLocalSteps": "elastic",
     "ElasticVote": "elastic",
+    "ElasticVoteStrategy": "strategies.elastic_vote",
     "FabricLocalVoteStrategy": "strategies.fabric",
     "FabricMajorityVoteStrategy": "strategies.fabric",
     "GeometryMonitor": "monitor.geometry_monitor",
@@ -57,6 +63,7 @@ _HOMES = {
     "MajorityVoteCallback": "huggingface",
     "MajorityVoteStrategy": "strategies.majority_vote",
     "VoteMonitor": "monitor.vote_monitor",
+    "enable_elastic_local_steps": "elastic",
     "enable_elastic_vote": "elastic",
 }
 """What needs Lightning, transformers or torchft."""

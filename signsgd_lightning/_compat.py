@@ -149,3 +149,14 @@ def trainer_of(module: "LightningModule") -> "Trainer | None":
 def logged_step(trainer: "Trainer") -> int:
     """Return the step by which Lightning logs; for the monitors."""
     return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
+def set_steps(trainer: "Trainer", global_step: int, logged_step: int) -> None:
+    """Let a trainer have taken so many steps; for `strategies.elastic_vote`."""
+    loop = trainer.fit_loop.epoch_loop
+    progress = loop.automatic_optimization.optim_progress.optimizer.step.total
+    if not trainer.lightning_module.automatic_optimization:
+        progress = loop.manual_optimization.optim_step_progress.total
+    progress.ready += global_step - progress.completed  # one more where it is in the middle of a step
+    progress.completed = global_step
+    loop._batches_that_stepped = logged_step

@@ -46,6 +46,8 @@ class Task:
         sizes: of the parameters.
         scheduler: whether there is one.
         closure: whether gradients are computed in one.
+        leave_every: after how many steps it leaves the others, to join again with the next; 0 for never.
+        hostname: by which the others reach it.
         flip: after which step a parameter changes on this worker alone; the workers look for that every fifth.
     """
 
@@ -58,6 +60,8 @@ class Task:
     scheduler: bool = True
     closure: bool = True
     flip: int = -1
+    hostname: str = "127.0.0.1"
+    leave_every: int = 0
 
 
 class Lighthouse:
@@ -90,10 +94,10 @@ class Crew:
         self._folder, self._lighthouse = folder, lighthouse
         self.processes: list[Any] = []
 
-    def start(self, task: Task) -> int:
-        """Start a worker; return what it is called."""
+    def start(self, task: Any, train: Callable[[Path, str, Any], None] | None = None) -> int:
+        """Start a worker, which trains by votes at every step or as `train` does; return what it is called."""
         name = len(self.processes)
-        arguments = (self._path(name), self._lighthouse.address, task)
+        arguments = (self._path(name), self._lighthouse.address, task, train or _train)
         process = _context().Process(target=_work, args=arguments, daemon=True)
         process.start()
         self.processes.append(process)
@@ -117,6 +121,19 @@ class Crew:
         """How many steps it has taken, 0 before the first."""
         lines = self.log(name)
         return lines[-1]["step"] if lines else 0
+
+    def threads(self, name: int) -> int:
+        """How many threads it has."""
+        return len(os.listdir(f"/proc/{self.processes[name].pid}/task"))
+
+    def files(self, name: int) -> int:
+        """How many files and sockets it has open."""
+        return len(os.listdir(f"/proc/{self.processes[name].pid}/fd"))
+
+    def memory(self, name: int) -> float:
+        """How much memory it has, in MiB."""
+        pages = int(Path(f"/proc/{self.processes[name].pid}/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
     def wait(self, reached: Callable[[], object], seconds: float = 40.0) -> float:
         """Wait until something is so; return how long that took."""
@@ -155,26 +172,61 @@ def crew(folder: Path) -> Iterator[tuple[Crew, Lighthouse]]:
         lighthouse.stop()
 
 
+def ask_apart(lighthouse: Lighthouse, seconds: float) -> list[float]:
+    """Let two workers ask for their third quorum, the second one so much later; return how long each waited."""
+    context = _context()
+    barrier, answers = context.Barrier(2), context.Queue()
+    arguments = (lighthouse.address, seconds, barrier, answers)
+    processes = [context.Process(target=_ask, args=(k, *arguments), daemon=True) for k in range(2)]
+    try:
+        for process in processes:
+            process.start()
+        return [waited for _, waited in sorted(answers.get(timeout=30) for _ in processes)]
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def _ask(number: int, lighthouse: str, seconds: float, barrier: Any, answers: Any) -> None:
+    from signsgd_lightning.elastic.membership import Membership, Place
+    from signsgd_lightning.elastic.transport import Members
+
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    timeout = timedelta(seconds=TIMEOUT)
+    membership = Membership(Place(lighthouse, 2, timeout, "127.0.0.1"), Members(timeout), dict, lambda _: None, 0)
+    for late in (0.0, 0.0, seconds):
+        barrier.wait(20)
+        time.sleep(late * number)
+        begin = time.monotonic()
+        membership.meet()
+        waited = time.monotonic() - begin
+        barrier.wait(20)
+        membership.commit()
+    answers.put((number, waited))
+    barrier.wait(20)
+
+
 def _context() -> Any:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([*PRELOADED, "signsgd_lightning.elastic"])
     return context
 
 
-def _shine(port: int) -> None:
+def _shine(port: int, host: str = "127.0.0.1") -> None:
     from torchft.coordination import LighthouseServer
 
     times = {"join_timeout_ms": 5000, "quorum_tick_ms": 20, "heartbeat_timeout_ms": 700}
-    lighthouse = LighthouseServer(bind=f"127.0.0.1:{port}", min_replicas=1, **times)
+    lighthouse = LighthouseServer(bind=f"{host}:{port}", min_replicas=1, **times)
     while lighthouse:
         signal.pause()
 
 
-def _work(path: Path, lighthouse: str, task: Task) -> None:
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+def _work(path: Path, lighthouse: str, task: Any, train: Callable[[Path, str, Any], None]) -> None:
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     with path.with_suffix(".stderr").open("w", buffering=1) as stderr:
         os.dup2(stderr.fileno(), 2)
-        _train(path, lighthouse, task)
+        train(path, lighthouse, task)
 
 
 def _train(path: Path, lighthouse: str, task: Task) -> None:
@@ -195,7 +247,7 @@ def _train(path: Path, lighthouse: str, task: Task) -> None:
         min_workers=task.min_workers,
         timeout=timedelta(seconds=TIMEOUT),
         state={"scheduler": scheduler} if task.scheduler else {},
-        hostname="127.0.0.1",
+        hostname=task.hostname,
         verify_every_n_steps=5,
     )
     if task.die is not None:
@@ -236,6 +288,8 @@ def _train(path: Path, lighthouse: str, task: Task) -> None:
                 line["momentum"] = optimizer.state[model[0]]["momentum"].tolist()
             log.write(json.dumps(line) + "\n")
             log.flush()
+            if task.leave_every and vote.step % task.leave_every == 0:
+                vote._membership.leave()
             time.sleep(task.pause)
     vote.close()
 

@@ -1,8 +1,5 @@
 """A vote of whoever is there, in plain torch: one line behind the optimizer."""
 
-import logging
-import os
-import socket
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any
@@ -11,7 +8,6 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from signsgd_core import check_count
 from signsgd_core.adversaries import Adversary
 
 from .. import _compat
@@ -20,11 +16,9 @@ from ..optimizer import Signum, find_signum
 from ..vote import PeerLostError, RanksDifferError, StepInput, Vote, VoteOptions
 from ..vote.local_gradients import keep_local, release
 from ..vote.topology import Flat
-from .membership import Membership, Place
-from .state import SharedState, Stateful
+from .membership import Membership, Place, find_place
+from .state import SharedState, SharedSteps, Stateful
 from .transport import Members
-
-_LOG = logging.getLogger(__name__)
 
 
 def enable_elastic_vote(
@@ -79,14 +73,7 @@ def enable_elastic_vote(
     if optimizer.vote is not None:
         raise ValueError("this optimizer votes already: make a new one for an elastic vote")
     check(model, [optimizer])
-    address = lighthouse or os.environ.get("TORCHFT_LIGHTHOUSE")
-    if not address:
-        raise ValueError(
-            "an elastic vote needs a lighthouse: start `torchft_lighthouse --min_replicas 1` on one machine, and pass "
-            'lighthouse="http://host:29510" or set TORCHFT_LIGHTHOUSE'
-        )
-    check_count("min_workers", min_workers, 1)
-    place = Place(address, min_workers, timeout, hostname or socket.gethostname())
+    place = find_place(lighthouse, min_workers, timeout, hostname)
     return ElasticVote(model, optimizer, place, state or {}, VoteOptions(verify_every_n_steps, adversaries))
 
 
@@ -102,6 +89,7 @@ class ElasticVote:
         place: where and how workers meet.
         others: what else a newcomer takes over, by name.
         options: of the vote.
+        recompute: whether the closure is called again for a step that is taken again; else the gradients stay.
 
     Attributes:
         workers: how many voted last; 0 before the first vote.
@@ -114,17 +102,19 @@ class ElasticVote:
         place: Place,
         others: Mapping[str, Stateful],
         options: VoteOptions,
+        recompute: bool = True,
     ) -> None:
         self.workers = 0
         self._model, self._optimizer = model, optimizer
         self._begun, self._stale, self._closed = False, False, False
         self._closure: Callable[[], Any] | None = None
+        self._recompute = recompute
         members = Members(place.timeout)
         names = {id(p): name for name, p in model.named_parameters()}
         self._vote = Vote(Flat(members, changes=True), names, options=options, model=model)
         self._vote.taker = self._take
         optimizer.vote = self._vote
-        state = SharedState(model, optimizer, others)
+        state = SharedState(SharedSteps(model, optimizer), others)
         self._membership = Membership(place, members, state.save, state.load, optimizer.t)
         keep_local(model, guard=True)
         optimizer.register_step_pre_hook(self._before)
@@ -144,6 +134,11 @@ class ElasticVote:
         """How many batches were voted on so far, of all workers and steps."""
         return self._membership.batches
 
+    @property
+    def next_batch(self) -> int:
+        """The number of the batch that this worker is to draw next, counted through all steps and workers."""
+        return self.batches + self.number
+
     def begin(self) -> None:
         """Wait for the quorum of the next step now, where a batch is drawn before `Signum.step` and not in a closure.
 
@@ -152,7 +147,6 @@ class ElasticVote:
         """
         if not self._begun:
             self._meet()
-            self._begun = True
 
     def close(self) -> None:
         """Leave the other workers; the optimizer takes no step any more."""
@@ -162,7 +156,8 @@ class ElasticVote:
 
     def _before(self, _: Signum, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Wait for the quorum before the closure is called; without one a newcomer's gradient is of no use."""
-        self._closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        self._closure = closure if self._recompute else None
         healed = not self._begun and self._meet()
         self._stale = healed and self._closure is None
 
@@ -173,6 +168,7 @@ class ElasticVote:
         changed, healed = self._membership.meet()
         if changed:
             self._vote.verify_next()
+        self._begun = True
         return healed
 
     def _take(self, given: StepInput) -> None:
@@ -183,7 +179,7 @@ class ElasticVote:
         try:
             self._vote.end(given)
         except (PeerLostError, RanksDifferError) as error:  # the step is taken; the next quorum sees to it
-            self._recover(error)
+            self._membership.recover(error)
 
     def _attempt(self, given: StepInput) -> bool:
         """Vote and commit; return whether that was possible. If not, nothing that is the same on all was changed."""
@@ -193,7 +189,7 @@ class ElasticVote:
             self._vote.take(given, self._commit)
             return True
         except (PeerLostError, RanksDifferError) as error:
-            self._recover(error)
+            self._membership.recover(error)
             return False
         except BaseException as error:
             self._begun = False
@@ -214,13 +210,3 @@ class ElasticVote:
     def _commit(self) -> None:
         if not self._membership.commit():
             raise PeerLostError("the step cannot be committed")
-
-    def _recover(self, error: PeerLostError | RanksDifferError) -> None:
-        """Give up this quorum. Those who took a step that the larger party does not know of take over its state."""
-        if isinstance(error, RanksDifferError):
-            number, size = self._membership.workers.rank, self._membership.workers.world_size
-            wrong = error.ranks if len(error.ranks) < size else list(range(1, size))  # no party is larger
-            _LOG.warning("workers %s differ from the others in %s, and take over their state", wrong, error.parameter)
-            if number in wrong:
-                self._membership.start_over()
-        self._membership.fail(error)

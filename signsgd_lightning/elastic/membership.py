@@ -2,6 +2,7 @@
 
 import logging
 import os
+import socket
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,6 +12,9 @@ from typing import Any
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torchft import Manager
 
+from signsgd_core import check_count
+
+from ..vote import PeerLostError, RanksDifferError
 from .transport import Members, SafeHTTP
 
 _LOG = logging.getLogger(__name__)
@@ -34,6 +38,22 @@ class Place:
     min_workers: int
     timeout: timedelta
     hostname: str
+
+
+def find_place(lighthouse: str | None, min_workers: int, timeout: timedelta, hostname: str | None) -> Place:
+    """Return where and how a worker meets the others, its settings checked.
+
+    Raises:
+        ValueError: without a lighthouse, or for `min_workers` outside its range.
+    """
+    address = lighthouse or os.environ.get("TORCHFT_LIGHTHOUSE")
+    if not address:
+        raise ValueError(
+            "an elastic vote needs a lighthouse: start `torchft_lighthouse --min_replicas 1` on one machine, and pass "
+            'lighthouse="http://host:29510" or set TORCHFT_LIGHTHOUSE'
+        )
+    check_count("min_workers", min_workers, 1)
+    return Place(address, min_workers, timeout, hostname or socket.gethostname())
 
 
 class Membership:
@@ -63,6 +83,7 @@ class Membership:
         self._progress = {"step": step, "batches_committed": 0}
         self._manager: Manager | None = None
         self._pending: Mapping[str, Any] | None = None
+        self._taken: Mapping[str, Any] | None = None
         self._said = ""
         self._group: object = None
 
@@ -86,8 +107,8 @@ class Membership:
             if manager is None:
                 continue
             if self._pending is not None:
-                pending, self._pending = self._pending, None
-                self._load(pending)
+                self._taken, self._pending = self._pending, None
+                self._load(self._taken)
                 healed = True
             number, size = manager.participating_rank(), manager.num_participants()
             error = manager.errored()
@@ -105,14 +126,23 @@ class Membership:
         group, self._group = self._group, self.workers.gloo.parent
         return group is not self._group, healed
 
+    def take_over_again(self) -> None:
+        """Go on from the state that was taken over last, whatever was changed since."""
+        assert self._taken is not None
+        self._load(self._taken)
+        self._taken = None
+
     def commit(self) -> bool:
         """Tell whether this worker may take the step that it has all verdicts of; if so it counts."""
         assert self._manager is not None
         try:
-            return bool(self._manager.should_commit())
+            committed = bool(self._manager.should_commit())
         except (RuntimeError, OSError):  # a newcomer hangs in the middle of its copy
             self.leave()
             return False
+        if committed:
+            self._taken = None
+        return committed
 
     def fail(self, error: Exception) -> None:
         """Give up the step: let the others know by closing all connections; the next quorum opens new ones."""
@@ -121,6 +151,16 @@ class Membership:
         self.workers.gloo.abort()
         self._manager.report_error(error)
         self.commit()
+
+    def recover(self, error: PeerLostError | RanksDifferError) -> None:
+        """Give up this quorum. Those who took a step that the larger party does not know of take over its state."""
+        if isinstance(error, RanksDifferError):
+            number, size = self.workers.rank, self.workers.world_size
+            wrong = error.ranks if len(error.ranks) < size else list(range(1, size))  # no party is larger
+            _LOG.warning("workers %s differ from the others in %s, and take over their state", wrong, error.parameter)
+            if number in wrong:
+                self.start_over()
+        self.fail(error)
 
     def start_over(self) -> None:
         """Take over the others' state with the next quorum, as a newcomer does."""
@@ -139,13 +179,16 @@ class Membership:
         """Ask the lighthouse for a quorum; None if it does not answer."""
         try:
             manager = self._manager = self._manager or self._join()
-            manager.start_quorum(timeout=self._place.timeout)
+            # Others may be stuck with a lost worker for the timeout, and come back then. A question that ends just then
+            # is answered all the same: with a quorum whose other workers wait for this one, who did not hear of it.
+            manager.start_quorum(timeout=2 * self._place.timeout)
             return manager
         except TimeoutError:
             words = f"no quorum yet: the lighthouse at {self._place.lighthouse} hangs, or a worker is slow"
             if self._said == words:  # or this one was stopped in the middle of a question, which nobody answers then
                 self.leave()
             self._say(words)
+            return None  # to ask again at once: a quorum may be formed just now, with this worker
         except (RuntimeError, OSError) as error:
             reason = (str(error) or " ").splitlines()[0]
             self._say(f"training waits: the lighthouse at {self._place.lighthouse} does not answer ({reason})")

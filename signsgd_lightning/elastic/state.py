@@ -1,13 +1,15 @@
 """What a newcomer takes over from a worker that is there: all that is the same on all, and nothing that is private."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from signsgd_core.wire import disagreement
 
+from ..local_steps import LocalSteps
 from ..optimizer import Signum
 from ..state import ENTRIES
 from ..vote.agreement import describe
@@ -23,33 +25,29 @@ class Stateful(Protocol):
         """Go on from it."""
 
 
+class Shared(Stateful, Protocol):
+    """What is trained, as far as it is the same on all workers."""
+
+    def in_words(self) -> list[str]:
+        """Return what must be the same before a worker may join."""
+
+
 class SharedState:
-    """The state that is the same on all workers: parameters, buffers, verdict momenta, settings, counters.
+    """The state that is the same on all workers.
 
     Args:
-        model: has the parameters and buffers.
-        optimizer: of its parameters.
+        trained: model and optimizers.
         others: what else is to be taken over, by name.
     """
 
-    def __init__(self, model: nn.Module, optimizer: Signum, others: Mapping[str, Stateful]) -> None:
-        self._model, self._optimizer, self._others = model, optimizer, dict(others)
-        self._words = self._in_words()
+    def __init__(self, trained: Shared, others: Mapping[str, Stateful]) -> None:
+        self._trained, self._others = trained, dict(others)
+        self._words = [*trained.in_words(), *(f"state {name!r}" for name in self._others)]
 
     def save(self) -> dict[str, Any]:
         """Return the state; parameters and momenta as they are, so that they must not change before it was sent."""
-        buffers = {name for name, _ in self._model.named_buffers()}
-        model = self._model.state_dict()
-        return {
-            "words": self._words,
-            "model": {name: value.clone() if name in buffers else value for name, value in model.items()},
-            "momenta": [
-                {e.name: entries[e.name] for e in ENTRIES if not e.private and e.name in entries}
-                for entries in (self._optimizer.state.get(p, {}) for p in self._parameters())
-            ],
-            "groups": [{k: v for k, v in group.items() if k != "params"} for group in self._optimizer.param_groups],
-            "others": {name: other.state_dict() for name, other in self._others.items()},
-        }
+        others = {name: other.state_dict() for name, other in self._others.items()}
+        return {"words": self._words, "trained": self._trained.state_dict(), "others": others}
 
     @torch.no_grad()
     def load(self, state: Mapping[str, Any]) -> None:
@@ -64,22 +62,105 @@ class SharedState:
                 f"{disagreement([state['words'], self._words], 'worker')}, which is this one. Start it with the "
                 "same model, optimizer and state as the others"
             )
-        self._model.load_state_dict(state["model"])
-        for p, entries in zip(self._parameters(), state["momenta"], strict=True):
-            self._optimizer.state[p].update({name: value.to(p.device, copy=True) for name, value in entries.items()})
-        for group, settings in zip(self._optimizer.param_groups, state["groups"], strict=True):
-            group.update(settings)
+        self._trained.load_state_dict(state["trained"])
         for name, other in self._others.items():
             other.load_state_dict(state["others"][name])
 
-    def _parameters(self) -> list[torch.Tensor]:
-        return [p for group in self._optimizer.param_groups for p in group["params"]]
 
-    def _in_words(self) -> list[str]:
-        """Return what must be the same before a worker may join; a schedule may have moved `lr` since."""
-        names = {id(p): name for name, p in self._model.named_parameters()}
-        lines = [describe(names[id(p)], p) for p in self._parameters()]
-        lines += [describe(f"{name}, in the model", value) for name, value in self._model.state_dict().items()]
-        settings = [line for line in self._optimizer.settings_in_words() if ": lr=" not in line]
-        settings = [line for line in settings if ": step=" not in line]
-        return [*lines, *settings, *(f"state {name!r}" for name in self._others)]
+class SharedSteps:
+    """Parameters, buffers, verdict momenta, settings and counters of a model whose every step is a vote.
+
+    Args:
+        model: has the parameters and buffers.
+        optimizer: of its parameters.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Signum) -> None:
+        self._model, self._optimizer = model, optimizer
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return them; buffers as they are now."""
+        buffers = {name for name, _ in self._model.named_buffers()}
+        model = self._model.state_dict()
+        return {
+            "model": {name: value.clone() if name in buffers else value for name, value in model.items()},
+            "momenta": [
+                {e.name: entries[e.name] for e in ENTRIES if not e.private and e.name in entries}
+                for entries in (self._optimizer.state.get(p, {}) for p in _parameters(self._optimizer))
+            ],
+            "groups": _settings(self._optimizer),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from them."""
+        self._model.load_state_dict(state_dict["model"])
+        for p, entries in zip(_parameters(self._optimizer), state_dict["momenta"], strict=True):
+            self._optimizer.state[p].update({name: value.to(p.device, copy=True) for name, value in entries.items()})
+        _set(self._optimizer, state_dict["groups"])
+
+    def in_words(self) -> list[str]:
+        """Return the model, and settings; a schedule may have moved `lr` since."""
+        return [*_in_words(self._model, [self._optimizer]), *_fixed(self._optimizer.settings_in_words())]
+
+
+class SharedRounds:
+    """Parameters and floating-point buffers as a round began, outer momenta, settings, counters.
+
+    The inner optimizers' state is each worker's own.
+
+    Args:
+        model: has the parameters and buffers.
+        local: the rounds.
+        drawn: returns how many batches were drawn when the round began.
+        go_on: is told that number.
+    """
+
+    def __init__(
+        self, model: nn.Module, local: LocalSteps, drawn: Callable[[], int], go_on: Callable[[int], None]
+    ) -> None:
+        self._model, self._local, self._drawn, self._go_on = model, local, drawn, go_on
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return them."""
+        return {
+            "model": self._local.model_state(),
+            "outer": self._local.state_dict(),
+            "inner": [_settings(optimizer) for optimizer in self._local.optimizers],
+            "drawn": self._drawn(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from them."""
+        self._local.start_from(lambda: self._model.load_state_dict(state_dict["model"]))
+        self._local.load_state_dict(state_dict["outer"])
+        for optimizer, groups in zip(self._local.optimizers, state_dict["inner"], strict=True):
+            _set(optimizer, groups)
+        self._go_on(state_dict["drawn"])
+
+    def in_words(self) -> list[str]:
+        """Return the model, and settings of the rounds."""
+        return [*_in_words(self._model, self._local.optimizers), *_fixed(self._local.settings())]
+
+
+def _parameters(optimizer: Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _settings(optimizer: Optimizer) -> list[dict[str, Any]]:
+    return [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+
+
+def _set(optimizer: Optimizer, settings: Sequence[dict[str, Any]]) -> None:
+    for group, values in zip(optimizer.param_groups, settings, strict=True):
+        group.update(values)
+
+
+def _in_words(model: nn.Module, optimizers: Sequence[Optimizer]) -> list[str]:
+    names = {id(p): name for name, p in model.named_parameters()}
+    lines = [describe(names[id(p)], p) for optimizer in optimizers for p in _parameters(optimizer)]
+    return lines + [describe(f"{name}, in the model", value) for name, value in model.state_dict().items()]
+
+
+def _fixed(lines: Sequence[str]) -> list[str]:
+    """Return settings without those that change during training."""
+    return [line for line in lines if ": lr=" not in line and ": step=" not in line]

@@ -29,6 +29,10 @@ class Buffers:
             buffer.copy_(mean)
         self._old = {name: buffer.clone() for name, buffer in self._now().items()}
 
+    def before(self) -> dict[str, Tensor]:
+        """Return them by name, as they were after the last round."""
+        return dict(self._old)
+
     def restore(self) -> None:
         """Give them the values that they had after the last round."""
         for name, buffer in self._now().items():

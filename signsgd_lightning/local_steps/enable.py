@@ -13,6 +13,8 @@ from .. import _compat
 from ..enable import agree_on_model, broadcast, check_optimizers
 from ..optimizer import see_through
 from ..sharding import refuse_sharded
+from ..vote.topology import Flat
+from ..vote.transport import PointToPoint
 from .options import LocalStepOptions
 from .rounds import LocalSteps, find_local_steps
 
@@ -83,17 +85,23 @@ def let_step(
         counts_steps: False where the caller calls `LocalSteps.count`.
     """
     model, optimizers = _compat.uncompiled(model), [see_through(optimizer) for optimizer in optimizers]
-    _check(model, optimizers)
+    check(model, optimizers)
     group = process_group or dist.group.WORLD
     if group is None:
         raise RuntimeError("local steps need a process group: call torch.distributed.init_process_group first")
     check_adversaries(options.adversaries, dist.get_world_size(group), "rank")
     agree_on_model(model, group)
     broadcast(model, group)
-    return LocalSteps(model, optimizers, options, group, counts_steps)
+    return LocalSteps(model, optimizers, options, Flat(PointToPoint(group)), counts_steps)
 
 
-def _check(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+def check(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+    """Make sure that the optimizers can take local steps on the model's parameters.
+
+    Raises:
+        TypeError: if something is no optimizer, or the model no module.
+        ValueError: if they cannot.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"enable_local_steps takes a model first, a torch.nn.Module, got {type(model).__name__}")
     if any(isinstance(module, DistributedDataParallel) for module in model.modules()):

@@ -1,27 +1,29 @@
 """Rounds: a displacement for a gradient, a vote on it, and the outer update (L1-L4)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import signsgd_core as core
+from signsgd_core.adversaries import Adversary
 
-from .. import _compat, kernels
+from .. import kernels
 from ..optimizer import Signum, see_through
 from ..state import OUTER_MOMENTUM
 from ..views import FlatView
 from ..vote import StepInput, Vote, VoteOptions
 from ..vote.agreement import Purpose
 from ..vote.topology import Flat, Verdict
-from ..vote.transport import Message, PointToPoint
+from ..vote.transport import Message
+from .anchors import Anchors
 from .buffers import Buffers
 from .options import LocalStepOptions
+from .taking import Displaced, Once, Outcome, Taker
 
 
 class LocalSteps:
@@ -34,8 +36,9 @@ class LocalSteps:
         model: its floating-point buffers are averaged.
         optimizers: whose parameters are voted on; the last one's steps are counted.
         options: of the rounds.
-        process_group: of the ranks.
+        ranks: those that vote.
         counts_steps: False where the caller calls `count`.
+        taker: takes a round; None takes it once.
 
     Attributes:
         optimizers: as above.
@@ -51,22 +54,23 @@ class LocalSteps:
         model: nn.Module,
         optimizers: Sequence[Optimizer],
         options: LocalStepOptions,
-        process_group: dist.ProcessGroup,
+        ranks: Flat,
         counts_steps: bool = True,
+        taker: Taker | None = None,
     ) -> None:
         self.optimizers, self.options = list(optimizers), options
         self.steps, self.drift = 0, (0.0, 0)
-        self._model, self._buffers, self._begun = model, Buffers(model), False
-        self._pairs, self._names = dict[Tensor, Tensor](), dict[int, str]()  # a parameter -> x_0, by id its name
-        self._versions = dict[Tensor, int]()  # x_0 -> the version of a parameter that it is equal to
-        self._adversary = (options.adversaries or {}).get(dist.get_rank(process_group))
+        self._buffers, self._begun = Buffers(model), False
+        self._taker: Taker = taker or Once()
+        self._displaced: Displaced | None = None
+        self._anchors = Anchors(model, self.optimizers)
         self.outer = Signum([{"params": []}], lr=options.outer_lr, betas=(0.0, 0.0))
         self.outer.param_groups[0]["outer_momentum"] = options.outer_momentum
         votes = VoteOptions(options.verify_every_n_rounds)
-        self.vote = self.outer.vote = Vote(Flat(PointToPoint(process_group)), self._names, "local steps", votes)
-        self._find_parameters()
-        self.vote.agree(self.outer.views(), self._settings(), Purpose.ENABLE)
-        self._handles = [optimizer.register_step_pre_hook(self._begin) for optimizer in self.optimizers]
+        self.vote = self.outer.vote = Vote(ranks, self._anchors.names, "local steps", votes)
+        self.find_parameters()
+        self.vote.agree(self.outer.views(), self.settings(), Purpose.ENABLE)
+        self._handles = [optimizer.register_step_pre_hook(self.open) for optimizer in self.optimizers]
         if counts_steps:
             self._handles.append(self.optimizers[-1].register_step_post_hook(self.count))
         for optimizer in self.optimizers:
@@ -81,7 +85,7 @@ class LocalSteps:
         """
         self.steps += 1
         if self.steps >= self.options.sync_every:
-            self._close(early=False)
+            self.close(early=False)
 
     def close_round(self) -> None:
         """Close the round now, however many steps it had; every rank must call it.
@@ -94,7 +98,7 @@ class LocalSteps:
             RuntimeError: if the ranks disagree.
             RanksDifferError: if they are no longer the same, where that is looked at.
         """
-        while not self._close(early=True):
+        while not self.close(early=True):
             pass
 
     def end(self) -> None:
@@ -111,7 +115,7 @@ class LocalSteps:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what is the same on all ranks between rounds, beside the parameters: outer momenta and the count."""
-        momenta = [self.outer.state.get(x, {}).get(OUTER_MOMENTUM.name) for x in self._pairs.values()]
+        momenta = [self.outer.state.get(x, {}).get(OUTER_MOMENTUM.name) for x in self._anchors.values()]
         return {"rounds": self.outer.t, "outer_momenta": momenta}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -120,8 +124,8 @@ class LocalSteps:
         Raises:
             ValueError: if it is of another model; then nothing was loaded.
         """
-        self._find_parameters()
-        anchors, momenta = list(self._pairs.values()), state["outer_momenta"]
+        self.find_parameters()
+        anchors, momenta = list(self._anchors.values()), state["outer_momenta"]
         shapes = [None if u is None else tuple(u.shape) for u in momenta]
         if len(shapes) != len(anchors) or any(
             shape not in (None, tuple(x.shape)) for shape, x in zip(shapes, anchors, strict=True)
@@ -137,62 +141,75 @@ class LocalSteps:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
-    def _begin(self, *_: Any) -> None:
+    def open(self, *_: Any) -> None:
         """Take `x_0` down, before the first step of a round."""
         if not self._begun:
-            self._find_parameters()
-            for p, x in self._pairs.items():
-                if self._versions.get(x) != _compat.version(p):  # else it is where the last round left it
-                    x.copy_(p)
+            self.find_parameters()
+            self._anchors.take_down()
             self._begun = True
 
+    def model_state(self) -> dict[str, Tensor]:
+        """Return the model's state as it was when the round began."""
+        return self._anchors.model_state(self._buffers.before())
+
     @torch.no_grad()
-    def _close(self, early: bool) -> bool:
-        """Close a round; return whether that was early on all ranks."""
-        self._begin()
+    def start_from(self, load: Callable[[], None]) -> None:
+        """Load parameters and buffers; the steps since the last round are forgotten, and vote no more."""
+        load()
+        self._anchors.find()
+        self._anchors.take_down()
+        self._buffers.take(())
+        self._displaced = None
+
+    @torch.no_grad()
+    def close(self, early: bool) -> bool:
+        """Close one round with the steps that this rank has; return whether that was early on all ranks."""
+        self.open()
         try:
-            views, own = self._displace()
-            given = StepInput(views, self._settings(), self.outer.zeros, self.outer.t)
-            ballot = self.vote.cast(given)
-            magnitudes, changed, all_early = self._exchange_magnitudes(own, early)
-            verdicts = [] if ballot is None else self.vote.decide(ballot)
-            means = self._buffers.mean(changed, self.vote.topology.everyone)
+            outcome = self._taker.take(lambda: self._attempt(early))
         except BaseException:
             self._buffers.restore()
             self._finish()
             raise
-        ends = self._ends(views)
-        self._commit(verdicts, magnitudes)
-        self._note_drift(ends)
-        self._buffers.take(means)
+        if outcome is not None:
+            ends = self._ends(outcome.given.views)
+            self._commit(outcome.verdicts, outcome.magnitudes)
+            self._note_drift(ends)
+            self._buffers.take(outcome.means)
         self._finish()
-        if ballot is not None:  # a round in which nobody moved is none
+        if outcome is not None and outcome.verdicts:  # a round in which nobody moved is none
             self.outer.param_groups[0]["step"] += 1
-            self.vote.end(given)
-        return all_early
+            self._taker.end(lambda: self.vote.end(outcome.given))
+        return outcome is not None and outcome.all_early
 
-    def _displace(self) -> tuple[list[FlatView], list[float]]:
+    def _attempt(self, early: bool) -> Outcome:
+        """Vote on the displacements, which stay as they are."""
+        self._displaced = self._displaced or self._displace()
+        views, own = self._displaced
+        given = StepInput(views, self.settings(), self.outer.zeros, self.outer.t)
+        ballot = self.vote.cast(given)
+        magnitudes, changed, all_early = self._exchange_magnitudes(own, early)
+        verdicts = [] if ballot is None else self.vote.decide(ballot)
+        means = self._buffers.mean(changed, self.vote.topology.everyone)
+        return Outcome(given, verdicts, magnitudes, means, all_early)
+
+    def _displace(self) -> Displaced:
         """Return what to vote on, displacements for gradients, and their magnitudes, 0 where none moved (L1, L2).
 
         Displacements are in the memory of the parameters, which get their values back from `x_0` in any case.
         """
         kernel, group = kernels.for_device(self._device), self.outer.param_groups[0]
+        adversary = (self.options.adversaries or {}).get(self.vote.topology.workers.rank)
         views, magnitudes = list[FlatView](), list[float]()
-        for p, x in self._pairs.items():
+        for p, x in self._anchors.items():
             delta = p.detach() if p.dtype is x.dtype and p.is_contiguous() else p.detach().to(x, copy=True).contiguous()
             total = kernel.displace(x, delta)
-            if self._adversary is not None and total:
-                delta = self._lie(delta)
+            if adversary is not None and total:
+                delta = _lie(adversary, delta)
                 total = kernel.displace(delta, torch.zeros_like(delta))
             views.append(FlatView(x, group, self.outer.state, total > 0, sent=delta))
             magnitudes.append(total / max(x.numel(), 1))
         return views, magnitudes
-
-    def _lie(self, delta: Tensor) -> Tensor:
-        """Return what an adversary sends instead of a displacement; nothing is zeros."""
-        assert self._adversary is not None
-        sent = self._adversary(delta.cpu().numpy())
-        return torch.zeros_like(delta) if sent is None else torch.as_tensor(sent).to(delta).contiguous()
 
     def _exchange_magnitudes(
         self, own: Sequence[float], early: bool
@@ -212,7 +229,7 @@ class LocalSteps:
 
     def _commit(self, verdicts: Sequence[Verdict], magnitudes: Sequence[float]) -> None:
         """Take the outer step (L4); nothing here waits for another rank."""
-        magnitude = {id(x): s for x, s in zip(self._pairs.values(), magnitudes, strict=True)}
+        magnitude = {id(x): s for x, s in zip(self._anchors.values(), magnitudes, strict=True)}
         for verdict in verdicts:
             bits, move = verdict.bits.to(self._device), kernels.for_device(self._device).apply
             for view in verdict.views:
@@ -236,31 +253,19 @@ class LocalSteps:
 
     def _note_drift(self, ends: Sequence[Tensor]) -> None:
         """Add up how far this rank's steps ended from where the vote has the parameters."""
-        for end, x in zip(ends, self._pairs.values() if ends else (), strict=True):
+        for end, x in zip(ends, self._anchors.values() if ends else (), strict=True):
             self.drift = self.drift[0] + float((end - x).square().sum()), self.drift[1] + x.numel()
 
     def _finish(self) -> None:
         """Let parameters go to `x_0`."""
-        for p, x in self._pairs.items():
-            p.copy_(x)
-            if p.dtype is x.dtype:  # else `x_0` is to be rounded as the parameter is
-                self._versions[x] = _compat.version(p)
-        self.steps, self._begun = 0, False
+        self._anchors.put_back()
+        self.steps, self._begun, self._displaced = 0, False, None
 
-    def _find_parameters(self) -> None:
-        """Give every parameter of the optimizers an `x_0`, also those of groups that were added since."""
-        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
-        new = [p for group in groups for p in group["params"] if p not in self._pairs]
-        if not new:
-            return
-        names = {id(p): name for name, p in self._model.named_parameters()}
-        for p in new:
-            wide = torch.promote_types(p.dtype, torch.float32)  # half types round once, at the end
-            x = self._pairs[p] = p.detach().to(wide, copy=True, memory_format=torch.contiguous_format)
-            self._names[id(x)] = names.get(id(p), "a parameter")
-            self.outer.param_groups[0]["params"].append(x)
+    def find_parameters(self) -> None:
+        """Take the parameters of groups that were added since, too."""
+        self.outer.param_groups[0]["params"] += self._anchors.find()
 
-    def _settings(self) -> list[str]:
+    def settings(self) -> list[str]:
         """Return what all ranks must have in common beside the parameters."""
         kinds = ", ".join(type(optimizer).__name__ for optimizer in self.optimizers)
         own = [self.options.in_words(), f"optimizers {kinds}", *self._buffers.in_words()]
@@ -268,7 +273,7 @@ class LocalSteps:
 
     @property
     def _device(self) -> torch.device:
-        return next(iter(self._pairs)).device
+        return next(iter(self._anchors)).device
 
 
 def find_local_steps(optimizer: object) -> LocalSteps | None:
@@ -287,3 +292,9 @@ def _zeros(view: FlatView) -> FlatView:
     part = FlatView(view.sent.zero_(), {**view.group, "lr": -1.0}, {}, present=True, start=view.start)
     part.scale = view.scale
     return part
+
+
+def _lie(adversary: Adversary, delta: Tensor) -> Tensor:
+    """Return what an adversary sends instead of a displacement; nothing is zeros."""
+    sent = adversary(delta.cpu().numpy())
+    return torch.zeros_like(delta) if sent is None else torch.as_tensor(sent).to(delta).contiguous()

@@ -27,6 +27,8 @@ class VoteMonitor(Callback):
     of ranks it is a tie, and flips from step to step. Each time it logs it gathers a few numbers from all ranks;
     without the callback nothing is counted.
 
+    Under ``strategy="elastic_vote"`` a worker logs its own figures, and how many workers there are, "vote/workers".
+
     Raises:
         RuntimeError: at the start of `fit`, if no optimizer votes.
 
@@ -95,12 +97,16 @@ class VoteMonitor(Callback):
         rounds, drift = self._rounds_so_far()
         row = [*map(sum, zip(*counts, strict=True)), sent - self._sent, waited - self._waited]
         row += [now - before for now, before in zip(drift, self._drift, strict=True)]
-        rows = self._watched[0][0].gather_counts(torch.tensor(row, dtype=torch.float64, device=device)).numpy()
+        counted, vote = torch.tensor(row, dtype=torch.float64, device=device), self._watched[0][0]
+        comes_and_goes = vote.topology.changes  # then a worker has its own figures alone: it waits for nobody
+        rows = (counted.cpu()[None] if comes_and_goes else vote.gather_counts(counted)).numpy()
         self._sent, self._waited = self._traffic()
         if self._local is None:
             values = figures(rows, steps, self._nonfinite)
         else:
             values = figures_of_rounds(rows, rounds - self._rounds, self._nonfinite)
+        if comes_and_goes:
+            values["vote/workers"] = float(vote.topology.workers.world_size)
         self._nonfinite, self._rounds, self._drift = values["vote/nonfinite"], rounds, drift
         return values
 

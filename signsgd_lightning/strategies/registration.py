@@ -16,6 +16,7 @@ _REGISTRIES = {
         {
             "majority_vote": ("majority_vote", "MajorityVoteStrategy"),
             "local_vote": ("local_vote", "LocalVoteStrategy"),
+            "elastic_vote": ("elastic_vote", "ElasticVoteStrategy"),
         },
     ),
     "lightning.fabric.strategies": (
@@ -42,17 +43,21 @@ def register_all(module: ModuleType) -> None:
     """Register every strategy in a module's registry; its own module is imported when it is built."""
     registry, classes = _REGISTRIES[module.__name__]
     for name, (home, kind) in classes.items():
-        register(getattr(module, registry), name, partial(_build, home, kind))
+        register(getattr(module, registry), name, partial(_build, home, kind), alone=name == "elastic_vote")
 
 
-def register(registry: Any, name: str, build: Callable[..., Any]) -> None:
-    """Register a strategy with the variants that Lightning's DDP has.
+def register(registry: Any, name: str, build: Callable[..., Any], alone: bool = False) -> None:
+    """Register a strategy, with the variants that Lightning's DDP has unless it starts no processes.
 
     Args:
         registry: Lightning's.
         name: of the strategy.
         build: takes the variant's settings and returns the strategy.
+        alone: whether it starts no processes.
     """
+    if alone:
+        registry.register(name, build, description="one-bit majority vote of workers that come and go", override=True)
+        return
     for suffix, start_method in (("", "popen"), ("_spawn", "spawn"), ("_fork", "fork"), ("_notebook", "fork")):
         for unused in (None, False, True):
             variant, settings = name + suffix, {"start_method": start_method}

@@ -116,6 +116,7 @@ class VoteStatistics(Observer):
         padding = 8 * ballot.shape[-1] - length
         self.coordinates += length if mask is None else kernel.count_bits(mask) - padding
         self.disagreements += kernel.count_bits(differ if mask is None else differ & mask)
+        bits = bits[:, : 8 * -(-length // 64)]  # there is less padding, or more, where workers come and go
         if lo in self._last:
             self.compared += length
             self.flips += kernel.count_bits(_differences(self._last[lo], bits))

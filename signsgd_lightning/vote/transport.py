@@ -41,6 +41,7 @@ class Message(Enum):
     BUFFERS = "averaged their buffers"
     INNER_SIZE = "measured their inner states"
     INNER_STATE = "gathered their inner states"
+    ROLL = "called the roll of a round"
 
     @property
     def tag(self) -> int:

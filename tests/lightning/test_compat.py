@@ -13,7 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.core import optimizer as lightning_optimizer
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
-from torch.distributed import distributed_c10d
+from torch.distributed import _serialization, distributed_c10d
 from torch.distributed.checkpoint import state_dict as checkpoint
 from torch.nn.parallel import DistributedDataParallel
 
@@ -28,6 +28,7 @@ NAMES: dict[str, tuple[Any, str]] = {
     "_get_default_store": (distributed_c10d, "_compat.prefix_store"),
     "_get_backend": (dist.ProcessGroup, "_compat.backend and _compat.timeout"),
     "_execution_engine": (torch.autograd.Variable, "_compat.queue_callback"),
+    "_streaming_load": (_serialization, "_compat.streaming_load"),
     "_is_zerotensor": (torch.Tensor, "_compat.is_zero_tensor"),
     "_is_functional_tensor": (torch, "_compat.is_wrapped_by_transform"),
     "is_functorch_wrapped_tensor": (torch._C._functorch, "_compat.is_wrapped_by_transform"),
@@ -132,6 +133,13 @@ def test_lightning(tmp_path: Path) -> None:
     module.trainer = trainer
     assert _compat.trainer_of(module) is trainer
     assert _compat.logged_step(trainer) == 0
+    trainer.strategy.connect(module)
+    _compat.set_steps(trainer, 5, 7)
+    assert (trainer.global_step, _compat.logged_step(trainer)) == (5, 7)
+    module.automatic_optimization = False
+    assert trainer.global_step == 0
+    _compat.set_steps(trainer, 3, 9)
+    assert (trainer.global_step, _compat.logged_step(trainer)) == (3, 9)
     assert _compat.ddp_options(DDPStrategy(bucket_cap_mb=3)) == {"bucket_cap_mb": 3}
 
 

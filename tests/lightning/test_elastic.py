@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from signsgd_core import Reference
-from tests.elastic import SHARED, TIMEOUT, Crew, Lighthouse, Task, crew, gradient
+from tests.elastic import SHARED, TIMEOUT, Crew, Lighthouse, Task, ask_apart, crew, gradient
 
 pytest.importorskip("torchft", reason="the extra `elastic` is not installed")
 pytestmark = pytest.mark.multiprocess
@@ -207,13 +207,18 @@ def test_a_memory_error_is_mended(here: Here) -> None:
     assert len({line["bits"] for line in ends}) == 1
 
 
+def test_a_question_outlasts_who_is_stuck(here: Here) -> None:
+    """One asks for the quorum while the other waits for a lost one, and is there when that comes back."""
+    _, lighthouse = here
+    asked, stuck = ask_apart(lighthouse, TIMEOUT + 0.05)
+    assert asked == pytest.approx(TIMEOUT + 0.05, abs=0.5)
+    assert stuck < 0.5
+
+
 @pytest.mark.nightly
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_twenty_at_random(here: Here, number: signal.Signals) -> None:
-    """One after the other is lost and replaced at random moments: no run ends.
-
-    One that hangs while a newcomer joins may cost the others the timeout twice.
-    """
+    """One after the other is lost and replaced at random moments: no run ends."""
     workers, _ = here
     random = np.random.default_rng(19)
     names = [workers.start(Task(steps=100_000, min_workers=1)) for _ in range(4)]
@@ -255,3 +260,42 @@ def test_churn(here: Here) -> None:
     sizes = judge(workers)
     assert len(sizes) == 300
     assert min(sizes) >= 2
+
+
+@pytest.mark.nightly
+def test_joins_at_twenty_random_moments(here: Here) -> None:
+    """A newcomer has the others' bits at its first committed step, and before it."""
+    workers, _ = here
+    random = np.random.default_rng(20)
+    stay = [workers.start(Task(steps=100_000)) for _ in range(2)]
+    workers.wait(lambda: min(map(workers.step, stay)) > 3)
+    for _ in range(20):
+        time.sleep(random.random() / 4)
+        newcomer = workers.start(Task(steps=100_000))
+        workers.wait(lambda newcomer=newcomer: workers.step(newcomer) > 2)  # type: ignore[misc]
+        first = workers.log(newcomer)[0]
+        workers.wait(lambda first=first: min(map(workers.step, stay)) > first["step"])  # type: ignore[misc]
+        for name in stay:
+            line = next(line for line in workers.log(name) if line["step"] == first["step"])
+            assert (line["bits"], line["before"]) == (first["bits"], first["before"])
+        workers.signal(newcomer, signal.SIGKILL)
+    judge(workers)
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(600)
+def test_two_hundred_changes_leave_nothing_behind(here: Here) -> None:
+    """Memory, threads and open files of one that stays, while another one leaves and joins."""
+    workers, _ = here
+    stay = workers.start(Task(steps=100_000, pause=0.01))
+    guest = workers.start(Task(steps=100_000, pause=0.01, leave_every=2))
+    sizes = []
+    for changes in (50, 100, 150, 200):
+        workers.wait(lambda changes=changes: workers.step(guest) >= 2 * changes, 200)  # type: ignore[misc]
+        sizes.append((workers.threads(stay), workers.files(stay), workers.memory(stay)))
+    print(sizes)
+    assert workers.processes[guest].is_alive()
+    for threads, files, memory in sizes[1:]:
+        assert threads <= sizes[0][0] + 2, sizes
+        assert files <= sizes[0][1] + 4, sizes
+        assert memory < sizes[0][2] + 30, sizes

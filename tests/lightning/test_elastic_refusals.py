@@ -62,6 +62,19 @@ def test_after_close() -> None:
         optimizer.step()
 
 
+def test_nothing_moves_before_the_commit() -> None:
+    """All verdicts are there, and the step may not be committed."""
+    net, optimizer = model()
+    vote = enable_elastic_vote(net, optimizer, lighthouse=NOWHERE, min_workers=1)
+    net(torch.ones(1, 2)).sum().backward()
+    before = [p.clone() for p in net.parameters()]
+    with pytest.raises(ZeroDivisionError):
+        vote._vote.take(optimizer.step_input(), lambda: 1 // 0)  # type: ignore[arg-type]
+    assert all(torch.equal(p, x) for p, x in zip(net.parameters(), before, strict=True))
+    assert vote.step == 0
+    vote.close()
+
+
 class _Code:
     def __reduce__(self) -> Any:
         return print, ("code from another worker ran",)
@@ -108,13 +121,13 @@ def test_a_state_with_code_in_it_is_refused(served: tuple[str, list[Any]], capfd
 
 def test_batches() -> None:
     """Every epoch has each batch once, whoever draws it, in an order of its own."""
-    place = SimpleNamespace(batches=0, number=0)
+    place = SimpleNamespace(next_batch=0, begin=int)
     batches = ElasticBatches(10, 3, place, seed=5)
     epochs = list[list[int]]()
     for epoch in range(2):
         drawn = list[int]()
         for k in range(3):
-            place.batches, place.number = 3 * epoch + k // 2 * 2, k % 2
+            place.next_batch = 3 * epoch + k
             drawn += next(iter(batches))
         assert len(set(drawn)) == 9
         epochs.append(drawn)

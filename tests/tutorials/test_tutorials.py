@@ -163,6 +163,19 @@ def test_plain_ddp_under_torchrun(tmp_path: Path) -> None:
     assert float(accuracy[1]) > 0.9
 
 
+@pytest.mark.nightly
+@pytest.mark.multiprocess
+def test_elastic(tmp_path: Path) -> None:
+    """All who are there at the end have the same bits, and learnt the digits."""
+    pytest.importorskip("torchft", reason="the extra `elastic` is not installed")
+    printed = _run(str(TUTORIALS / "elastic.py"), str(tmp_path / "run"), folder=tmp_path)
+    ends = re.findall(r"^worker \d: test accuracy ([\d.]+), bits sum up to (-?\d+)$", printed, re.MULTILINE)
+    assert len(ends) == 4
+    assert len(set(ends)) == 1
+    assert float(ends[0][0]) > 0.85
+    assert (tmp_path / "run" / "elastic.png").stat().st_size > 1000
+
+
 def test_plain_ddp_is_short_and_needs_no_lightning() -> None:
     source = (TUTORIALS / "plain_ddp.py").read_text()
     assert len(source.splitlines()) < 40
