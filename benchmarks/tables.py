@@ -29,10 +29,13 @@ METHODS = {
 """What `benchmarks.papers.signmuon` calls a method -> what a table does."""
 
 
-INNER = {
+EVERY_STEP = {
     "AdamW .95, clipped": "AdamW over DDP, every step",
     "Muon, clipped": "Muon over DDP, every step",
     "SignMuon": "SignMuon's vote, every step",
+}
+"""What `benchmarks.papers.signmuon` calls a row -> what the table beside local steps does."""
+INNER = {
     "Muon, clipped, vote": "**local steps, `sync_every={}`**",
     "Muon, clipped, mean": "fp32 mean every {} steps",
     "Muon, clipped, DiLoCo": "DiLoCo every {} steps",
@@ -109,12 +112,10 @@ def local_rows() -> list[list[str]]:
 
 
 def local_steps() -> list[str]:
-    """Return what `benchmarks.papers.local_steps` measured of the GPT with Muon inside, three seeds each."""
-    rows = [
-        [INNER[row[0]].format(row[1]), row[-3], _mean(row[-2:])]
-        for row in local_rows()
-        if row[0] in INNER and row[1] in ("1", "4", "16", "64")
-    ]
+    """Return what `benchmarks.papers` measured of the GPT with Muon inside, three seeds each."""
+    every_step = _first(text_rows("papers/signmuon", "GPT on bytes"))
+    rows = [[label, every_step[name][-4], _mean(every_step[name][-3:-1])] for name, label in EVERY_STEP.items()]
+    rows += [[INNER[r[0]].format(r[1]), r[-3], _mean(r[-2:])] for r in local_rows() if r[0] in INNER]
     return markdown(["", "bits a parameter, whole run", "loss"], rows)
 
 

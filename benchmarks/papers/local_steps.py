@@ -95,7 +95,9 @@ def table(kinds: Sequence[tuple[Task, int, list[Found], list[Row]]]) -> Iterator
         yield f"\n{task.name}, {steps} steps of {task.global_batch} examples, {MANY} workers: {task.measured}"
         yield f"  {'optimizer, exchange':<28}{'H':>4}{'lr':>9}{'η':>6}{'μ':>6}{'runs':>5}{'bits':>9}{'mean':>9}{'±':>8}"
         for name, sync_every, row, tried in found:
-            outer = "".join(f"{'' if x is None else format(x, 'g'):>6}" for x in row.job[-2:])
+            outer = "".join(
+                f"{'' if x is None else format(x, 'g'):>6}" for x in (row.job.outer_lr, row.job.outer_momentum)
+            )
             yield (
                 f"  {name:<28}{sync_every:>4}{row.job.lr:>9.3g}{outer}{tried:>5}{row.job.bits:>9,.0f}"
                 f"{row.mean:>9.4f}{row.spread:>8.4f}"
