@@ -93,13 +93,7 @@ class MajorityVoteStrategy(WorkerStateStrategy):
     def setup(self, trainer: "Trainer") -> None:
         """Set up DDP and the optimizers, then let them vote."""
         self.options.exclude({"gradient_clip_val": bool(trainer.gradient_clip_val)})
-        scaler = getattr(self.precision_plugin, "scaler", None)
-        if trainer.gradient_clip_val and scaler is not None:
-            raise ValueError(
-                f"gradient_clip_val={trainer.gradient_clip_val} cannot clip under precision='16-mixed', which scales "
-                "gradients until the step: take precision='bf16-mixed', or clip in on_before_optimizer_step at the "
-                "threshold times trainer.precision_plugin.scaler.get_scale()"
-            )
+        self._refuse_clipping_of_scaled(trainer)
         super().setup(trainer)
         if trainer.state.fn == TrainerFn.FITTING:
             assert isinstance(self.model, DistributedDataParallel)
