@@ -194,19 +194,19 @@ def _resolve(replicate: Size, data: Size, tensor: int, nodes: int, ranks_per_nod
         ValueError: if they do not make up the ranks there are.
     """
     world = nodes * ranks_per_node
-    if not isinstance(data, int):
-        copies = replicate if isinstance(replicate, int) else nodes
-        data = max(world // (copies * tensor), 1)
-    if not isinstance(replicate, int):
-        replicate = max(world // (data * tensor), 1)
-    if replicate * data * tensor != world:
+    copies = nodes if replicate == "auto" else int(replicate)
+    shards = max(world // (copies * tensor), 1) if data == "auto" else int(data)
+    if replicate == "auto":
+        copies = max(world // (shards * tensor), 1)
+    ranks = copies * shards * tensor
+    if ranks != world:
         raise ValueError(
-            f"replicate_size={replicate}, data_parallel_size={data} and tensor_parallel_size={tensor} are "
-            f"{replicate * data * tensor} ranks, and there are {world}: let them multiply to {world}, or leave one out"
+            f"replicate_size={copies}, data_parallel_size={shards} and tensor_parallel_size={tensor} are {ranks} "
+            f"ranks, and there are {world}: let them multiply to {world}, or leave one out"
         )
-    if world > 1 and replicate == 1:
+    if world > 1 and copies == 1:
         rank_zero_warn(
             f"nothing votes: all {world} ranks shard one copy of the model. For copies that vote take a "
-            f"data_parallel_size below {data}"
+            f"data_parallel_size below {shards}"
         )
-    return replicate, data, tensor
+    return copies, shards, tensor
