@@ -27,7 +27,8 @@ def _train(model: Any, optimizer: Signum, backend: str) -> tuple[int, list[str]]
 
     def counting(graph: Any, inputs: Any) -> Any:
         graphs.append(graph)
-        return torch._dynamo.lookup_backend(backend)(graph, inputs)
+        compiled: Any = torch._dynamo.lookup_backend(backend)(graph, inputs)
+        return compiled
 
     @torch.compile(backend=counting)
     def step(x: torch.Tensor) -> torch.Tensor:
@@ -35,7 +36,8 @@ def _train(model: Any, optimizer: Signum, backend: str) -> tuple[int, list[str]]
         loss = (model(x) - x.sum(1, keepdim=True)).square().mean()
         loss.backward()
         optimizer.step()
-        return loss.detach()
+        detached: torch.Tensor = loss.detach()
+        return detached
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
