@@ -12,6 +12,7 @@ from signsgd_core.adversaries import Adversary
 from .. import _compat
 from ..checkpoint.loading import check
 from ..enable import agree_on_model, let_vote
+from ..sharding import refuse_sharded_model
 from ..vote import VoteOptions
 from ..vote.local_gradients import release
 from ..vote.options import VoteBetween
@@ -84,6 +85,7 @@ class MajorityVoteStrategy(WorkerStateStrategy):
         assert self.model is not None
         assert self.lightning_module is not None
         assert dist.group.WORLD is not None
+        refuse_sharded_model(self.model, type(self).__name__, "take ShardedMajorityVoteStrategy")
         agree_on_model(self.model, dist.group.WORLD)
         # It saves copies. A loop by hand may keep gradients, which the next backward pass would overwrite.
         automatic = self.lightning_module.automatic_optimization

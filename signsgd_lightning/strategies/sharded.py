@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
@@ -21,7 +22,9 @@ from ..enable import let_vote
 from ..optimizer import find_signum
 from ..sharding import sharded
 from ..vote import VoteOptions
+from ..vote.agreement import Purpose, agree
 from ..vote.local_gradients import release
+from ..vote.transport import PointToPoint
 from .common import CommonStrategy
 from .files import naming
 
@@ -102,8 +105,9 @@ class ShardedMajorityVoteStrategy(CommonStrategy, ModelParallelStrategy):
     def setup_environment(self) -> None:
         """Connect the ranks and lay them out as a mesh, of which the module sees its own copy's part."""
         sizes = _resolve(*self._sizes, self.num_nodes, self.num_processes)
-        _compat.set_parallel_sizes(self, sizes[0] * sizes[1], sizes[2])
+        _compat.set_parallel_sizes(self, self.num_nodes * self.num_processes, 1)  # Lightning's own mesh is of no use
         super().setup_environment()
+        _agree(sizes, self.root_device)
         names = ("replicate", "data_parallel", "tensor_parallel")
         self.mesh = init_device_mesh(self.root_device.type, sizes, mesh_dim_names=names)
         _compat.show_mesh(self, self.mesh[names[1:]])
@@ -176,6 +180,15 @@ class ShardedMajorityVoteStrategy(CommonStrategy, ModelParallelStrategy):
         """The number of this rank's copy, and how many there are."""
         size = self._inside.size()
         return self.global_rank // size, self.world_size // size
+
+
+def _agree(sizes: tuple[int, int, int], device: torch.device) -> None:
+    """Make sure that all ranks are about to make the same mesh: else they would wait for each other."""
+    world = dist.group.WORLD
+    assert world is not None
+    everyone, nothing = PointToPoint(world), torch.ones(0, dtype=torch.bool, device="cpu")
+    lines = ["replicate_size={}, data_parallel_size={}, tensor_parallel_size={}".format(*sizes)]
+    agree(everyone, lines, nothing, everyone.wire(device), Purpose.ENABLE)
 
 
 def _own_group(size: int) -> dist.ProcessGroup:

@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from lightning.fabric import Fabric
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from signsgd_lightning import FabricLocalVoteStrategy, FabricMajorityVoteStrategy, Signum
 from tests.workers import Workers
@@ -150,6 +152,17 @@ def _mistakes(path: str) -> dict[str, str]:
     def differ() -> None:
         fabric.setup(*_linear(4 + dist.get_rank()))
 
+    def model_alone() -> None:
+        wrapped: Any = fabric.setup_module(nn.Linear(2, 1))
+        mine = Signum(wrapped.parameters())
+        wrapped(torch.ones(1, 2)).sum().backward()
+        mine.step()
+
+    def cut() -> None:
+        net = nn.Linear(4, 2)
+        fully_shard(net, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+        fabric.setup(net)
+
     def no_file() -> None:
         fabric.load(f"{path}{dist.get_rank()}", {"model": model})
 
@@ -157,7 +170,7 @@ def _mistakes(path: str) -> dict[str, str]:
         fabric.load(path, {"optimizer": optimizer})
 
     said = {}
-    for mistake in (alone, adam, differ, no_file, no_optimizer):
+    for mistake in (alone, adam, differ, model_alone, cut, no_file, no_optimizer):
         try:
             mistake()
         except (RuntimeError, TypeError, KeyError) as error:
@@ -176,5 +189,7 @@ def test_mistakes(tmp_path: Path, workers: Workers) -> None:
         assert said["alone"].endswith("set both up together, by model, optimizer = fabric.setup(model, optimizer)")
         assert said["adam"].startswith("a majority vote needs signsgd_lightning.Signum, optimizer 0 is AdamW")
         assert "rank 0 has «weight: shape (1, 4)" in said["differ"]
+        assert said["model_alone"].startswith("Signum steps on parameters of a model that votes, and has no vote")
+        assert said["cut"].startswith("FabricMajorityVoteStrategy takes ordinary models, and weight is a DTensor")
         assert "is not a whole checkpoint as fabric.save writes it" in said["no_file"]
         assert "has no 'optimizer', only 'model'" in said["no_optimizer"]

@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
@@ -177,6 +179,14 @@ def _run(model: Any, **settings: Any) -> None:
     trainer(strategy=_strategy(**settings)).fit(model())
 
 
+def _by_ddp(_: str) -> None:
+    class Whole(Sharded):
+        def configure_model(self) -> None:
+            fully_shard(self.net, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+
+    trainer().fit(Whole())
+
+
 MISTAKES: dict[str, tuple[Any, str]] = {
     "sizes": (
         lambda _: _run(Sharded, data_parallel_size=3),
@@ -188,6 +198,11 @@ MISTAKES: dict[str, tuple[Any, str]] = {
     "all dimensions": (lambda _: _run(_All), "which FSDP shards or averages"),
     "AdamW": (lambda _: _run(_Adam), "a majority vote needs signsgd_lightning.Signum, optimizer 0 is AdamW"),
     "Lightning's checkpoint": (_lightnings, "has no momenta of sharded copies, so it is no checkpoint of Sharded"),
+    "sizes differ": (
+        lambda _: _run(Sharded, data_parallel_size=2 if dist.get_rank() else 4),
+        "rank 0 has «replicate_size=1, data_parallel_size=4, tensor_parallel_size=1» where rank 1 has «repl",
+    ),
+    "another strategy": (_by_ddp, "net.0.weight is a DTensor placed as S(0) over 0: take ShardedMajorityVoteStrategy"),
     "an exception": (_stops, "stops here"),
 }
 
