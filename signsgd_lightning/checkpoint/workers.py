@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch.optim import Optimizer
 
 import signsgd_core as core
 
-from ..optimizer import find_signum
+from ..optimizer import Signum, find_signum
 from ..sharding import local
 from ..state import find
 from .sharded import together
@@ -73,33 +74,33 @@ def load_states(
         RuntimeError: on all ranks, if one could not read.
     """
     saved = sum(name.startswith(_NAME) for name in os.listdir(path))
-    for k, optimizer in enumerate(map(find_signum, optimizers)):
-        own: dict[str, Any] | None = None
-        rows: list[dict[str, dict[str, Tensor]]] = []
-        for old in core.predecessors(*worker, saved):
-            state: dict[str, Any] = get_optimizer_state_dict(model, optimizer)
-            reader = FileSystemReader(_directory(path, old))
-            together(_loading({str(k): state}, reader, inside), f"could not load {path}: ")
-            rows.append({name: _private(entries) for name, entries in state["state"].items()})
-            own = own or state
-        assert own is not None
-        for name, entries in own["state"].items():
-            for key in rows[0].get(name, {}):
-                entry = find(key)
-                assert entry is not None
-                local(entries[key]).copy_(entry.inherited(torch.stack([row[name][key] for row in rows])))
-        set_optimizer_state_dict(model, optimizer, optim_state_dict=own)
+    old = core.predecessors(*worker, saved)
+    for number, optimizer in enumerate(map(find_signum, optimizers)):
+        together(
+            partial(_load, [_directory(path, k) for k in old], number, model, optimizer, inside), _FAILED.format(path)
+        )
 
 
-_NAME = "worker"
+def _load(folders: Sequence[str], number: int, model: nn.Module, optimizer: Signum, inside: dist.ProcessGroup) -> None:
+    """Load an optimizer's state from the folders of workers, with the mean of what is a worker's own."""
+    rows: list[dict[str, dict[str, Tensor]]] = []
+    for folder in reversed(folders):  # so that what is the same on all is the first one's in the end
+        state: dict[str, Any] = get_optimizer_state_dict(model, optimizer)
+        load({str(number): state}, storage_reader=FileSystemReader(folder), process_group=inside)
+        rows.insert(0, {name: _private(entries) for name, entries in state["state"].items()})
+    for name, own in rows[0].items():
+        for key in own:
+            entry = find(key)
+            assert entry is not None
+            local(state["state"][name][key]).copy_(entry.inherited(torch.stack([row[name][key] for row in rows])))
+    set_optimizer_state_dict(model, optimizer, optim_state_dict=state)
+
+
+_NAME, _FAILED = "worker", "could not load {}: "
 
 
 def _directory(path: str, worker: int) -> str:
     return os.path.join(path, f"{_NAME}{worker}")
-
-
-def _loading(named: dict[str, Any], reader: FileSystemReader, inside: dist.ProcessGroup) -> Any:
-    return lambda: load(named, storage_reader=reader, process_group=inside)
 
 
 def _private(entries: Mapping[str, Any]) -> dict[str, Tensor]:

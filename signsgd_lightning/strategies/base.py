@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 
-from .. import _compat
 from ..checkpoint.gathered import gather_state, scatter_state
 from ..checkpoint.inner import own_state
 from ..checkpoint.sharded import load_shards, save_shards
@@ -16,7 +15,7 @@ from ..local_steps.rounds import find_local_steps
 from ..optimizer import see_through
 from . import registration
 from .common import CommonStrategy
-from .files import has_own_state, naming, whole_file, writes_by_torch
+from .files import check_directory, has_own_state, naming, whole_file, writes_by_torch
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -99,11 +98,7 @@ class WorkerStateStrategy(CommonStrategy, DDPStrategy):
             ValueError: for a sharded checkpoint that is not to be on a local or mounted file system.
         """
         if self.state_dict_type == "sharded" and not self._interrupted:
-            if not _compat.is_local(filepath) or storage_options is not None:
-                raise ValueError(
-                    "a sharded checkpoint must be a directory on a file system, without storage_options, got "
-                    f"{filepath}: take such a path, or state_dict_type='full'"
-                )
+            check_directory(filepath, storage_options, "take such a path, or state_dict_type='full'")
             save_shards(checkpoint, self.broadcast(os.fspath(filepath)))
         else:
             with whole_file(self, filepath) as target:

@@ -26,7 +26,7 @@ from ..vote.agreement import Purpose, agree
 from ..vote.local_gradients import release
 from ..vote.transport import PointToPoint
 from .common import CommonStrategy
-from .files import naming
+from .files import check_directory, naming
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -135,16 +135,18 @@ class ShardedMajorityVoteStrategy(CommonStrategy, ModelParallelStrategy):
         """Write a directory that has its name only when it is whole; after an exception nothing.
 
         Raises:
+            ValueError: for a path that is on no local or mounted file system.
             RuntimeError: on all ranks, if one could not write.
         """
         if self._interrupted:
             rank_zero_warn(f"{filepath} is not saved: after an exception this rank has a part of the model alone")
             return
+        check_directory(filepath, storage_options)
         rest = dict(checkpoint)
         states = rest.pop("optimizer_states", [])
         with whole_directory(self.broadcast(os.fspath(filepath))) as (part, failed):
             save = super().save_checkpoint
-            together(lambda: save(rest, part, storage_options), failed)
+            together(lambda: save(rest, part), failed)
             if states:
                 workers.save_states(states, part, self._worker[0], self._inside, failed)
 

@@ -90,8 +90,8 @@ def _whole(run: Any) -> tuple[list[bytes], list[Any]]:
 
 
 class _Noting(Callback):
-    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
-        if (trainer.current_epoch, trainer.global_step) == (1, 2):
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, index: int) -> None:
+        if (trainer.current_epoch, index) == (1, 0):
             self.seen = _whole(trainer)
 
 
@@ -137,6 +137,16 @@ def test_checkpoints(tmp_path: Path, workers: Workers) -> None:
         assert not said
 
 
+def test_three_copies_become_two(tmp_path: Path, workers: Workers) -> None:
+    """One of them goes on from two, the other from one."""
+    saved = workers.run(6, _save, str(tmp_path))
+    old = [saved[2 * copy][0][1] for copy in range(3)]
+    path = str(tmp_path / "epoch=0.ckpt")
+    for rank, (loaded, *_) in enumerate(workers.run(4, _resume, path, {})):
+        momenta = [(x + y) / 2 for x, y in zip(old[0], old[2], strict=True)] if rank < 2 else old[1]
+        assert _same(loaded, (saved[0][0][0], momenta))
+
+
 class _Stops(Sharded):
     def training_step(self, batch: Any, index: int) -> Any:
         if index == 1:
@@ -175,6 +185,12 @@ def _stops(path: str) -> None:
     )
 
 
+def _fitted() -> Any:
+    run = trainer(strategy=_strategy())
+    run.fit(Sharded())
+    return run
+
+
 def _run(model: Any, **settings: Any) -> None:
     trainer(strategy=_strategy(**settings)).fit(model())
 
@@ -191,6 +207,10 @@ MISTAKES: dict[str, tuple[Any, str]] = {
     "sizes": (
         lambda _: _run(Sharded, data_parallel_size=3),
         "replicate_size=1, data_parallel_size=3 and tensor_parallel_size=1 are 3 ranks, and there are 4: let them",
+    ),
+    "no directory": (
+        lambda _: _fitted().save_checkpoint("s3://bucket/file"),
+        "a sharded checkpoint must be a directory on a file system, without storage_options, got s3://bucket/file",
     ),
     "size 0": (lambda _: _run(Sharded, replicate_size=0), "replicate_size must be a whole number of 1 or more, got 0"),
     "one file": (lambda _: _run(Sharded, save_distributed_checkpoint=False), "makes one file with the momenta of one"),
