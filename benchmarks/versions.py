@@ -13,6 +13,7 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -113,12 +114,22 @@ def run(command: list[str], folder: Path) -> tuple[int, str]:
     """Run a command and return its exit code and all that it printed; 124 past the limit."""
     settings = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
     settings |= {"GLOO_SOCKET_IFNAME": "lo", "PYTHONDONTWRITEBYTECODE": "1"}
-    both = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    ran = subprocess.Popen(
+        command,
+        cwd=folder,
+        env=settings,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
     try:
-        ran = subprocess.run(command, cwd=folder, env=settings, text=True, timeout=LIMIT, check=False, **both)  # type: ignore[call-overload]
+        said, _ = ran.communicate(timeout=LIMIT)
     except subprocess.TimeoutExpired:
+        os.killpg(ran.pid, signal.SIGKILL)  # with the processes that tests have started
+        ran.communicate()
         return 124, f"not through within {LIMIT:g} s"
-    return ran.returncode, ran.stdout
+    return ran.returncode, said
 
 
 def interpreter(version: str) -> str | None:

@@ -7,14 +7,16 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.fabric import Fabric
+from lightning.fabric.strategies.model_parallel import ModelParallelStrategy
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from signsgd_lightning import FabricLocalVoteStrategy, FabricMajorityVoteStrategy, Signum
+from signsgd_lightning import FabricLocalVoteStrategy, FabricMajorityVoteStrategy, Signum, enable_majority_vote
 from tests.workers import Workers
 
 from .models import Record, judge, record, small_net
+from .sharded import judge_places, records_of
 
 SIGNUM: dict[str, Any] = {"betas": (0.5, 0.5), "verdict_momentum": 0.25}
 
@@ -124,6 +126,30 @@ def test_local_vote(tmp_path: Path, workers: Workers) -> None:
     assert first[:3] == second[:3] == [2, 2, True]
     assert first[3] == second[3], "parameters are the same on all"
     assert first[4] != second[4], "AdamW's moments are each rank's own"
+
+
+def _cut(model: Any, mesh: Any) -> Any:
+    return fully_shard(model, mesh=mesh["tensor_parallel"])
+
+
+def _sharded() -> Record:
+    """By Fabric's own strategy, whose mesh has a dimension for the vote."""
+    fabric = _fabric(ModelParallelStrategy(_cut, data_parallel_size=2, tensor_parallel_size=2))
+    torch.manual_seed(dist.get_rank())
+    model = fabric.setup_module(small_net())
+    optimizer: Any = fabric.setup_optimizers(Signum(model.parameters(), lr=0.0625, **SIGNUM))
+    strategy: Any = fabric.strategy
+    enable_majority_vote(model, optimizer, mesh=strategy.device_mesh["data_parallel"])
+    one = records_of(optimizer.optimizer)
+    for t in range(2):
+        optimizer.zero_grad()
+        _backward(fabric, model, t)
+        optimizer.step()
+    return one
+
+
+def test_a_sharded_model(workers: Workers) -> None:
+    judge_places(workers.run(4, _sharded), 2, **SIGNUM)
 
 
 def _by_name() -> list[str]:
