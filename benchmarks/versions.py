@@ -85,7 +85,7 @@ COMBINATIONS = [
     Combination(
         "3.11",
         {"torch": "2.13.0+cpu", "lightning": "2.6.0", "keras": "3.12.0", "tensorflow-cpu": "2.20.0"},
-        free=("numpy", "protobuf", "ml_dtypes", "h5py", "pytorch-lightning"),
+        free=("numpy", "protobuf", "ml_dtypes", "h5py", "pytorch-lightning", "tensorboard"),
     ),
     Combination("3.11", {**NOW, "torch": "2.8.0+cpu"}),
     Combination("3.11", {**NOW, "torch": "2.14.1+cpu"}),
@@ -176,7 +176,7 @@ def attempt(combination: Combination, wheel: Path, folder: Path) -> Row:
     files = [f"tests/{name}" for name in combination.tests]
     begin = time.monotonic()
     code, said = run([inside, "-P", "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", *files], folder)
-    failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", said, re.MULTILINE)
+    failed = re.findall(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", said, re.MULTILINE)
     closing = re.findall(r"^(?:=+ )?(\d+ (?:passed|failed|error)[^=]*?) in [\d.]+s", said, re.MULTILINE)
     words = closing[-1] if closing else f"exit code {code}: {(said.splitlines() or [''])[-1]}"
     if code:
@@ -203,6 +203,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder for the table (default: save nothing)")
     options = parser.parse_args()
     chosen = COMBINATIONS if options.rows is None else [COMBINATIONS[k] for k in options.rows]
+    command = " ".join([parser.prog, *sys.argv[1:]])
+    lines = [f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}; {command}"]
     rows = list[Row]()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -215,11 +217,8 @@ def main() -> None:
         for combination in chosen:
             rows.append(attempt(combination, wheel, folder))
             print(*list(table(rows[-1:]))[1:], sep="\n", flush=True)
-    command = " ".join([parser.prog, *sys.argv[1:]])
-    lines = [f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}; {command}", *table(rows)]
-    print("", *lines, sep="\n")
-    if options.out is not None:
-        (options.out / "versions.txt").write_text("\n".join(lines) + "\n")
+            if options.out is not None:  # at once, since all of them take long
+                (options.out / "versions.txt").write_text("\n".join([*lines, *table(rows)]) + "\n")
 
 
 if __name__ == "__main__":
