@@ -123,9 +123,7 @@ class FabricMajorityVoteStrategy(_WorkerStateStrategy):
 
     def setup_module(self, module: nn.Module) -> DistributedDataParallel:
         """Wrap the model in DDP, which leaves gradients local, so that only votes may step on them."""
-        remedy = (
-            "take Fabric's ModelParallelStrategy, and enable_majority_vote(model, optimizer, mesh=mesh['replicate'])"
-        )
+        remedy = "take ModelParallelStrategy, and enable_majority_vote(model, optimizer, mesh=…) once both are set up"
         refuse_sharded_model(module, type(self).__name__, remedy)
         model = super().setup_module(module)
         keep_local(model, guard=True)
