@@ -2,10 +2,10 @@
 
 python -m benchmarks.versions --out benchmarks/results
 
-Versions that a combination does not name are those of constraints.txt. torch is asked for as its CPU build alone, so a
-combination of which pip finds none is not run, and the table says so. Keras' tests are those under TensorFlow's
-strategies, since its other backends are not installed. The tests run as a copy, which sees the installed packages and
-not the checkout.
+`--rows` runs some of the combinations; the lines of the others stay in the table as they are. Versions that a
+combination does not name are those of constraints.txt. torch is asked for as its CPU build alone, so a combination of
+which pip finds none is not run, and the table says so. Keras' tests are those under TensorFlow's strategies, since its
+other backends are not installed. The tests run as a copy, which sees the installed packages and not the checkout.
 """
 
 import argparse
@@ -42,6 +42,9 @@ TORCH = [
 KERAS = [f"keras/test_{name}.py" for name in ("ballots", "cross_device_ops", "transport", "multi_worker")]
 TOOLS = ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ml-dtypes"]
 OF_TORCH = ["lightning", "accelerate", "transformers", "tensorboard"]
+HEAD = f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}; python -m benchmarks.versions"
+NAMES = ["torch", "lightning", "keras", "tensorflow-cpu"]
+"""Packages that tell combinations apart."""
 SHOWN = 8
 """Failed tests of a combination that the table names."""
 LIMIT = 1500.0
@@ -158,8 +161,8 @@ def attempt(combination: Combination, wheel: Path, folder: Path) -> Row:
     python = interpreter(combination.python)
     if python is None:
         return Row(combination, f"not run: there is no Python {combination.python}")
-    environment = folder / "venv"
-    run([python, "-m", "venv", "--clear", str(environment)], folder)
+    environment = folder / f"venv{COMBINATIONS.index(combination)}"
+    run([python, "-m", "venv", str(environment)], folder)
     inside = str(environment / "bin" / "python")
     (folder / "constraints.txt").write_text(constraints(combination))
     install = [inside, "-m", "pip", "install", "--quiet", "--only-binary", ":all:"]
@@ -184,17 +187,29 @@ def attempt(combination: Combination, wheel: Path, folder: Path) -> Row:
     return Row(combination, f"{words}, {time.monotonic() - begin:.0f} s", installed, failed)
 
 
-def table(rows: list[Row]) -> Iterator[str]:
-    """Return the lines."""
-    names = ["torch", "lightning", "keras", "tensorflow-cpu", "numpy"]
-    yield f"{'Python':<8}" + "".join(f"{name:<16}" for name in names) + "tests"
-    for row in rows:
-        found = {_plain(name): version for name, version in (row.installed or row.combination.versions).items()}
-        cells = "".join(f"{found.get(name, '-'):<16}" for name in names)
-        yield f"{row.combination.python:<8}{cells}{row.result}"
-        yield from (f"{'':<8}{name}" for name in row.failed[:SHOWN])
-        if row.failed[SHOWN:]:
-            yield f"{'':<8}and {len(row.failed) - SHOWN} more"
+def cells(combination: Combination) -> str:
+    """Return the begin of a combination's line, which tells it from others."""
+    found = {_plain(name): version for name, version in combination.versions.items()}
+    return f"{combination.python:<8}" + "".join(f"{found.get(name, '-'):<16}" for name in NAMES)
+
+
+def table(row: Row) -> Iterator[str]:
+    """Return the lines of a combination."""
+    numpy = row.installed.get("numpy", "-")
+    yield f"{cells(row.combination)}{numpy:<16}{row.result}"
+    yield from (f"{'':<8}{name}" for name in row.failed[:SHOWN])
+    if row.failed[SHOWN:]:
+        yield f"{'':<8}and {len(row.failed) - SHOWN} more"
+
+
+def merge(old: str, rows: list[Row]) -> str:
+    """Return the table with new rows, and the old ones of combinations that were not run again."""
+    new = {cells(row.combination): list(table(row)) for row in rows}
+    lines = [HEAD, f"{'Python':<8}" + "".join(f"{name:<16}" for name in NAMES) + f"{'numpy':<16}tests"]
+    for begin in map(cells, COMBINATIONS):
+        kept = re.search(rf"^{re.escape(begin)}.*(\n {{8}}.*)*", old, re.MULTILINE)
+        lines += new.get(begin, kept[0].split("\n") if kept else [])
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
@@ -203,8 +218,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder for the table (default: save nothing)")
     options = parser.parse_args()
     chosen = COMBINATIONS if options.rows is None else [COMBINATIONS[k] for k in options.rows]
-    command = " ".join([parser.prog, *sys.argv[1:]])
-    lines = [f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}; {command}"]
     rows = list[Row]()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -216,9 +229,10 @@ def main() -> None:
         (wheel,) = folder.glob("*.whl")
         for combination in chosen:
             rows.append(attempt(combination, wheel, folder))
-            print(*list(table(rows[-1:]))[1:], sep="\n", flush=True)
+            print(*table(rows[-1]), sep="\n", flush=True)
             if options.out is not None:  # at once, since all of them take long
-                (options.out / "versions.txt").write_text("\n".join([*lines, *table(rows)]) + "\n")
+                path = options.out / "versions.txt"
+                path.write_text(merge(path.read_text() if path.exists() else "", rows))
 
 
 if __name__ == "__main__":
