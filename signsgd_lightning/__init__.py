@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .strategies.fabric import FabricLocalVoteStrategy, FabricMajorityVoteStrategy
     from .strategies.local_vote import LocalVoteStrategy
     from .strategies.majority_vote import MajorityVoteStrategy
+    from .strategies.sharded import ShardedMajorityVoteStrategy
 
 __all__ = [
     "ElasticBatches",
@@ -39,6 +40,7 @@ __all__ = [
     "MajorityVoteStrategy",
     "PeerLostError",
     "RanksDifferError",
+    "ShardedMajorityVoteStrategy",
     "Signum",
     "VoteMonitor",
     "WorkerStates",
@@ -62,6 +64,7 @@ _HOMES = {
     "LocalVoteStrategy": "strategies.local_vote",
     "MajorityVoteCallback": "huggingface",
     "MajorityVoteStrategy": "strategies.majority_vote",
+    "ShardedMajorityVoteStrategy": "strategies.sharded",
     "VoteMonitor": "monitor.vote_monitor",
     "enable_elastic_local_steps": "elastic",
     "enable_elastic_vote": "elastic",

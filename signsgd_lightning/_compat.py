@@ -21,7 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 if TYPE_CHECKING:
     from lightning.fabric.strategies.strategy import Strategy as FabricStrategy
     from lightning.pytorch import LightningModule, Trainer
-    from lightning.pytorch.strategies import DDPStrategy
+    from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+    from torch.distributed.device_mesh import DeviceMesh
 
 _STATE_DICT = "torch.distributed.checkpoint.state_dict"
 
@@ -127,6 +128,17 @@ def stands_for_no_optimizer(optimizer: object) -> bool:
 def ddp_options(strategy: "DDPStrategy") -> dict[str, Any]:
     """Return what Lightning's strategy hands on to `DistributedDataParallel`, to be added to; for `strategy`."""
     return strategy._ddp_kwargs
+
+
+def set_parallel_sizes(strategy: "ModelParallelStrategy", data_parallel: int, tensor_parallel: int) -> None:
+    """Set the sizes of the mesh that Lightning makes, once it is known how many ranks there are; for `strategies`."""
+    strategy._data_parallel_size, strategy._tensor_parallel_size = data_parallel, tensor_parallel
+
+
+def show_mesh(strategy: "ModelParallelStrategy", mesh: "DeviceMesh") -> None:
+    """Give Lightning's strategy and its module another mesh than the one that Lightning made; for `strategies`."""
+    assert strategy.lightning_module is not None
+    strategy._device_mesh = strategy.lightning_module._device_mesh = mesh
 
 
 def leave_backward_alone(strategy: "FabricStrategy") -> None:

@@ -22,7 +22,7 @@ from .vote.local_gradients import keep_local
 from .vote.nodes import find_nodes
 from .vote.options import VoteBetween
 from .vote.schedule import AtStep, DuringBackward, Schedule
-from .vote.sharded import Sharded, find_shards, group_of
+from .vote.sharded import Sharded, check_sharded, find_shards, group_of
 from .vote.topology import Flat, Nodes, Topology
 from .vote.transport import Message, PointToPoint
 
@@ -64,7 +64,7 @@ def enable_majority_vote(
         ValueError: without an optimizer, or if one holds a parameter that is not the model's, the model's
             embeddings have sparse gradients, or parameters lie on several devices; if there is no telling which
             ranks share a node, or nodes differ in how many; for what `overlap` excludes; for a mesh along which the
-            model is sharded or averaged.
+            model is sharded or averaged, or of some ranks where it is not sharded among the others.
         RuntimeError: if the ranks differ in parameters or settings; if the model has another communication hook.
 
     Example:
@@ -73,7 +73,10 @@ def enable_majority_vote(
         >>> enable_majority_vote(model, optimizer)  # doctest: +SKIP
     """
     options = VoteOptions(verify_every_n_steps, adversaries, vote_between, overlap)
-    let_vote(model, optimizers, options, group_of(mesh, process_group))
+    group = group_of(mesh, process_group)
+    if mesh is not None and not isinstance(_find_ddp(_compat.uncompiled(model)), DistributedDataParallel):
+        check_sharded(model, mesh)
+    let_vote(model, optimizers, options, group)
 
 
 def let_vote(

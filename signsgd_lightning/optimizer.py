@@ -196,6 +196,7 @@ class Signum(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        loading.drop_others(self.param_groups[0])
         try:
             self._check_groups()
             given = self.step_input()

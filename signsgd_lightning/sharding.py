@@ -93,6 +93,21 @@ def refuse_sharded(optimizer: Optimizer, who: str, remedy: str) -> None:
             )
 
 
+def refuse_sharded_model(model: nn.Module, who: str, remedy: str) -> None:
+    """Make sure that a model that is to be wrapped in DDP has no DTensor, at which DDP ends with words of its own.
+
+    Args:
+        model: any.
+        who: wraps it, for the error.
+        remedy: what to do otherwise.
+
+    Raises:
+        TypeError: if it has.
+    """
+    for name, p in sharded_by_name(model)[:1]:
+        raise TypeError(f"{who} takes ordinary models, and {name} is a DTensor placed as {_words(p)}: {remedy}")
+
+
 def is_sharded(tensor: Tensor) -> bool:
     """Tell whether a tensor is a DTensor."""
     return isinstance(tensor, DTensor)

@@ -136,8 +136,16 @@ def _serve(end: Connection) -> None:
         end.send(answer)
         try:
             torch.distributed.destroy_process_group()
+            _forget_meshes()
         except Exception:
             traceback.print_exc()
+
+
+def _forget_meshes() -> None:
+    """Clear what DTensor has cached: a mesh of the next process group may equal one whose groups are gone."""
+    from torch.distributed.tensor import debug
+
+    debug._clear_sharding_prop_cache()  # type: ignore[no-untyped-call]
 
 
 def environment(rank: int, world_size: int, port: int, ranks_per_node: int | None = None) -> dict[str, str]:

@@ -28,7 +28,8 @@ Others = dict[str, dict[int, Tensor]]
 
 _ONLY_FIRST = (
     "this state holds the momenta of several ranks, of which rank 0's was loaded: to give every rank its own, load it "
-    "with signsgd_lightning.scatter_state, or in Lightning under strategy='majority_vote'"
+    "with signsgd_lightning.scatter_state; in Lightning under strategy='majority_vote'; in Hugging Face's Trainer "
+    "after trainer.add_callback(MajorityVoteCallback(trainer))"
 )
 _NO_MOMENTA = (
     "this state is of a sharded checkpoint and its momenta start from zero: to give every rank its own, resume from "
@@ -38,7 +39,8 @@ _NO_MOMENTA = (
 
 _BY_GATHERING = (
     "saved: save what signsgd_lightning.gather_state(optimizer) returns, and load it on every rank by "
-    "scatter_state(optimizer, state); in Lightning trainer.save_checkpoint and fit(ckpt_path=…) do that"
+    "scatter_state(optimizer, state); in Lightning trainer.save_checkpoint and fit(ckpt_path=…) do that, in Accelerate "
+    "accelerator.register_for_checkpointing(WorkerStates(optimizer))"
 )
 _BY_DIRECTORY = (
     "loaded: save a directory for each worker, by torch.distributed.checkpoint with its shard group as process_group, "
@@ -117,6 +119,12 @@ def warn_of_others(state_dict: dict[str, Any]) -> None:
     for key, warning in ((OTHERS, _ONLY_FIRST), (_MOMENTA, _ONLY_FIRST), (SHARDS, _NO_MOMENTA)):
         if key in state_dict:
             warnings.warn(warning, stacklevel=3)
+
+
+def drop_others(group: dict[str, Any]) -> None:
+    """Remove what a Trainer's checkpoint has of other workers in its first group, and say so: no callback took it."""
+    if group.pop(OTHERS, None) is not None:
+        warnings.warn(_ONLY_FIRST, stacklevel=4)
 
 
 def part(state_dict: dict[str, Any]) -> tuple[dict[str, Any], Others]:

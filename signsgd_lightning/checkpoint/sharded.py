@@ -3,7 +3,8 @@
 import os
 import pickle
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import is_dataclass
 from enum import Enum
 from pathlib import Path, PurePath
@@ -46,9 +47,34 @@ def save_shards(checkpoint: dict[str, Any], path: str) -> None:
     Example:
         >>> save_shards({"optimizer_states": [optimizer.state_dict()]}, "epoch=3.ckpt")  # doctest: +SKIP
     """
+    rest, momenta = _part(checkpoint, dist.get_rank(), dist.get_world_size())
+    with whole_directory(path) as (part, failed):
+        if any(SHARDS in state for state in rest.get("optimizer_states", ())):
+            together(lambda: save(momenta, storage_writer=FileSystemWriter(part)), failed)
+
+        def write_rest() -> None:
+            if dist.get_rank() == 0:
+                torch.save(rest, os.path.join(part, META))
+
+        together(write_rest, failed)
+
+
+@contextmanager
+def whole_directory(path: str) -> Iterator[tuple[str, str]]:
+    """Give all ranks a directory to write to, which gets its name when all are through; every rank must enter it.
+
+    Args:
+        path: of a directory that all ranks see, the same on all.
+
+    Yields:
+        The path to write to, and how an error is to begin.
+
+    Raises:
+        RuntimeError: on all ranks, if something else than a checkpoint has that name, or if the ranks do different
+            things.
+    """
     _meet(Purpose.SAVE)
     rank, part, failed = dist.get_rank(), f"{path}{PART}", f"could not save {path}: "
-    rest, momenta = _part(checkpoint, rank, dist.get_world_size())
 
     def begin() -> None:
         if rank == 0:
@@ -58,16 +84,11 @@ def save_shards(checkpoint: dict[str, Any], path: str) -> None:
 
     def finish() -> None:
         if rank == 0:
-            torch.save(rest, os.path.join(part, META))
             replace(part, path)
 
-    _together(begin, failed)
-    if any(SHARDS in state for state in rest.get("optimizer_states", ())):
-        try:
-            save(momenta, storage_writer=FileSystemWriter(part))
-        except CheckpointException as error:
-            raise RuntimeError(f"{failed}{_reason(error)}") from error
-    _together(finish, failed)
+    together(begin, failed)
+    yield part, failed
+    together(finish, failed)
 
 
 def load_shards(
@@ -105,7 +126,7 @@ def load_shards(
         return checkpoint
 
     _meet(Purpose.LOAD)
-    return _together(work)
+    return together(work)
 
 
 def _part(checkpoint: dict[str, Any], rank: int, world_size: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -216,7 +237,7 @@ def _meet(purpose: Purpose) -> None:
     meet(everyone, purpose, everyone.wire(torch.device("cuda")))
 
 
-def _together(work: Callable[[], T], failed: str = "") -> T:
+def together(work: Callable[[], T], failed: str = "") -> T:
     """Do something on every rank, and fail on all if one fails."""
     result, reason = None, None
     try:

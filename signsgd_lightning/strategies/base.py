@@ -1,24 +1,21 @@
-"""What the strategies share: whole checkpoints with every rank's own state, and ranks that are lost."""
+"""What the strategies over DDP share: whole checkpoints with every rank's own state."""
 
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 
-from .. import _compat
-from ..checkpoint.atomic import remove_directory
 from ..checkpoint.gathered import gather_state, scatter_state
 from ..checkpoint.inner import own_state
 from ..checkpoint.sharded import load_shards, save_shards
 from ..local_steps.rounds import find_local_steps
-from ..optimizer import Signum, see_through
-from ..vote.failures import explain
+from ..optimizer import see_through
 from . import registration
-from .files import has_own_state, naming, warn_of_restarts, whole_file, writes_by_torch
+from .common import CommonStrategy
+from .files import check_directory, has_own_state, naming, whole_file, writes_by_torch
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -26,7 +23,7 @@ if TYPE_CHECKING:
 StateDictType = Literal["full", "sharded"]
 
 
-class WorkerStateStrategy(DDPStrategy):
+class WorkerStateStrategy(CommonStrategy, DDPStrategy):
     """Run DDP's ranks, each with state of its own that checkpoints keep.
 
     Args:
@@ -57,11 +54,6 @@ class WorkerStateStrategy(DDPStrategy):
     def _ranks_per_worker(self) -> int:
         return 1
 
-    def setup_environment(self) -> None:
-        """Connect the ranks; warn where torchrun could not connect them again."""
-        warn_of_restarts()
-        super().setup_environment()
-
     def setup(self, trainer: "Trainer") -> None:
         """Set up model and optimizers."""
         if self.state_dict_type == "sharded" and not writes_by_torch(self):
@@ -70,23 +62,6 @@ class WorkerStateStrategy(DDPStrategy):
                 "out, or take state_dict_type='full'"
             )
         super().setup(trainer)
-        if trainer.state.fn == TrainerFn.FITTING:  # where a step unscales, Lightning clips nothing
-            self._unscale_at_step(getattr(self.precision_plugin, "scaler", None) is not None)
-
-    @property
-    def _stepping(self) -> list[Any]:
-        """The optimizers, without those that Lightning puts where a module has none."""
-        return [optimizer for optimizer in self.optimizers if not _compat.stands_for_no_optimizer(optimizer)]
-
-    def teardown(self) -> None:
-        """Let other loops have the optimizers."""
-        self._unscale_at_step(True)
-        super().teardown()
-
-    def _unscale_at_step(self, does: bool) -> None:
-        for optimizer in map(see_through, self.optimizers):
-            if isinstance(optimizer, Signum):
-                optimizer.unscale_at_step(does)
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
         """Return an optimizer's state with what all ranks have of it, or this rank's where each saves its own."""
@@ -123,11 +98,7 @@ class WorkerStateStrategy(DDPStrategy):
             ValueError: for a sharded checkpoint that is not to be on a local or mounted file system.
         """
         if self.state_dict_type == "sharded" and not self._interrupted:
-            if not _compat.is_local(filepath) or storage_options is not None:
-                raise ValueError(
-                    "a sharded checkpoint must be a directory on a file system, without storage_options, got "
-                    f"{filepath}: take such a path, or state_dict_type='full'"
-                )
+            check_directory(filepath, storage_options, "take such a path, or state_dict_type='full'")
             save_shards(checkpoint, self.broadcast(os.fspath(filepath)))
         else:
             with whole_file(self, filepath) as target:
@@ -152,39 +123,9 @@ class WorkerStateStrategy(DDPStrategy):
             worker, workers = self.global_rank // self._ranks_per_worker, self.world_size // self._ranks_per_worker
             return load_shards(os.fspath(checkpoint_path), read, worker, workers, momenta=fitting)
 
-    def remove_checkpoint(self, filepath: str | Path) -> None:
-        """Remove a checkpoint so that a half removed directory never has its name."""
-        if self.is_global_zero and os.path.isdir(filepath):
-            remove_directory(os.fspath(filepath))
-        else:
-            super().remove_checkpoint(filepath)
-
-    @property
-    def _interrupted(self) -> bool:
-        """Whether an exception ended the training on this rank: the others may be alive, and elsewhere."""
-        module = self.lightning_module
-        trainer = None if module is None else _compat.trainer_of(module)
-        return trainer is not None and trainer.interrupted
-
-    def barrier(self, *args: Any, **kwargs: Any) -> None:
-        """Wait for all ranks; after an exception for none."""
-        if not self._interrupted:
-            super().barrier(*args, **kwargs)
-
-    def broadcast(self, obj: Any, src: int = 0) -> Any:
-        """Return what rank `src` has; after an exception what this one has."""
-        return obj if self._interrupted else super().broadcast(obj, src)
-
-    def reduce(self, tensor: Any, *args: Any, **kwargs: Any) -> Any:
-        """Reduce a tensor over all ranks; after an exception over this one."""
-        return tensor if self._interrupted else super().reduce(tensor, *args, **kwargs)
-
     def on_exception(self, exception: BaseException) -> None:
-        """Name the rank that was lost; let Lightning add its advice, and put this strategy's names into it."""
+        """Name the rank that was lost, and put this strategy's names into the advice of DDP."""
         super().on_exception(exception)
-        lost = explain(exception, dist.group.WORLD) if dist.is_initialized() and dist.group.WORLD else None
-        if lost:
-            exception.args = (lost,)
         if exception.args and isinstance(exception.args[0], str):
             advice = exception.args[0].replace("'ddp_find", f"'{self.strategy_name}_find")
             exception.args = (advice.replace("=DDPStrategy", f"={type(self).__name__}"), *exception.args[1:])

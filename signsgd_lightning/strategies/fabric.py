@@ -7,6 +7,7 @@ from typing import Any
 import torch.distributed as dist
 from lightning.fabric.strategies.ddp import DDPStrategy
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from signsgd_core.adversaries import Adversary
@@ -17,7 +18,9 @@ from ..enable import agree_on_model, let_vote
 from ..local_steps import LocalSteps
 from ..local_steps.enable import let_step
 from ..local_steps.options import LocalStepOptions
+from ..sharding import refuse_sharded_model
 from ..vote import VoteOptions
+from ..vote.local_gradients import keep_local
 from ..vote.options import VoteBetween
 from .files import has_own_state, naming, warn_of_restarts, whole_file
 
@@ -117,6 +120,14 @@ class FabricMajorityVoteStrategy(_WorkerStateStrategy):
     ) -> None:
         self.options = VoteOptions(verify_every_n_steps, adversaries, vote_between, overlap)
         super().__init__(**kwargs)
+
+    def setup_module(self, module: nn.Module) -> DistributedDataParallel:
+        """Wrap the model in DDP, which leaves gradients local, so that only votes may step on them."""
+        remedy = "take ModelParallelStrategy, and enable_majority_vote(model, optimizer, mesh=…) once both are set up"
+        refuse_sharded_model(module, type(self).__name__, remedy)
+        model = super().setup_module(module)
+        keep_local(model, guard=True)
+        return model
 
     def setup_module_and_optimizers(self, module: nn.Module, optimizers: list[Any], scheduler: Any = None) -> Any:
         """Wrap the model in DDP, once all ranks are sure to have the same, and let its optimizers vote."""

@@ -60,6 +60,18 @@ def whole_file(strategy: Writer, path: str | Path) -> Iterator[str | Path]:
     replace(part, os.fspath(path))
 
 
+def check_directory(path: str | Path, storage_options: Any, remedy: str = "take such a path") -> None:
+    """Make sure that a directory with shards can be written to.
+
+    Raises:
+        ValueError: if the path is on no local or mounted file system, or there are options for another.
+    """
+    if not _compat.is_local(path) or storage_options is not None:
+        raise ValueError(
+            f"a sharded checkpoint must be a directory on a file system, without storage_options, got {path}: {remedy}"
+        )
+
+
 @contextmanager
 def naming(path: str | Path, writer: str) -> Iterator[None]:
     """Say of a file that cannot be read which one it is, and that nothing was loaded.

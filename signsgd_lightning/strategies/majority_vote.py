@@ -12,6 +12,7 @@ from signsgd_core.adversaries import Adversary
 from .. import _compat
 from ..checkpoint.loading import check
 from ..enable import agree_on_model, let_vote
+from ..sharding import refuse_sharded_model
 from ..vote import VoteOptions
 from ..vote.local_gradients import release
 from ..vote.options import VoteBetween
@@ -84,6 +85,7 @@ class MajorityVoteStrategy(WorkerStateStrategy):
         assert self.model is not None
         assert self.lightning_module is not None
         assert dist.group.WORLD is not None
+        refuse_sharded_model(self.model, type(self).__name__, "take ShardedMajorityVoteStrategy")
         agree_on_model(self.model, dist.group.WORLD)
         # It saves copies. A loop by hand may keep gradients, which the next backward pass would overwrite.
         automatic = self.lightning_module.automatic_optimization
@@ -93,13 +95,7 @@ class MajorityVoteStrategy(WorkerStateStrategy):
     def setup(self, trainer: "Trainer") -> None:
         """Set up DDP and the optimizers, then let them vote."""
         self.options.exclude({"gradient_clip_val": bool(trainer.gradient_clip_val)})
-        scaler = getattr(self.precision_plugin, "scaler", None)
-        if trainer.gradient_clip_val and scaler is not None:
-            raise ValueError(
-                f"gradient_clip_val={trainer.gradient_clip_val} cannot clip under precision='16-mixed', which scales "
-                "gradients until the step: take precision='bf16-mixed', or clip in on_before_optimizer_step at the "
-                "threshold times trainer.precision_plugin.scaler.get_scale()"
-            )
+        self._refuse_clipping_of_scaled(trainer)
         super().setup(trainer)
         if trainer.state.fn == TrainerFn.FITTING:
             assert isinstance(self.model, DistributedDataParallel)

@@ -17,6 +17,7 @@ _REGISTRIES = {
             "majority_vote": ("majority_vote", "MajorityVoteStrategy"),
             "local_vote": ("local_vote", "LocalVoteStrategy"),
             "elastic_vote": ("elastic_vote", "ElasticVoteStrategy"),
+            "majority_vote_sharded": ("sharded", "ShardedMajorityVoteStrategy"),
         },
     ),
     "lightning.fabric.strategies": (
@@ -28,6 +29,9 @@ _REGISTRIES = {
     ),
 }
 """The modules in which the Trainer and Fabric look a name up, each with its registry: name -> module here, class."""
+
+_ALONE = ("elastic_vote", "majority_vote_sharded")
+"""Names without the variants of DDP: the one starts no processes, the other starts scripts alone."""
 
 
 def register_when_imported() -> None:
@@ -43,20 +47,20 @@ def register_all(module: ModuleType) -> None:
     """Register every strategy in a module's registry; its own module is imported when it is built."""
     registry, classes = _REGISTRIES[module.__name__]
     for name, (home, kind) in classes.items():
-        register(getattr(module, registry), name, partial(_build, home, kind), alone=name == "elastic_vote")
+        register(getattr(module, registry), name, partial(_build, home, kind), alone=name in _ALONE)
 
 
 def register(registry: Any, name: str, build: Callable[..., Any], alone: bool = False) -> None:
-    """Register a strategy, with the variants that Lightning's DDP has unless it starts no processes.
+    """Register a strategy, with the variants that Lightning's DDP has unless it is alone.
 
     Args:
         registry: Lightning's.
         name: of the strategy.
         build: takes the variant's settings and returns the strategy.
-        alone: whether it starts no processes.
+        alone: whether it has no variants.
     """
     if alone:
-        registry.register(name, build, description="one-bit majority vote of workers that come and go", override=True)
+        registry.register(name, build, description="one-bit majority vote", override=True)
         return
     for suffix, start_method in (("", "popen"), ("_spawn", "spawn"), ("_fork", "fork"), ("_notebook", "fork")):
         for unused in (None, False, True):

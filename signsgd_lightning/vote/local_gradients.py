@@ -30,13 +30,14 @@ def keep_local(model: nn.Module, *, guard: bool) -> None:
     Raises:
         RuntimeError: if the model has another communication hook.
     """
+    _remove_left()
     if model not in _GUARDS:
         if isinstance(model, DistributedDataParallel):
             _hook(model)
         _GUARDS[model] = None
     if guard and _GUARDS[model] is None:
         handles = [register_optimizer_step_pre_hook(_Guard(model)), *_refuse_other_wrappers(model)]
-        _GUARDS[model] = weakref.finalize(model, remove_hooks, handles)
+        _GUARDS[model] = weakref.finalize(model, _LEFT.extend, handles)
 
 
 def release(model: nn.Module) -> None:
@@ -45,10 +46,20 @@ def release(model: nn.Module) -> None:
     if guard is not None:
         guard()
         _GUARDS[model] = None
+        _remove_left()
 
 
 _GUARDS: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
 """The models whose gradients are left local, each with what removes its guard."""
+
+_LEFT: list[RemovableHandle] = []
+"""Hooks of models that are gone. A model may be collected while torch goes through its hooks, which must not change
+then; a hook without its model does nothing."""
+
+
+def _remove_left() -> None:
+    remove_hooks(_LEFT)
+    _LEFT.clear()
 
 
 def _hook(ddp_model: DistributedDataParallel) -> None:

@@ -137,6 +137,19 @@ def group_of(mesh: DeviceMesh | None, process_group: dist.ProcessGroup | None) -
     return mesh.get_group()
 
 
+def check_sharded(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Make sure that a model that votes along one dimension of a mesh is sharded along the others.
+
+    Raises:
+        ValueError: if it is not, so that ranks beside the mesh would vote apart and drift away.
+    """
+    if mesh.size() < dist.get_world_size() and not sharded(model.parameters()):
+        raise ValueError(
+            "mesh is a part of all ranks, and the model is not sharded among the others: call fully_shard(model, "
+            "mesh=mesh['shard']) first, leave out mesh for a vote of all ranks, or pass process_group for one of some"
+        )
+
+
 def find_shards(model: nn.Module, group: dist.ProcessGroup) -> ShardGroups | None:
     """Return the groups of a model with DTensors, None for one without; every rank there is must call it.
 

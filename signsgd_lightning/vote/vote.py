@@ -162,6 +162,8 @@ class Vote:
                 view.lie(adversary)
         present = self.agree(given.views, given.settings)
         if not self._same:
+            unused = (~present.any(0)).nonzero().flatten().tolist()
+            self._check_not_replaced([given.views[k] for k in unused])
             verify_first(self, given.views, given.step)
             self._same = True
         if not present.any():
@@ -207,6 +209,22 @@ class Vote:
     def name_of(self, parameter: Tensor) -> str:
         """Return what to call a parameter in messages."""
         return self._names.get(id(parameter), "a parameter")
+
+    def _check_not_replaced(self, unused: Sequence[FlatView]) -> None:
+        """Make sure that parameters without a gradient are still the model's: fully_shard puts others in their place.
+
+        Raises:
+            RuntimeError: on all ranks, if one is not.
+        """
+        model = None if self._model is None else self._model()
+        there = set() if model is None else {id(p) for p in model.parameters()}
+        for view in unused if there else ():
+            if id(view.model_parameter) not in there:
+                raise RuntimeError(
+                    f"no rank has a gradient for {self.name_of(view.model_parameter)}, and the model has another "
+                    "parameter in its place, as after fully_shard: shard the model first, then make the optimizer and "
+                    "enable the vote"
+                )
 
     def _commit(self, moved: Sequence[FlatView], verdicts: Sequence[Verdict]) -> None:
         """Move parameters and verdict momenta; nothing here waits for another rank, or can be refused."""

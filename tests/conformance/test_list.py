@@ -27,6 +27,7 @@ NO_FRONT_END = {
     "signsgd_keras.LossScaleOptimizer": "scales the loss of a Signum; tests/faults/test_overflows_* judge it",
     "signsgd_lightning.ElasticVoteStrategy": "workers come and go; tests/lightning/test_elastic_vote.py judges it",
     "signsgd_lightning.LocalVoteStrategy": "votes on displacements; tests/lightning/test_local_vote.py judges it",
+    "signsgd_lightning.ShardedMajorityVoteStrategy": "on shards; tests/lightning/test_sharded_fit.py judges it",
     "signsgd_lightning.enable_elastic_local_steps": "workers come and go; test_elastic_rounds.py judges it",
     "signsgd_lightning.enable_elastic_vote": "workers come and go; tests/lightning/test_elastic.py judges it",
     "signsgd_lightning.enable_local_steps": "votes on displacements; tests/lightning/test_local_steps.py judges it",

@@ -7,12 +7,16 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.fabric import Fabric
+from lightning.fabric.strategies.model_parallel import ModelParallelStrategy
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
-from signsgd_lightning import FabricLocalVoteStrategy, FabricMajorityVoteStrategy, Signum
+from signsgd_lightning import FabricLocalVoteStrategy, FabricMajorityVoteStrategy, Signum, enable_majority_vote
 from tests.workers import Workers
 
 from .models import Record, judge, record, small_net
+from .sharded import judge_places, records_of
 
 SIGNUM: dict[str, Any] = {"betas": (0.5, 0.5), "verdict_momentum": 0.25}
 
@@ -124,6 +128,30 @@ def test_local_vote(tmp_path: Path, workers: Workers) -> None:
     assert first[4] != second[4], "AdamW's moments are each rank's own"
 
 
+def _cut(model: Any, mesh: Any) -> Any:
+    return fully_shard(model, mesh=mesh["tensor_parallel"])
+
+
+def _sharded() -> Record:
+    """By Fabric's own strategy, whose mesh has a dimension for the vote."""
+    fabric = _fabric(ModelParallelStrategy(_cut, data_parallel_size=2, tensor_parallel_size=2))
+    torch.manual_seed(dist.get_rank())
+    model = fabric.setup_module(small_net())
+    optimizer: Any = fabric.setup_optimizers(Signum(model.parameters(), lr=0.0625, **SIGNUM))
+    strategy: Any = fabric.strategy
+    enable_majority_vote(model, optimizer, mesh=strategy.device_mesh["data_parallel"])
+    one = records_of(optimizer.optimizer)
+    for t in range(2):
+        optimizer.zero_grad()
+        _backward(fabric, model, t)
+        optimizer.step()
+    return one
+
+
+def test_a_sharded_model(workers: Workers) -> None:
+    judge_places(workers.run(4, _sharded), 2, **SIGNUM)
+
+
 def _by_name() -> list[str]:
     names = ("majority_vote", "local_vote", "majority_vote_find_unused_parameters_true")
     return [type(_fabric(name).strategy).__name__ for name in names]
@@ -150,6 +178,17 @@ def _mistakes(path: str) -> dict[str, str]:
     def differ() -> None:
         fabric.setup(*_linear(4 + dist.get_rank()))
 
+    def model_alone() -> None:
+        wrapped: Any = fabric.setup_module(nn.Linear(2, 1))
+        mine = Signum(wrapped.parameters())
+        wrapped(torch.ones(1, 2)).sum().backward()
+        mine.step()
+
+    def cut() -> None:
+        net = nn.Linear(4, 2)
+        fully_shard(net, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+        fabric.setup(net)
+
     def no_file() -> None:
         fabric.load(f"{path}{dist.get_rank()}", {"model": model})
 
@@ -157,7 +196,7 @@ def _mistakes(path: str) -> dict[str, str]:
         fabric.load(path, {"optimizer": optimizer})
 
     said = {}
-    for mistake in (alone, adam, differ, no_file, no_optimizer):
+    for mistake in (alone, adam, differ, model_alone, cut, no_file, no_optimizer):
         try:
             mistake()
         except (RuntimeError, TypeError, KeyError) as error:
@@ -176,5 +215,7 @@ def test_mistakes(tmp_path: Path, workers: Workers) -> None:
         assert said["alone"].endswith("set both up together, by model, optimizer = fabric.setup(model, optimizer)")
         assert said["adam"].startswith("a majority vote needs signsgd_lightning.Signum, optimizer 0 is AdamW")
         assert "rank 0 has «weight: shape (1, 4)" in said["differ"]
+        assert said["model_alone"].startswith("Signum steps on parameters of a model that votes, and has no vote")
+        assert said["cut"].startswith("FabricMajorityVoteStrategy takes ordinary models, and weight is a DTensor")
         assert "is not a whole checkpoint as fabric.save writes it" in said["no_file"]
         assert "has no 'optimizer', only 'model'" in said["no_optimizer"]

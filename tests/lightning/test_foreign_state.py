@@ -266,7 +266,7 @@ def test_a_step_with_a_rate_of_zero_is_a_step() -> None:
 
 
 def _dummy_under_a_vote() -> tuple[int, int]:
-    """Rank 0 alone asks for the state: nobody votes."""
+    """Rank 0 alone asks for the state, and loads it: nobody votes."""
     torch.manual_seed(0)
     model = DistributedDataParallel(small_net())
     optimizer = Signum(model.parameters(), lr=0.125, betas=(0.0, 0.0))
@@ -274,7 +274,7 @@ def _dummy_under_a_vote() -> tuple[int, int]:
     assert optimizer.vote is not None
     sent = optimizer.vote.topology.workers.sent_bytes
     if dist.get_rank() == 0:
-        get_optimizer_state_dict(model, optimizer)
+        set_optimizer_state_dict(model, optimizer, get_optimizer_state_dict(model, optimizer))
     return optimizer.t, optimizer.vote.topology.workers.sent_bytes - sent
 
 

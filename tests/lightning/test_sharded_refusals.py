@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from signsgd_lightning import Signum, enable_local_steps, enable_majority_vote, gather_state, scatter_state
 from tests.workers import Workers
 
-from .sharded import enabled, mesh_of, net, shard
+from .sharded import backward, enabled, mesh_of, net, shard
 
 
 def _world() -> Any:
@@ -125,6 +125,21 @@ def _settings_differ() -> None:
     enable_majority_vote(model, Signum(model.parameters(), lr=0.1 + (dist.get_rank() == 3)), mesh=mesh["replicate"])
 
 
+def _unsharded() -> None:
+    """Ranks beside the mesh would vote apart."""
+    model = net()
+    enable_majority_vote(model, _signum(model), mesh=mesh_of(2)["replicate"])
+
+
+def _sharded_later() -> None:
+    """The optimizer steps on parameters that no longer are the model's."""
+    model = net()
+    optimizer = _signum(model)
+    enable_majority_vote(model, optimizer)
+    backward(shard(model, mesh_of(2)["shard"]), 0)
+    optimizer.step()
+
+
 def _two_meshes() -> None:
     """One layer lies along the ranks of a worker, another across them."""
     mesh = init_device_mesh("cpu", (2, 2, 2), mesh_dim_names=("replicate", "shard", "other"))
@@ -152,6 +167,8 @@ MISTAKES: dict[Callable[[], None], list[str]] = {
     _local_steps: ["the vote on local steps of optimizer 0 takes ordinary tensors", "leave the model unsharded"],
     _fsdp1: ["is wrapped in FullyShardedDataParallel", "take fully_shard(model, mesh=mesh['shard'])"],
     _ddp_and_mesh: ["process_group, or mesh, must be that of the DDP model: leave it out"],
+    _unsharded: ["mesh is a part of all ranks, and the model is not sharded among the others: call fully_shard("],
+    _sharded_later: ["no rank has a gradient for 0.weight", "shard the model first, then make the optimizer"],
     _settings_differ: ["rank 0 has «group 0: lr=0.1» where rank 3 has «group 0: lr=1.1»"],
 }
 

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.strategies import StrategyRegistry
 
 import signsgd_lightning
-from signsgd_lightning import MajorityVoteStrategy
+from signsgd_lightning import MajorityVoteStrategy, ShardedMajorityVoteStrategy
 from tests.workers import Workers
 
 from .models import Given, Net, Record, fit, judge, trainer
@@ -119,6 +119,7 @@ def test_registered_as_ddp_registers_its_own() -> None:
     ours = {name: StrategyRegistry[name] for name in StrategyRegistry if name.startswith("majority_vote")}
     theirs = {name: StrategyRegistry[name] for name in StrategyRegistry if name.split("_")[0] == "ddp"}
     assert len(theirs) == 12
+    assert type(StrategyRegistry.get(ours.pop("majority_vote_sharded")["strategy_name"])) is ShardedMajorityVoteStrategy
     assert ours.keys() == {"majority_vote" + name.removeprefix("ddp") for name in theirs}
     for name, entry in theirs.items():
         our = ours["majority_vote" + name.removeprefix("ddp")]

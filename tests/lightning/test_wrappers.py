@@ -12,7 +12,7 @@ from lightning.fabric.wrappers import _FabricOptimizer
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.optimizer import _global_optimizer_pre_hooks
+from torch.optim.optimizer import _global_optimizer_pre_hooks, register_optimizer_step_pre_hook
 
 from signsgd_lightning import (
     GeometryMonitor,
@@ -241,6 +241,32 @@ def _hooks_after_fits(overlap: bool) -> list[int]:
 def test_hooks_go_when_the_vote_ends(overlap: bool, workers: Workers) -> None:
     for counts in workers.run(2, _hooks_after_fits, overlap):
         assert counts == [0, 0, 0]
+
+
+def _collected_in_a_step() -> int:
+    """A model that nobody holds any more is collected while torch goes through the hooks of another's step."""
+
+    def collect(*_: Any) -> None:
+        gc.collect()
+
+    gc.disable()
+    handle = register_optimizer_step_pre_hook(collect)
+    model = small_net()
+    object.__setattr__(model, "itself", model)  # so that it goes when the collector comes
+    enable_majority_vote(model, Signum(model.parameters()))
+    del model
+    other = nn.Parameter(torch.ones(1))
+    other.grad = torch.ones(1)
+    torch.optim.SGD([other], lr=0.1).step()
+    handle.remove()
+    gc.enable()
+    again = small_net()
+    enable_majority_vote(again, Signum(again.parameters()))
+    return len(_global_optimizer_pre_hooks)
+
+
+def test_a_model_that_is_collected_during_a_step(workers: Workers) -> None:
+    assert workers.run(2, _collected_in_a_step) == [1, 1], "the first one's hook is gone, too"
 
 
 def _afterwards() -> float:

@@ -1,0 +1,109 @@
+"""The optimizers of sharded workers: a directory for each worker, in which its ranks write their shards."""
+
+import os
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.optim import Optimizer
+
+import signsgd_core as core
+
+from ..optimizer import Signum, find_signum
+from ..sharding import local
+from ..state import find
+from .sharded import together
+
+
+def save_states(
+    states: Sequence[Mapping[str, Any]], path: str, worker: int, inside: dist.ProcessGroup, failed: str
+) -> None:
+    """Write this rank's shards of its worker's optimizers; every rank must call it.
+
+    Args:
+        states: of the optimizers, as `get_optimizer_state_dict` returns them.
+        path: of the checkpoint, a directory that all ranks see.
+        worker: its number.
+        inside: the ranks of this worker.
+        failed: begins the error.
+
+    Raises:
+        RuntimeError: on all ranks, if one could not write.
+    """
+    named = {str(k): dict(state) for k, state in enumerate(states)}
+    writer = FileSystemWriter(_directory(path, worker))
+    together(lambda: save(named, storage_writer=writer, process_group=inside), failed)
+
+
+def check(path: str) -> None:
+    """Make sure that a checkpoint has the states of workers.
+
+    Raises:
+        ValueError: if not.
+    """
+    if not os.path.isdir(_directory(path, 0)):
+        raise ValueError(
+            f"{path} has no momenta of sharded copies, so it is no checkpoint of ShardedMajorityVoteStrategy: load its "
+            "weights in configure_model and call fit without ckpt_path, so that momenta start anew"
+        )
+
+
+def load_states(
+    path: str, model: nn.Module, optimizers: Sequence[Optimizer], worker: tuple[int, int], inside: dist.ProcessGroup
+) -> None:
+    """Load what this rank's worker inherits into its optimizers; every rank must call it.
+
+    With more workers than saved it, new worker `i` goes on from old one ``i mod M``; with fewer each has the mean of
+    those that it replaces (`signsgd_core.predecessors`).
+
+    Args:
+        path: of the checkpoint.
+        model: whose parameters they have.
+        optimizers: `Signum`, wrapped or not, as many as were saved.
+        worker: its number, and how many there are now.
+        inside: the ranks of this worker.
+
+    Raises:
+        RuntimeError: on all ranks, if one could not read.
+    """
+    saved = sum(name.startswith(_NAME) for name in os.listdir(path))
+    old = core.predecessors(*worker, saved)
+    for number, optimizer in enumerate(map(find_signum, optimizers)):
+        together(
+            partial(_load, [_directory(path, k) for k in old], number, model, optimizer, inside), _FAILED.format(path)
+        )
+
+
+def _load(folders: Sequence[str], number: int, model: nn.Module, optimizer: Signum, inside: dist.ProcessGroup) -> None:
+    """Load an optimizer's state from the folders of workers, with the mean of what is a worker's own."""
+    rows: list[dict[str, dict[str, Tensor]]] = []
+    for folder in reversed(folders):  # so that what is the same on all is the first one's in the end
+        state: dict[str, Any] = get_optimizer_state_dict(model, optimizer)
+        load({str(number): state}, storage_reader=FileSystemReader(folder), process_group=inside)
+        rows.insert(0, {name: _private(entries) for name, entries in state["state"].items()})
+    for name, own in rows[0].items():
+        for key in own:
+            entry = find(key)
+            assert entry is not None
+            local(state["state"][name][key]).copy_(entry.inherited(torch.stack([row[name][key] for row in rows])))
+    set_optimizer_state_dict(model, optimizer, optim_state_dict=state)
+
+
+_NAME, _FAILED = "worker", "could not load {}: "
+
+
+def _directory(path: str, worker: int) -> str:
+    return os.path.join(path, f"{_NAME}{worker}")
+
+
+def _private(entries: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return copies of this rank's shards of what is a worker's own."""
+    found = {name: find(name) for name in entries}
+    return {name: local(entries[name]).clone() for name, entry in found.items() if entry is not None and entry.private}
