@@ -41,8 +41,16 @@ VOTED: dict[str, dict[str, Any]] = {
     **{f"mixture {beta} and 0.8": {"betas": (beta, beta), "verdict_momentum": 0.8} for beta in (0.5, 0.9)},
     "SignMuon": {},
     "SignMuon, verdict momentum": {},
+    **{f"SignMuon, {what}": {} for what in ("3 steps", "4 steps", "mixed", "slow")},
 }
-"""SignMuon's settings are those of `signmuon_groups`; in the second form verdict momentum is for what is no matrix."""
+"""SignMuon's settings are those of `signmuon_groups`; with verdict momentum that is for what is no matrix."""
+OF_MATRICES: dict[str, dict[str, Any]] = {
+    "SignMuon, 3 steps": {"ns_steps": 3},
+    "SignMuon, 4 steps": {"ns_steps": 4},
+    "SignMuon, mixed": {"verdict_momentum": 0.5},
+    "SignMuon, slow": {"betas": (0.95, 0.98)},
+}
+"""What forms of SignMuon change for matrices."""
 CLIPPED = ", clipped"
 """At the end of a method that averages: the norm of the mean gradient is at most 1."""
 MEDIAN = ", median"
@@ -216,7 +224,8 @@ def voting_optimizer(model: nn.Module, job: Job) -> Signum:
     groups: list[dict[str, Any]] = [{"params": [p]} for p in model.parameters()]
     if method.startswith("SignMuon"):
         groups = hidden_groups(model, job)
-        if method != "SignMuon":
+        groups = [group | OF_MATRICES.get(method, {}) if group.get("orthogonalize") else group for group in groups]
+        if method == "SignMuon, verdict momentum":
             groups[-1] |= {"betas": (0.0, 0.0), "verdict_momentum": 0.8}
     return Signum(groups, job.lr, weight_decay=job.weight_decay, **VOTED[method])
 
