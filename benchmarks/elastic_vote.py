@@ -6,7 +6,8 @@ Four processes over the loopback, gradients that are there before the clock star
 vote and the peer take turns in the same processes; a row is the median over the rounds of the slowest worker. The peer
 is torchft's `Manager` as its `DistributedDataParallel` uses it: a quorum that is asked for in the background,
 `allreduce` of buckets of 25 MB, `should_commit`, then SGD with momentum. All have two floats a parameter that a
-newcomer copies. Then one worker is killed in the middle of training and started anew; its imports are not counted.
+newcomer copies. Rounds of local steps are those of one step each, so that all of them is the exchange. Then one worker
+is killed in the middle of training and started anew; its imports are not counted.
 The lighthouse gives a worker up after a second without a sign of life, which is most of what a kill costs.
 """
 
@@ -35,6 +36,7 @@ WORKERS, TENSORS, BUCKET = 4, 10, 25 * 2**20 // 4
 TIMEOUT = timedelta(seconds=20)
 SIGNUM: dict[str, Any] = {"lr": 1e-3, "betas": (0.0, 0.0), "verdict_momentum": 0.8}
 FIXED, ELASTIC, PEER = "fixed vote", "elastic vote", "torchft, fp32"
+ROUND, ELASTIC_ROUND = "fixed round", "elastic round"
 
 
 def make_model(size: int) -> nn.ParameterList:
@@ -105,6 +107,27 @@ def elastic_step(size: int, lighthouse: str, min_workers: int = 2) -> Callable[[
     return lambda: optimizer.step(lambda: None)  # a closure, so that a newcomer votes with its gradients
 
 
+def elastic_round(size: int, lighthouse: str) -> Callable[[], Any]:
+    """Return what takes a round of one local step with an elastic quorum."""
+    from signsgd_lightning import enable_elastic_local_steps
+
+    model = make_model(size)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    settings: dict[str, Any] = {"min_workers": WORKERS, "timeout": TIMEOUT, "hostname": "127.0.0.1"}
+    local = enable_elastic_local_steps(model, optimizer, sync_every=1, lighthouse=lighthouse, **settings)
+    return lambda: (local, optimizer.step(lambda: None))  # type: ignore[call-overload]
+
+
+def fixed_round(size: int) -> Callable[[], Any]:
+    """Return what takes a round of one local step, after `fixed_step`."""
+    from signsgd_lightning import enable_local_steps
+
+    model = make_model(size)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    local = enable_local_steps(model, optimizer, sync_every=1)
+    return lambda: (local, optimizer.step())
+
+
 def fixed_step(size: int, rank: int, port: int) -> Callable[[], Any]:
     """Return what takes a step of the fixed vote."""
     from signsgd_lightning import Signum, enable_majority_vote
@@ -130,6 +153,8 @@ def in_turn(rank: int, size: int, rounds: int, port: int, lighthouses: list[str]
         FIXED: fixed_step(size, rank, port),
         ELASTIC: elastic_step(size, lighthouses[0], WORKERS),
         PEER: Peer(size, lighthouses[1], WORKERS).step,
+        ROUND: fixed_round(size),
+        ELASTIC_ROUND: elastic_round(size, lighthouses[2]),
     }
     times: dict[str, list[float]] = {name: [] for name in takers}
     for name, take in takers.items():
@@ -191,7 +216,7 @@ def _shine(end: Any) -> None:
 
 def measure_steps(context: Any, size: int, rounds: int) -> dict[str, float]:
     """Return the median milliseconds a step of every scheme."""
-    lighthouses = [Lighthouse(context) for _ in range(2)]
+    lighthouses = [Lighthouse(context) for _ in range(3)]
     results, store = context.Queue(), TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     port = store.port
     del store
@@ -259,31 +284,43 @@ def _end(workers: list[Any], lighthouses: list[Lighthouse]) -> None:
         lighthouse.stop()
 
 
+def table(size: int, steps: dict[str, float], changes: dict[str, tuple[float, float]]) -> list[str]:
+    """Return the lines of one size."""
+    more, more_a_round = steps[ELASTIC] - steps[FIXED], steps[ELASTIC_ROUND] - steps[ROUND]
+    (lost, new), (peer_lost, peer_new) = changes[ELASTIC], changes[PEER]
+    return [
+        "",
+        f"{f'{size:,} parameters, medians':<36}{FIXED:>14}{ELASTIC:>14}{PEER:>15}",
+        f"{'a step, ms':<36}{steps[FIXED]:>14.1f}{steps[ELASTIC]:>14.1f}{steps[PEER]:>15.1f}",
+        f"{'  more than the fixed vote, ms':<36}{'':>14}{more:>14.1f}",
+        f"{'a round of local steps, ms':<36}{steps[ROUND]:>14.1f}{steps[ELASTIC_ROUND]:>14.1f}",
+        f"{'  more, ms a step of 16':<36}{'':>14}{more_a_round / 16:>14.2f}",
+        f"{'a kill to the next step, s':<36}{'':>14}{lost:>14.2f}{peer_lost:>15.2f}",
+        f"{'a start to the first step, s':<36}{'':>14}{new:>14.2f}{peer_new:>15.2f}",
+    ]
+
+
 def main() -> None:
     """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", type=int, default=10_000_000, help="parameters")
-    parser.add_argument("--rounds", type=int, default=30, help="of steps")
-    parser.add_argument("--kills", type=int, default=5, help="of a worker, for each scheme")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[1_000_000, 10_000_000, 100_000_000], help="parameters")
+    parser.add_argument("--rounds", type=int, default=15, help="of steps")
+    parser.add_argument("--kills", type=int, default=3, help="of a worker, for each scheme")
     parser.add_argument("--out", type=Path, help="folder for the table (default: save nothing)")
     options = parser.parse_args()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "signsgd_lightning.elastic"])
-    steps = measure_steps(context, options.size, options.rounds)
-    changes = {name: measure_changes(context, name, options.size, options.kills) for name in (ELASTIC, PEER)}
     command = f"python -m benchmarks.elastic_vote {' '.join(sys.argv[1:])}".strip()
-    lines = [
-        f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, {WORKERS} workers; {command}",
-        f"{'median':<32}{FIXED:>15}{ELASTIC:>15}{PEER:>15}",
-        f"{'a step, ms':<32}" + "".join(f"{steps[name]:>15.1f}" for name in (FIXED, ELASTIC, PEER)),
-        f"{'  more than the fixed vote, ms':<32}{'':>15}{steps[ELASTIC] - steps[FIXED]:>15.1f}",
-        f"{'a kill to the next step, s':<32}{'':>15}{changes[ELASTIC][0]:>15.2f}{changes[PEER][0]:>15.2f}",
-        f"{'a start to the first step, s':<32}{'':>15}{changes[ELASTIC][1]:>15.2f}{changes[PEER][1]:>15.2f}",
-    ]
-    print("\n".join(lines))
-    if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "elastic_vote.txt").write_text("\n".join(lines) + "\n")
+    lines = [f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, {WORKERS} workers; {command}"]
+    print(*lines)
+    for size in options.sizes:
+        steps = measure_steps(context, size, options.rounds)
+        changes = {name: measure_changes(context, name, size, options.kills) for name in (ELASTIC, PEER)}
+        lines += table(size, steps, changes)
+        print("\n".join(lines[-8:]), flush=True)
+        if options.out is not None:
+            options.out.mkdir(parents=True, exist_ok=True)
+            (options.out / "elastic_vote.txt").write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -150,7 +150,7 @@ class _Guard:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = weakref.ref(model)
-        self._parameters = {id(p) for p in model.parameters()}
+        self._parameters = {id(p): weakref.ref(p) for p in model.parameters()}
 
     def __call__(self, optimizer: Optimizer, *_: Any) -> None:
         model = self._model()
@@ -171,4 +171,6 @@ class _Guard:
             )
 
     def _holds(self, parameters: Iterable[Tensor]) -> bool:
-        return any(id(p) in self._parameters for p in parameters)
+        # A parameter that fully_shard replaced is gone, and its id may be another tensor's.
+        known = ((self._parameters.get(id(p)), p) for p in parameters)
+        return any(ref is not None and ref() is p for ref, p in known)

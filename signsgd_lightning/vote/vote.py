@@ -219,7 +219,8 @@ class Vote:
         model = None if self._model is None else self._model()
         there = set() if model is None else {id(p) for p in model.parameters()}
         for view in unused if there else ():
-            if id(view.model_parameter) not in there:
+            key = id(view.model_parameter)
+            if key in self._names and key not in there:
                 raise RuntimeError(
                     f"no rank has a gradient for {self.name_of(view.model_parameter)}, and the model has another "
                     "parameter in its place, as after fully_shard: shard the model first, then make the optimizer and "
