@@ -303,7 +303,7 @@ def table(size: int, steps: dict[str, float], changes: dict[str, tuple[float, fl
 def main() -> None:
     """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", type=int, nargs="+", default=[1_000_000, 10_000_000, 100_000_000], help="parameters")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[1_000_000, 10_000_000], help="parameters")
     parser.add_argument("--rounds", type=int, default=15, help="of steps")
     parser.add_argument("--kills", type=int, default=3, help="of a worker, for each scheme")
     parser.add_argument("--out", type=Path, help="folder for the table (default: save nothing)")
