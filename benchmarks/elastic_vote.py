@@ -115,7 +115,7 @@ def elastic_round(size: int, lighthouse: str) -> Callable[[], Any]:
     optimizer = torch.optim.SGD(model.parameters(), 1e-3)
     settings: dict[str, Any] = {"min_workers": WORKERS, "timeout": TIMEOUT, "hostname": "127.0.0.1"}
     local = enable_elastic_local_steps(model, optimizer, sync_every=1, lighthouse=lighthouse, **settings)
-    return lambda: (local, optimizer.step(lambda: None))  # type: ignore[call-overload]
+    return lambda: (local, optimizer.step(lambda: None))
 
 
 def fixed_round(size: int) -> Callable[[], Any]:
