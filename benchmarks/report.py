@@ -80,7 +80,7 @@ def strays(page: str, text: str) -> Iterator[str]:
         text: what it says.
     """
     results = _results(SOURCES.get(page, ()))
-    text = _ASIDE.sub(lambda found: re.sub(r"[^\n]", " ", found[0]), _TABLE.sub(_blank, text))
+    text = _ASIDE.sub(_blank, _TABLE.sub(_blank, text))
     for number, line in enumerate(text.splitlines(), 1):
         for found in _NUMBER.finditer(line):
             whole, fraction, unit = found.groups()
@@ -138,10 +138,10 @@ def main() -> None:
     for path in pages():
         page, text = str(path.relative_to(ROOT)), path.read_text()
         unknown += strays(page, text)
-        if fill(text) != text:
+        if (filled := fill(text)) != text:
             stale.append(page)
             if not options.check:
-                path.write_text(fill(text))
+                path.write_text(filled)
     if not options.check:
         draw()
     print("\n".join([f"tables of {', '.join(stale) or 'no page'} were not those of the results", *unknown]))

@@ -1,18 +1,14 @@
 """The figure of the README: what each scheme adds to a step, by link rate and by round trip.
 
-python -m benchmarks.figures
-
-It reads what `benchmarks.wire` measured, `results/wire.json`, and writes `results/wire_summary.png`.
+`python -m benchmarks.report` draws it from what `benchmarks.wire` measured, `results/wire.json`.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.wire_worker import NONE, OURS
 
-RESULTS = Path(__file__).parent / "results"
 WORKERS, PARAMETERS = 4, 10_010_000
 RATE = 1e9
 """Of the links in the panel of round trips, in bit/s."""
@@ -66,12 +62,3 @@ def draw(cells: Sequence[dict[str, Any]], path: Path) -> None:
 
 def _rate(bits: float) -> str:
     return f"{bits / 1e9:g} Gbit/s" if bits >= 1e9 else f"{bits / 1e6:g} Mbit/s"
-
-
-def main() -> None:
-    cells = json.loads((RESULTS / "wire.json").read_text())["cells"]
-    draw(cells, RESULTS / "wire_summary.png")
-
-
-if __name__ == "__main__":
-    main()

@@ -103,6 +103,29 @@ class Crew:
         self.processes.append(process)
         return name
 
+    def lose_twenty(self, start: Callable[[], int], number: signal.Signals, seed: int) -> list[float]:
+        """Lose one of four after the other at random moments, and replace it; return how long the others waited."""
+        random = np.random.default_rng(seed)
+        names = [start() for _ in range(4)]
+        self.wait(lambda: min(map(self.step, names)) > 3)
+        waited = []
+        for _ in range(20):
+            time.sleep(random.random() / 2)
+            lost = names.pop(int(random.integers(4)))
+            self.signal(lost, number)
+            time.sleep(0.1)
+            reached = max(map(self.step, names))
+            waited.append(self.wait(lambda reached=reached: min(map(self.step, names)) > reached + 1))  # type: ignore[misc]
+            names.append(start())
+            if number is signal.SIGSTOP:
+                self.signal(lost, signal.SIGCONT)
+                self.signal(lost, signal.SIGKILL)
+            if random.random() < 0.5:  # else somebody is lost while the newcomer takes over
+                self.wait(lambda: self.step(names[-1]) > 0)
+            else:
+                time.sleep(random.random())
+        return waited
+
     def signal(self, name: int, number: signal.Signals) -> None:
         os.kill(self.processes[name].pid, number)
 

@@ -30,6 +30,13 @@ AVERAGED: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "Lion": Lion,
 }
 """Without Muon, which is two optimizers."""
+OF_MATRICES: dict[str, dict[str, Any]] = {
+    "SignMuon, 3 steps": {"ns_steps": 3},
+    "SignMuon, 4 steps": {"ns_steps": 4},
+    "SignMuon, mixed": {"verdict_momentum": 0.5},
+    "SignMuon, slow": {"betas": (0.95, 0.98)},
+}
+"""What forms of SignMuon change for matrices."""
 VOTED: dict[str, dict[str, Any]] = {
     "signSGD": {"betas": (0.0, 0.0)},
     "Signum": {"betas": (0.9, 0.9)},
@@ -41,16 +48,9 @@ VOTED: dict[str, dict[str, Any]] = {
     **{f"mixture {beta} and 0.8": {"betas": (beta, beta), "verdict_momentum": 0.8} for beta in (0.5, 0.9)},
     "SignMuon": {},
     "SignMuon, verdict momentum": {},
-    **{f"SignMuon, {what}": {} for what in ("3 steps", "4 steps", "mixed", "slow")},
+    **{name: {} for name in OF_MATRICES},
 }
 """SignMuon's settings are those of `signmuon_groups`; with verdict momentum that is for what is no matrix."""
-OF_MATRICES: dict[str, dict[str, Any]] = {
-    "SignMuon, 3 steps": {"ns_steps": 3},
-    "SignMuon, 4 steps": {"ns_steps": 4},
-    "SignMuon, mixed": {"verdict_momentum": 0.5},
-    "SignMuon, slow": {"betas": (0.95, 0.98)},
-}
-"""What forms of SignMuon change for matrices."""
 CLIPPED = ", clipped"
 """At the end of a method that averages: the norm of the mean gradient is at most 1."""
 MEDIAN = ", median"

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
-from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.strategies import ParallelStrategy, Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 
 from .. import _compat
@@ -16,6 +16,16 @@ from .files import warn_of_restarts
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
+
+
+def stepping(strategy: Strategy) -> list[Any]:
+    """Return a strategy's optimizers, without those that Lightning puts where a module has none."""
+    return [optimizer for optimizer in strategy.optimizers if not _compat.stands_for_no_optimizer(optimizer)]
+
+
+def scales(strategy: Strategy) -> bool:
+    """Tell whether a strategy's precision scales the loss, and so gradients until the step."""
+    return getattr(strategy.precision_plugin, "scaler", None) is not None
 
 
 class CommonStrategy(ParallelStrategy):
@@ -30,7 +40,7 @@ class CommonStrategy(ParallelStrategy):
         """Set up model and optimizers."""
         super().setup(trainer)
         if trainer.state.fn == TrainerFn.FITTING:  # where a step unscales, Lightning clips nothing
-            self._unscale_at_step(self._scaler is not None)
+            self._unscale_at_step(scales(self))
 
     def teardown(self) -> None:
         """Let other loops have the optimizers."""
@@ -38,13 +48,8 @@ class CommonStrategy(ParallelStrategy):
         super().teardown()
 
     @property
-    def _scaler(self) -> Any:
-        return getattr(self.precision_plugin, "scaler", None)
-
-    @property
     def _stepping(self) -> list[Any]:
-        """The optimizers, without those that Lightning puts where a module has none."""
-        return [optimizer for optimizer in self.optimizers if not _compat.stands_for_no_optimizer(optimizer)]
+        return stepping(self)
 
     def _unscale_at_step(self, does: bool) -> None:
         for optimizer in map(see_through, self.optimizers):
@@ -53,7 +58,7 @@ class CommonStrategy(ParallelStrategy):
 
     def _refuse_clipping_of_scaled(self, trainer: "Trainer") -> None:
         """Make sure that Lightning is not to clip gradients that are scaled until the step."""
-        if trainer.gradient_clip_val and self._scaler is not None:
+        if trainer.gradient_clip_val and scales(self):
             raise ValueError(
                 f"gradient_clip_val={trainer.gradient_clip_val} cannot clip under precision='16-mixed', which scales "
                 "gradients until the step: take precision='bf16-mixed', or clip in on_before_optimizer_step at the "

@@ -22,6 +22,7 @@ from ..local_steps.enable import check as check_local_steps
 from ..local_steps.options import LocalStepOptions
 from ..optimizer import find_signum, see_through
 from ..vote import VoteOptions
+from .common import scales, stepping
 from .files import naming, whole_file
 
 if TYPE_CHECKING:
@@ -158,7 +159,7 @@ class ElasticVoteStrategy(SingleDeviceStrategy):
                 f"an elastic worker has one device, got devices={len(self.parallel_devices)}: pass devices=1, and "
                 "start a process for each"
             )
-        if getattr(self.precision_plugin, "scaler", None) is not None:
+        if scales(self):
             raise ValueError(
                 "precision='16-mixed' scales the loss, and an elastic step that is taken again would scale it twice: "
                 "take precision='bf16-mixed'"
@@ -177,7 +178,7 @@ class ElasticVoteStrategy(SingleDeviceStrategy):
     def _enable(self, trainer: "Trainer") -> ElasticVote | ElasticLocalSteps:
         assert self.model is not None
         assert self.lightning_module is not None
-        optimizers = [see_through(o) for o in self.optimizers if not _compat.stands_for_no_optimizer(o)]
+        optimizers = [see_through(optimizer) for optimizer in stepping(self)]
         if len(optimizers) != 1:
             raise ValueError(
                 f"an elastic vote needs one optimizer, got {len(optimizers)}: return one from configure_optimizers, "

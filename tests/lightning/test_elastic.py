@@ -220,25 +220,7 @@ def test_a_question_outlasts_who_is_stuck(here: Here) -> None:
 def test_twenty_at_random(here: Here, number: signal.Signals) -> None:
     """One after the other is lost and replaced at random moments: no run ends."""
     workers, _ = here
-    random = np.random.default_rng(19)
-    names = [workers.start(Task(steps=100_000, min_workers=1)) for _ in range(4)]
-    workers.wait(lambda: min(map(workers.step, names)) > 3)
-    waited = []
-    for _ in range(20):
-        time.sleep(random.random() / 2)
-        lost = names.pop(int(random.integers(4)))
-        workers.signal(lost, number)
-        time.sleep(0.1)
-        reached = max(map(workers.step, names))
-        waited.append(workers.wait(lambda reached=reached: min(map(workers.step, names)) > reached + 1))  # type: ignore[misc]
-        names.append(workers.start(Task(steps=100_000, min_workers=1)))
-        if number is signal.SIGSTOP:
-            workers.signal(lost, signal.SIGCONT)
-            workers.signal(lost, signal.SIGKILL)
-        if random.random() < 0.5:  # else somebody is lost while the newcomer takes over
-            workers.wait(lambda: workers.step(names[-1]) > 0)
-        else:
-            time.sleep(random.random())
+    waited = workers.lose_twenty(lambda: workers.start(Task(steps=100_000, min_workers=1)), number, seed=19)
     judge(workers)
     assert max(waited) < TIMEOUT + 2, waited
 

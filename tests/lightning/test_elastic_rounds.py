@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -63,25 +62,7 @@ def test_other_settings_may_not_join(workers: Crew) -> None:
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_twenty_at_random(workers: Crew, number: signal.Signals) -> None:
     """One after the other is lost and replaced at random moments: no run ends, no batch is drawn twice."""
-    random = np.random.default_rng(25)
-    names = [workers.start(Rounds(rounds=10**6, pause=0.01), train_rounds) for _ in range(4)]
-    workers.wait(lambda: min(map(workers.step, names)) > 3)
-    waited = []
-    for _ in range(20):
-        time.sleep(random.random() / 2)
-        lost = names.pop(int(random.integers(4)))
-        workers.signal(lost, number)
-        time.sleep(0.1)
-        reached = max(map(workers.step, names))
-        waited.append(workers.wait(lambda reached=reached: min(map(workers.step, names)) > reached + 1))  # type: ignore[misc]
-        names.append(workers.start(Rounds(rounds=10**6, pause=0.01), train_rounds))
-        if number is signal.SIGSTOP:
-            workers.signal(lost, signal.SIGCONT)
-            workers.signal(lost, signal.SIGKILL)
-        if random.random() < 0.5:  # else somebody is lost while the newcomer takes over
-            workers.wait(lambda: workers.step(names[-1]) > 0)
-        else:
-            time.sleep(random.random())
+    waited = workers.lose_twenty(lambda: workers.start(Rounds(rounds=10**6, pause=0.01), train_rounds), number, seed=25)
     judge_rounds(workers, exact=False)
     assert max(waited) < TIMEOUT + 2, waited
 
