@@ -26,13 +26,26 @@ SEEDS = (0, 1, 2)
 
 
 class Run(NamedTuple):
-    """What a job came to: the score at the end, and (step, mean training loss since the point before) along the way."""
+    """What a job came to.
+
+    Attributes:
+        score: at the end.
+        curve: (step, mean training loss since the point before) along the way.
+        scores: (step, score) along the way, if asked for.
+    """
 
     score: float
     curve: list[tuple[int, float]]
+    scores: Sequence[tuple[int, float]] = ()
 
 
-def train(task: Task, job: Job, points: int = 20, watch: Callable[[int, nn.Module], None] | None = None) -> Run:
+def train(
+    task: Task,
+    job: Job,
+    points: int = 20,
+    watch: Callable[[int, nn.Module], None] | None = None,
+    scored: bool = False,
+) -> Run:
     """Train once; a loss that is not finite ends it with the worst score.
 
     Args:
@@ -40,13 +53,14 @@ def train(task: Task, job: Job, points: int = 20, watch: Callable[[int, nn.Modul
         job: how to train it.
         points: how many of the curve to keep.
         watch: gets the steps taken so far, and the model, before each step and at the end.
+        scored: whether the model is scored at these points.
     """
     torch.set_num_threads(1)
     torch.manual_seed(job.seed)
     model = task.model().to(task.device)
     models, update = workers_of(model, job)
     sources = [np.random.default_rng([job.seed, worker]) for worker in range(job.workers)]
-    curve, losses = list[tuple[int, float]](), list[float]()
+    curve, losses, scores = list[tuple[int, float]](), list[float](), list[tuple[int, float]]()
     for step in range(job.steps):
         if watch is not None:
             watch(step, model)
@@ -57,14 +71,16 @@ def train(task: Task, job: Job, points: int = 20, watch: Callable[[int, nn.Modul
             gradients.append([-g for g in of_worker] if k < (job.liars or 0) else list(of_worker))
             losses.append(loss.item())
         if not math.isfinite(losses[-1]):
-            return Run(math.nan, curve)
+            return Run(math.nan, curve, scores)
         update(gradients, schedule(step, job.steps))
         if (step + 1) * points // job.steps > step * points // job.steps:
             curve.append((step + 1, float(np.mean(losses))))
             losses.clear()
+            if scored:
+                scores.append((step + 1, task.score(model)))
     if watch is not None:
         watch(job.steps, model)
-    return Run(task.score(model), curve)
+    return Run(task.score(model), curve, scores)
 
 
 def schedule(step: int, steps: int) -> float:
@@ -80,10 +96,13 @@ class Store:
         folder: where the file is, or None to keep nothing.
         device: to train on, such as "cuda".
         processes: how many train at a time; None for one a core.
+        scored: whether what is trained is scored along the way.
     """
 
-    def __init__(self, folder: Path | None, device: str = "cpu", processes: int | None = None) -> None:
-        self.path, self.device = folder and folder / "trainings.json", device
+    def __init__(
+        self, folder: Path | None, device: str = "cpu", processes: int | None = None, scored: bool = False
+    ) -> None:
+        self.path, self.device, self.scored = folder and folder / "trainings.json", device, scored
         self.processes = processes or os.cpu_count()
         self.known: dict[str, Run] = {}
         if self.path is not None and self.path.exists():
@@ -94,7 +113,7 @@ class Store:
         jobs = list(jobs)
         new = list(dict.fromkeys(job for job in jobs if job.key not in self.known))
         with ProcessPoolExecutor(self.processes, initializer=_share, initargs=(task, self.device)) as pool:
-            futures = [(job, pool.submit(_job, job)) for job in new]
+            futures = [(job, pool.submit(_job, job, self.scored)) for job in new]
             for job, future in tqdm(futures, title, leave=False):
                 self.known[job.key] = future.result()
                 self._save()
@@ -117,8 +136,8 @@ def _share(task: Task, device: str) -> None:
     _shared.append(task)
 
 
-def _job(job: Job) -> Run:
-    return train(_shared[0], job)
+def _job(job: Job, scored: bool) -> Run:
+    return train(_shared[0], job, scored=scored)
 
 
 def best(jobs: Sequence[Job], outcomes: Sequence[Run], better: str) -> Job:
