@@ -87,8 +87,8 @@ def table(task: Task, ends: Sequence[End]) -> Iterator[str]:
             f"  {end.name:<28}{job.lr:>9.3g}{other:>9}{job.bits:>9,.0f}{score:>9.4f}{step:>7}"
             f"{end.row.mean:>9.4f}{spread:>8}   {last:.4f}"
         )
-    yield f"\nbits: that a worker sends for each parameter in the whole run; best: the lowest mean of {seeds} seeds along"
-    yield "the way; end: mean and standard deviation; last loss: of the last twentieth, training."
+    yield f"\nbits: that a worker sends for each parameter in the whole run; best: the lowest mean of {seeds} seeds"
+    yield "along the way; end: mean and standard deviation; last loss: of the last twentieth, training."
 
 
 def draw(task: Task, ends: Sequence[End], pyplot: Any) -> Any:
