@@ -69,6 +69,7 @@ class Job(NamedTuple):
         outer_lr: of local steps.
         outer_momentum: of local steps.
         liars: workers that send the opposite of their gradients, the first ones; None for no such matter.
+        replaced_every: steps after which a worker of a vote, each in turn, is replaced by one without momenta.
     """
 
     task: str
@@ -84,6 +85,7 @@ class Job(NamedTuple):
     outer_lr: float | None = None
     outer_momentum: float | None = None
     liars: int | None = None
+    replaced_every: int | None = None
 
     @property
     def key(self) -> str:
@@ -242,6 +244,8 @@ def _voted(model: nn.Module, job: Job) -> Update:
         if job.method.endswith(PER_LAYER):
             for group, rate in zip(optimizer.param_groups, layer_rates(parameters), strict=True):
                 group["lr"] *= rate
+        if job.replaced_every and optimizer.t and optimizer.t % job.replaced_every == 0:
+            vote.replace(optimizer.t // job.replaced_every % job.workers)
         vote.step([[own[k] for k in order] for own in gradients])
 
     return update

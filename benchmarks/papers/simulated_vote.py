@@ -53,6 +53,10 @@ class SimulatedVote:
         for group in self.optimizer.param_groups:
             group["step"] += 1
 
+    def replace(self, worker: int) -> None:
+        """Put a newcomer in a worker's place: without momenta of its own, as after a join."""
+        self.private[worker] = defaultdict(dict)
+
     def _views(self, state: State, gradients: Sequence[Tensor]) -> list[FlatView]:
         groups = self.optimizer.param_groups
         pairs = [(p, group) for group in groups for p in group["params"]]

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.papers.methods import Job, update_by
 from benchmarks.papers.simulated_vote import SimulatedVote
+from signsgd_core import Reference
 from signsgd_lightning import Signum
 from tests.conformance.cases import LR, MATRICES, Case, assert_reference, cases, covering
 
@@ -35,3 +37,18 @@ def test_it_equals_the_reference(case: Case) -> None:
         }
         trajectory.append([moved[k] for k in sorted(moved)])
     assert_reference(case, trajectory)
+
+
+def test_whoever_is_replaced_starts_without_momenta() -> None:
+    """Workers 1 and 2 in turn, of three; against the reference whose momenta are set to zero by hand."""
+    tensor = torch.nn.Parameter(torch.zeros(40))
+    model = torch.nn.ParameterList([tensor])
+    update = update_by(model, Job("", "Signum", 0.5, workers=3, replaced_every=3))
+    reference, source = Reference([np.zeros(40, np.float32)], 3, 0.5), np.random.default_rng(0)
+    for step in range(8):
+        gradients = source.normal(size=(3, 40)).astype(np.float32)
+        if step in (3, 6):
+            reference.momenta[step // 3][0][:] = 0
+        update([[torch.from_numpy(g)] for g in gradients], 1.0)
+        reference.step([[g] for g in gradients])
+        np.testing.assert_array_equal(tensor.detach().numpy(), reference.parameters[0])
