@@ -79,8 +79,7 @@ class VoteStatistics(Observer):
 
     def verdict(self, seen: Seen) -> None:
         """Count where the ballot is not the verdict, where the verdict is not the last one, and the ties."""
-        mask = _mask(seen.sizes, seen.ballot.shape[1])
-        tallied = tf.split(mask, self._replicas.count)[seen.replica]
+        tallied = tf.split(_mask(seen.sizes, seen.ballot.shape[1]), self._replicas.count)[seen.replica]
         ties = tf.reshape(tf.bitcast(core.majority(seen.shards)[1], tf.uint8), [-1])
         last = tf.pad(seen.verdict, [[0, 0], [0, max(self._width - seen.verdict.shape[1], 0)]])[:, : self._width]
         coordinates, compared = sum(seen.sizes), tf.cast(self._compared, tf.float64)
@@ -88,7 +87,7 @@ class VoteStatistics(Observer):
         self._add(
             {
                 "coordinates": coordinates,
-                "disagreements": _ones(_differences(seen.ballot, seen.verdict) & mask),
+                "disagreements": _ones(_differences(seen.ballot, seen.verdict)),  # padding is 0 in both
                 "compared": compared * coordinates,
                 "flips": compared * tf.cast(flips, tf.float64),
                 "tallied": _ones(tallied),
