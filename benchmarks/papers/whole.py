@@ -1,11 +1,11 @@
 """Whole trainings: how votes, local steps and averaging optimizers compare at the end, not after a beginning.
 
-python -m benchmarks.papers.whole --text FILE --out benchmarks/results/papers
+python -m benchmarks.papers.whole --text FILE --images DIR --out benchmarks/results/papers
 
-A GPT takes 10,000 steps with four workers. Learning rates are tuned on shorter trainings, each method with as many:
-500 steps as signmuon.py and local_steps.py do, then 2,000 steps at the best rates and at half of them. The validation
-loss is measured along the way, since a model may unlearn. What was trained is kept in trainings.json: started again, it
-goes on where it was.
+A GPT takes 10,000 steps, a ResNet of nine layers ten epochs, with four workers. Learning rates are tuned on shorter
+trainings, each method with as many: those of signmuon.py and local_steps.py, then 2,000 steps of the GPT, or an epoch
+of the larger ResNet, at the best rates and at half of them. Scores are measured along the way, since a model may
+unlearn. What was trained is kept in trainings.json: started again, it goes on where it was.
 """
 
 import argparse
@@ -19,13 +19,13 @@ from .local_steps import base, better_of_two, candidates
 from .methods import CLIPPED, Job, voted
 from .search import search
 from .signmuon import LONG_STEPS, START, halved, start
-from .tasks import Task, add_arguments, shared_task
+from .tasks import Images, Task, add_arguments, shared_task
 from .training import SEEDS, Row, Store, add_device, tuned
 
-METHODS = [method for method in START["gpt"] if not method.startswith("Lion")]
-LOCAL, EVERY = f"Muon{CLIPPED}", 16
-"""Local steps: the optimizer inside, and how many steps lie between votes."""
-STEPS = 10_000
+LOCAL, INSIDE, EVERY = "local steps", f"Muon{CLIPPED}", 16
+"""Local steps: what they are called, the optimizer inside, and how many steps lie between votes."""
+STEPS = {"gpt": (LONG_STEPS, 10_000), "resnet": (390, 3_900)}
+"""Of the second tuning, and of the whole training."""
 
 
 class End(NamedTuple):
@@ -46,31 +46,40 @@ class End(NamedTuple):
         return max(zip(*self.path, strict=True), key=lambda point: sign * point[1])
 
 
-def short(task: Task, store: Store, options: argparse.Namespace) -> Iterator[tuple[str, Job]]:
+def tuned_short(kind: str, options: argparse.Namespace, store: Store) -> Iterator[tuple[str, Job]]:
     """Yield methods, and their best jobs of the short training."""
-    _, steps = shared_task("gpt", options)
+    task, steps = shared_task(kind, options)
     runs, most = (2, 2) if options.short else (6, 14)
-    for method in options.methods:
-        if method == "local steps":
-            jobs = candidates(base(task, "gpt", LOCAL, steps), "vote", 2 if options.short else EVERY)
-            yield f"{LOCAL}, vote every {EVERY}", better_of_two(task, store, jobs).job
+    for method in [*START[kind], LOCAL]:
+        if options.methods and method not in options.methods:
+            continue
+        if method == LOCAL:
+            jobs = candidates(base(task, kind, INSIDE, steps), "vote", 2 if options.short else EVERY)
+            yield f"{INSIDE}, vote every {EVERY}", better_of_two(task, store, jobs).job
         else:
-            yield method, search(task, store, *start(task.key, "gpt", method, steps), runs, most).row.job
+            yield method, search(task, store, *start(task.key, kind, method, steps), runs, most).row.job
 
 
-def measure(task: Task, options: argparse.Namespace) -> list[End]:
-    """Return every method at the end."""
+def whole_task(kind: str, options: argparse.Namespace) -> Task:
+    """Return the model that is trained to the end, and its data."""
+    if kind == "resnet" and not options.short:
+        return Images(options.images, 16, 9, 128)
+    return shared_task(kind, options)[0]
+
+
+def measure(kind: str, options: argparse.Namespace) -> tuple[Task, list[End]]:
+    """Return every method of one task at the end."""
     store = Store(options.out, options.device, options.processes)
-    scored = Store(options.out, options.device, options.processes, scored=True)
-    middle, whole, seeds = (4, 6, SEEDS[:2]) if options.short else (LONG_STEPS, STEPS, SEEDS[: options.seeds])
+    middle, steps = (4, 6) if options.short else STEPS[kind]
+    seeds, task = SEEDS[: options.seeds], whole_task(kind, options)
     jobs = dict[str, Job]()
-    for name, job in short(task, store, options):
-        longer = job._replace(steps=middle)
-        jobs[name] = tuned(task, store, [longer, halved(longer)], SEEDS[:1]).job._replace(steps=whole)
-    scored.known = store.known
+    for name, job in tuned_short(kind, options, store):
+        longer = job._replace(task=task.key, steps=middle)
+        jobs[name] = tuned(task, store, [longer, halved(longer)], SEEDS[:1]).job._replace(steps=steps)
+    scored = Store(options.out, options.device, options.processes, scored=True)
     scored.run(task, [job._replace(seed=seed) for seed in seeds for job in jobs.values()], f"{task.key}, whole")
     rows = (Row(job, scored.run(task, [job._replace(seed=seed) for seed in seeds], "")) for job in jobs.values())
-    return [End(name, row) for name, row in zip(jobs, rows, strict=True)]
+    return task, [End(name, row) for name, row in zip(jobs, rows, strict=True)]
 
 
 def table(task: Task, ends: Sequence[End]) -> Iterator[str]:
@@ -87,40 +96,42 @@ def table(task: Task, ends: Sequence[End]) -> Iterator[str]:
             f"  {end.name:<28}{job.lr:>9.3g}{other:>9}{job.bits:>9,.0f}{score:>9.4f}{step:>7}"
             f"{end.row.mean:>9.4f}{spread:>8}   {last:.4f}"
         )
-    yield f"\nbits: that a worker sends for each parameter in the whole run; best: the lowest mean of {seeds} seeds"
-    yield "along the way; end: mean and standard deviation; last loss: of the last twentieth, training."
+    yield f"  bits: that a worker sends for each parameter in the whole run; best: the best mean of {seeds} seeds along"
+    yield "  the way; end: mean and standard deviation; last loss: of the last twentieth, training."
 
 
-def draw(task: Task, ends: Sequence[End], pyplot: Any) -> Any:
-    """Return a figure: scores against steps and against bits."""
-    figure, (by_step, by_bits) = pyplot.subplots(1, 2, figsize=(12, 4.6), layout="constrained", sharey=True)
-    for end in ends:
-        steps, scores = end.path
-        style = "-" if voted(end.row.job.method) or end.row.job.exchange == "vote" else "--"
-        bits = np.array(steps) * end.row.job.bits / end.row.job.steps
-        by_step.plot(steps, scores, style, label=end.name)
-        by_bits.plot(bits, scores, style)
-    lowest = min(score for end in ends for score in end.path[1])
-    by_step.set(xlabel="step", ylabel=task.measured, ylim=(lowest - 0.05, lowest + 1))
-    by_bits.set(xlabel="bits that a worker has sent for each parameter", xscale="log")
-    by_step.set_title(f"{task.name}, {ends[0].row.job.workers} workers")
-    by_step.legend(fontsize=8)
-    for axes in (by_step, by_bits):
-        axes.grid(alpha=0.3)
+def draw(kinds: Sequence[tuple[Task, list[End]]], pyplot: Any) -> Any:
+    """Return a figure: scores against steps and against bits, a row for each task."""
+    figure, panels = pyplot.subplots(len(kinds), 2, figsize=(12, 4.6 * len(kinds)), layout="constrained", squeeze=False)
+    for (task, ends), (by_step, by_bits) in zip(kinds, panels, strict=True):
+        for end in ends:
+            steps, scores = end.path
+            style = "-" if voted(end.row.job.method) or end.row.job.exchange == "vote" else "--"
+            by_step.plot(steps, scores, style, label=end.name)
+            by_bits.plot(np.array(steps) * end.row.job.bits / end.row.job.steps, scores, style)
+        last = [end.path[1][-1] for end in ends]
+        room = max(last) - min(last) + 1e-3
+        for axes in (by_step, by_bits):
+            axes.set(ylabel=task.measured, ylim=(min(last) - room, max(last) + room))
+            axes.grid(alpha=0.3)
+        by_step.set(title=f"{task.name}, {ends[0].row.job.workers} workers; {task.better} is better", xlabel="step")
+        by_bits.set(xlabel="bits that a worker has sent for each parameter", xscale="log")
+        by_step.legend(fontsize=8)
     return figure
 
 
 def main() -> None:
     parser = command_line("whole", __doc__)
     add_arguments(parser)
-    parser.add_argument("--methods", nargs="+", choices=[*METHODS, "local steps"], default=[*METHODS, "local steps"])
+    parser.add_argument("--tasks", nargs="+", choices=list(STEPS), default=list(STEPS))
+    parser.add_argument("--methods", nargs="+", help="some of them only (default: all)")
     parser.add_argument("--seeds", type=int, default=len(SEEDS), help="of each (default: %(default)s)")
     parser.add_argument("--processes", type=int, help="trainings at a time (default: one a core)")
     add_device(parser)
     options = parser.parse_args()
-    task, _ = shared_task("gpt", options)
-    ends = measure(task, options)
-    publish("whole", [heading("whole"), *table(task, ends)], lambda pyplot: draw(task, ends, pyplot), options.out)
+    kinds = [measure(kind, options) for kind in options.tasks]
+    lines = [heading("whole"), *(line for one in kinds for line in table(*one))]
+    publish("whole", lines, lambda pyplot: draw(kinds, pyplot), options.out)
 
 
 if __name__ == "__main__":
