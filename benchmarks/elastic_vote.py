@@ -285,16 +285,19 @@ def _end(workers: list[Any], lighthouses: list[Lighthouse]) -> None:
 
 
 def table(size: int, steps: dict[str, float], changes: dict[str, tuple[float, float]]) -> list[str]:
-    """Return the lines of one size."""
-    more, more_a_round = steps[ELASTIC] - steps[FIXED], steps[ELASTIC_ROUND] - steps[ROUND]
+    """Return the lines of one size; without steps those of changes."""
     (lost, new), (peer_lost, peer_new) = changes[ELASTIC], changes[PEER]
+    lines = ["", f"{f'{size:,} parameters, medians':<36}{FIXED:>14}{ELASTIC:>14}{PEER:>15}"]
+    if steps:
+        more, more_a_round = steps[ELASTIC] - steps[FIXED], steps[ELASTIC_ROUND] - steps[ROUND]
+        lines += [
+            f"{'a step, ms':<36}{steps[FIXED]:>14.1f}{steps[ELASTIC]:>14.1f}{steps[PEER]:>15.1f}",
+            f"{'  more than the fixed vote, ms':<36}{'':>14}{more:>14.1f}",
+            f"{'a round of local steps, ms':<36}{steps[ROUND]:>14.1f}{steps[ELASTIC_ROUND]:>14.1f}",
+            f"{'  more, ms a step of 16':<36}{'':>14}{more_a_round / 16:>14.2f}",
+        ]
     return [
-        "",
-        f"{f'{size:,} parameters, medians':<36}{FIXED:>14}{ELASTIC:>14}{PEER:>15}",
-        f"{'a step, ms':<36}{steps[FIXED]:>14.1f}{steps[ELASTIC]:>14.1f}{steps[PEER]:>15.1f}",
-        f"{'  more than the fixed vote, ms':<36}{'':>14}{more:>14.1f}",
-        f"{'a round of local steps, ms':<36}{steps[ROUND]:>14.1f}{steps[ELASTIC_ROUND]:>14.1f}",
-        f"{'  more, ms a step of 16':<36}{'':>14}{more_a_round / 16:>14.2f}",
+        *lines,
         f"{'a kill to the next step, s':<36}{'':>14}{lost:>14.2f}{peer_lost:>15.2f}",
         f"{'a start to the first step, s':<36}{'':>14}{new:>14.2f}{peer_new:>15.2f}",
     ]
@@ -304,6 +307,9 @@ def main() -> None:
     """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=[1_000_000, 10_000_000], help="parameters")
+    parser.add_argument(
+        "--changes", type=int, nargs="*", default=[100_000_000], help="parameters, for lost and new workers alone"
+    )
     parser.add_argument("--rounds", type=int, default=15, help="of steps")
     parser.add_argument("--kills", type=int, default=3, help="of a worker, for each scheme")
     parser.add_argument("--out", type=Path, help="folder for the table (default: save nothing)")
@@ -313,11 +319,12 @@ def main() -> None:
     command = f"python -m benchmarks.elastic_vote {' '.join(sys.argv[1:])}".strip()
     lines = [f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, {WORKERS} workers; {command}"]
     print(*lines)
-    for size in options.sizes:
-        steps = measure_steps(context, size, options.rounds)
+    for size in [*options.sizes, *options.changes]:
+        steps = measure_steps(context, size, options.rounds) if size in options.sizes else {}
         changes = {name: measure_changes(context, name, size, options.kills) for name in (ELASTIC, PEER)}
-        lines += table(size, steps, changes)
-        print("\n".join(lines[-8:]), flush=True)
+        found = table(size, steps, changes)
+        lines += found
+        print("\n".join(found), flush=True)
         if options.out is not None:
             options.out.mkdir(parents=True, exist_ok=True)
             (options.out / "elastic_vote.txt").write_text("\n".join(lines) + "\n")

@@ -44,7 +44,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "docs/guide/performance.md": ("wire", "kernels", "keras_step", "papers/gpt_over_wire", "scaling"),
     "docs/guide/settings.md": (*PAPERS[:4], TRAININGS, "demo_digits"),
     "docs/guide/sharded.md": ("sharded",),
-    "docs/guide/slow_links.md": ("papers/signmuon", "papers/local_steps", TRAININGS, "local_steps_wire"),
+    "docs/guide/slow_links.md": ("papers/signmuon", "papers/local_steps", TRAININGS, "wire"),
     "docs/guide/start.md": ("demo_digits", "demo_keras_processes", "demo_keras_mirrored"),
     "benchmarks/papers/README.md": (*PAPERS, TRAININGS),
 }

@@ -17,9 +17,13 @@ SCHEMES = {
     "1-bit all-gather": "signs in one all-gather",
     "majority vote (ours)": "**majority vote**",
     "ours, overlap=True": "with `overlap=True`",
+    "fp32 mean, H = 16": "fp32 mean every 16 steps",
+    "ours, local steps, H = 4": "local steps, `sync_every=4`",
+    "ours, local steps, H = 16": "**local steps, `sync_every=16`**",
+    "ours, local steps, H = 64": "local steps, `sync_every=64`",
 }
 """What `benchmarks.wire` calls a scheme -> what a table does."""
-FEW = ("no exchange", "DDP fp32", "PowerSGD rank 1", "1-bit all-gather", "majority vote (ours)")
+FEW = ("no exchange", "DDP fp32", "PowerSGD rank 1", "majority vote (ours)", "ours, local steps, H = 16")
 METHODS = {
     "SignMuon": "**SignMuon, vote**",
     "Muon, clipped": "Muon, fp32",
@@ -83,7 +87,7 @@ def wire(columns: Mapping[str, tuple[float, float]], schemes: Sequence[str], cor
         seconds = [cell[name]["seconds"] for cell in chosen]
         shown = [_bold(f"{1e3 * s:,.0f}", s == least) for s, least in zip(seconds, best, strict=True)]
         sent = chosen[0][name]["bytes"] / 1e6
-        rows.append([SCHEMES[name], *shown, f"{sent:.1f}" if sent > 0.01 else "0"])
+        rows.append([SCHEMES[name], *shown, f"{sent:.{1 if sent >= 0.1 else 2}f}" if sent > 0.01 else "0"])
     return markdown([corner, *columns, "MB sent by each"], rows)
 
 
@@ -159,10 +163,13 @@ def _bold(text: str, is_best: bool) -> str:
     return f"**{text}**" if is_best else text
 
 
+LOCAL = (*FEW[:-1], *(name for name in SCHEMES if "H = " in name))
 RATES = {"100 Mbit/s": (1e8, 0.0), "1 Gbit/s": (1e9, 0.0), "10 Gbit/s": (1e10, 0.0)}
+SLOW = {"100 Mbit/s": (1e8, 0.0), "100 Mbit/s, 20 ms round trip": (1e8, 0.02), "1 Gbit/s": (1e9, 0.0)}
 TABLES: dict[str, Callable[[], list[str]]] = {
     "wire": lambda: wire(RATES, FEW),
     "wire, all schemes": lambda: wire({**RATES, "1 Gbit/s, 20 ms round trip": (1e9, 0.02)}, list(SCHEMES), "4 workers"),
+    "wire, local steps": lambda: wire(SLOW, LOCAL),
     "learning": learning,
     "local steps": local_steps,
     "nodes": nodes,

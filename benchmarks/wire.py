@@ -42,10 +42,13 @@ class Cell(NamedTuple):
     millions: float  # of parameters
     two_sites: bool = False  # half of the machines each, and the cable is between them
 
-    def title(self) -> str:
+    def network(self) -> str:
         added = f", {self.delay:g} ms round trip added" if self.delay else ""
         added += " between two sites" if self.two_sites else ""
-        return f"{self.mbits:,} Mbit/s{added}, M = {self.workers}, {self.millions:g} million parameters"
+        return f"{self.mbits:,} Mbit/s{added}, M = {self.workers}"
+
+    def title(self) -> str:
+        return f"{self.network()}, {self.millions:g} million parameters"
 
 
 CELLS = [

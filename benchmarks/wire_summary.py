@@ -19,6 +19,7 @@ LINES = {
     "PowerSGD rank 1": ("PowerSGD, rank 1", "tab:green", "^"),
     "1-bit all-gather": ("signs in one all-gather", "tab:gray", "v"),
     OURS: ("majority vote", "tab:orange", "D"),
+    "ours, local steps, H = 16": ("local steps, H = 16", "tab:red", "P"),
 }
 """Scheme -> label, colour, marker."""
 

@@ -21,12 +21,14 @@ class Fit:
         strategy: settings of the strategy.
         signum: settings of the optimizer; None for AdamW.
         pause: seconds a batch takes.
+        resume: a checkpoint to go on from.
     """
 
     settings: dict[str, Any]
     strategy: dict[str, Any] = field(default_factory=dict)
     signum: dict[str, Any] | None = field(default_factory=lambda: {"betas": (0, 0), "verdict_momentum": 0.5})
     pause: float = 0.02
+    resume: Path | None = None
 
 
 def fit(path: Path, lighthouse: str, task: Fit) -> None:
@@ -106,4 +108,4 @@ def fit(path: Path, lighthouse: str, task: Fit) -> None:
         log_every_n_steps=1,
         **task.settings,
     )
-    trainer.fit(Module())
+    trainer.fit(Module(), ckpt_path=task.resume)

@@ -1,21 +1,22 @@
 """A GPT over slow cables: loss against steps, bytes and wall clock, by votes, and by AdamW and Muon over DDP.
 
 python -m benchmarks.papers.gpt_over_wire --text FILE --out benchmarks/results/papers
+python -m benchmarks.papers.gpt_over_wire --text FILE --out benchmarks/results/papers --mbits 50 --delay 40 --two-sites
 
 Four worker processes, each in a network namespace of its own (see benchmarks/wire.py); it takes root and iproute2. The
 loss at a step does not depend on the network, and the time of a step not on the loss. So each method trains once over
 cables of 10 Gbit/s, for the losses, and takes its first steps once more over the slow ones, for seconds and bytes; the
-median behind PowerSGD's exact steps stands for all further ones. The workers share the machine's cores. What a worker's
-arithmetic takes with a core to itself is measured by one worker alone, and from that is reckoned what a run would take
-if each had one. Learning rates are tuned in one process, on half the layers and half as many steps; AdamW's serves its
-compressed forms.
+median behind PowerSGD's exact steps stands for all further ones; of local steps the mean of whole rounds. The workers
+share the machine's cores. What a worker's arithmetic takes with a core to itself is measured by one worker alone, and
+from that is reckoned what a run would take if each had one. Learning rates are tuned in one process, on half the layers
+and half as many steps; AdamW's serves its compressed forms.
 """
 
 import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,25 +25,28 @@ from benchmarks.network import available
 from benchmarks.wire import Cell, work
 
 from .common import command_line, heading, publish
-from .gpt_worker import ADAMW, EXACT, METHODS, MUON
+from .gpt_worker import ADAMW, EVERY, EXACT, LOCAL, METHODS, MUON
 from .methods import Job
 from .search import missing, tune
 from .tasks import Text, add_arguments, text_of
 from .training import Store
 
-WORKERS, FAST, LIMIT = 4, 10_000, 3_600
-"""FAST: Mbit/s of the cables over which losses are found; LIMIT: seconds for a run."""
+WORKERS, LIMIT = 4, 3_600
+"""LIMIT: seconds for a run."""
+FAST_CABLES = Cell(10_000, 0, WORKERS, 0)
+"""Over which losses are found."""
 START: dict[str, tuple[float, float | None]] = {
     ADAMW: (2e-3, None),
     MUON: (0.04, 5e-3),
     "verdict momentum 0.8": (4e-3, None),
     "SignMuon": (0.08, 1e-3),
+    LOCAL: (0.04, 5e-3),
 }
 """Where the search begins, at the rates of the GPT in signmuon.py: of matrices or of all, and of the rest."""
 DECAYS, RUNS, MOST = (0.1,), 5, 14
 """Weight decay, no choice; runs of tuning for each method, and at most, where the best is still at an edge."""
-DDP, OURS = "AdamW, DDP fp32", "SignMuon, vote"
-SHORT = (DDP, OURS)
+DDP, OURS, APART = "AdamW, DDP fp32", "SignMuon, vote", f"Muon, vote every {EVERY} steps"
+SHORT = (DDP, OURS, APART)
 SHORTER = 5
 """SignMuon trains once more in so many times fewer steps."""
 
@@ -70,6 +74,8 @@ class Way(NamedTuple):
 
     def reached(self, loss: float) -> float:
         """Return at which step a loss was first reached, between points in a straight line."""
+        if self.losses[0][1] <= loss:
+            return self.losses[0][0]
         for (before, above), (after, below) in itertools.pairwise(self.losses):
             if below <= loss:
                 return before + (above - loss) / (above - below) * (after - before)
@@ -93,40 +99,50 @@ class Race(NamedTuple):
     text: Path
     shape: tuple[int, int, int]
     batch_size: int
-    mbits: int
+    slow: Cell
     timed: int
 
     def losses(self, method: str, job: Job) -> list[tuple[int, float]]:
         """Train to the end."""
-        return [(step, loss) for step, loss in self._work(FAST, WORKERS, method, job, "--score")["losses"]]
+        return [(step, loss) for step, loss in self._work(FAST_CABLES, method, job, "--score")["losses"]]
 
     def over_slow_cables(self, method: str, job: Job, losses: list[tuple[int, float]]) -> Way:
         """Take the first steps, by one worker and by all."""
-        job = job._replace(steps=self.timed)
-        alone = self._work(FAST, 1, method, job)["seconds"]
-        found = self._work(self.mbits, WORKERS, method, job)
-        return Way(job._replace(steps=losses[-1][0]), losses, found["seconds"], found["bytes"], median(alone[EXACT:]))
+        job = job._replace(steps=self.timed if job.sync_every is None else EXACT + 2 * job.sync_every)
+        alone = self._work(FAST_CABLES._replace(workers=1), method, job)["seconds"]
+        found = self._work(self.slow, method, job)
+        seconds, sent = (
+            values if job.sync_every is None else level(values) for values in (found["seconds"], found["bytes"])
+        )
+        return Way(job._replace(steps=losses[-1][0]), losses, seconds, sent, median(alone[EXACT:]))
 
-    def _work(self, mbits: int, workers: int, method: str, job: Job, *more: str) -> dict[str, Any]:
+    def _work(self, cell: Cell, method: str, job: Job, *more: str) -> dict[str, Any]:
         module = ["benchmarks.papers.gpt_worker", "--method", method, "--text", str(self.text.resolve()), "--seed", "1"]
         module += ["--steps", str(job.steps), "--batch-size", str(self.batch_size), "--lr", str(job.lr), *more]
         module += [] if job.other_lr is None else ["--other-lr", str(job.other_lr)]
         for name, size in zip(("width", "layers", "context"), self.shape, strict=True):
             module += [f"--{name}", str(size)]
-        return work(Cell(mbits, 0, workers, 0), module, f"{method}, {mbits:,} Mbit/s, M = {workers}", LIMIT)
+        return work(cell, module, f"{method}, {cell.mbits:,} Mbit/s, M = {cell.workers}", LIMIT)
+
+
+def level(values: list[float]) -> list[float]:
+    """Return the first values, and the mean of all others, which are whole rounds."""
+    return [*values[:EXACT], fmean(values[EXACT:])]
 
 
 def start(task: Text, method: str) -> Job:
     """Return where the search of a method begins."""
     lr, other_lr = START[method]
-    return Job(task.key, method, lr, DECAYS[0], WORKERS, other_lr=other_lr)
+    job = Job(task.key, method, lr, DECAYS[0], WORKERS, other_lr=other_lr)
+    local = {"method": MUON, "sync_every": EVERY, "exchange": "vote", "outer_lr": 1.0, "outer_momentum": 0.0}
+    return job._replace(**local) if method == LOCAL else job
 
 
 def tuned(task: Text, steps: int, store: Store) -> tuple[dict[str, Job], str]:
     """Return the best point of each method of methods.py, and a line on how it was found."""
-    starts = [start(task, method)._replace(steps=steps) for method in START]
-    store.run(task, [job for begin in starts for job in (begin, *missing(begin, DECAYS, {}))], "tuning")
-    found = {begin.method: tune(task, store, begin, DECAYS, RUNS, MOST) for begin in starts}
+    starts = {method: start(task, method)._replace(steps=steps) for method in START}
+    store.run(task, [job for begin in starts.values() for job in (begin, *missing(begin, DECAYS, {}))], "tuning")
+    found = {method: tune(task, store, begin, DECAYS, RUNS, MOST) for method, begin in starts.items()}
     runs = ", ".join(f"{method} {len(scores)}" for method, (_, scores) in found.items())
     edges = ", ".join(method for method, (job, scores) in found.items() if missing(job, DECAYS, scores)) or "none"
     said = f"tuned on {task.shape[1]} layers and {steps} steps, one seed; runs: {runs}; best at an edge: {edges}"
@@ -168,7 +184,7 @@ def draw(ways: dict[str, Way], pyplot: Any) -> Any:
     """Return a figure of the loss against steps, bytes and seconds."""
     figure, panels = pyplot.subplots(1, 3, figsize=(14, 4.5), sharey=True, layout="constrained")
     for name, way in ways.items():
-        steps, losses = zip(*way.losses[1:], strict=True)
+        steps, losses = zip(*(way.losses[1:] or way.losses), strict=True)
         sent, seconds = ([cost(of, step) for step in steps] for of in (way.sent, way.seconds))
         for axes, values in zip(panels, (steps, np.array(sent) / 1e6, seconds), strict=True):
             axes.plot(values, losses, linestyle="-" if "vote" in name else "--", label=name)
@@ -184,6 +200,8 @@ def main() -> None:
     parser = command_line("gpt_over_wire", __doc__)
     add_arguments(parser)
     parser.add_argument("--mbits", type=int, default=100, help="Mbit/s of a cable (default: %(default)s)")
+    parser.add_argument("--delay", type=float, default=0.0, help="ms added to a round trip")
+    parser.add_argument("--two-sites", action="store_true", help="the cable is between two halves of the workers")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
@@ -194,7 +212,8 @@ def main() -> None:
         parser.error("network namespaces are needed: run it as root, with iproute2 installed")
     if options.timed <= EXACT:
         parser.error(f"--timed must be above {EXACT}: so many steps of PowerSGD are exact")
-    of = Race(text_of(options), (options.width, options.layers, 64), options.batch_size, options.mbits, options.timed)
+    slow = Cell(options.mbits, options.delay, WORKERS, 0, options.two_sites)
+    of = Race(text_of(options), (options.width, options.layers, 64), options.batch_size, slow, options.timed)
     steps, methods, store = options.steps, tuple(METHODS), Store(options.out)
     if options.short:
         of, steps, methods = of._replace(shape=(32, 1, 64), batch_size=2, timed=EXACT + 3), 15, SHORT
@@ -207,12 +226,13 @@ def main() -> None:
     parameters = sum(p.numel() for p in Text(of.text, *of.shape).model().parameters())
     lines = [
         heading("gpt_over_wire"),
-        f"{WORKERS} workers, {of.mbits} Mbit/s, {parameters:,} parameters, steps of {WORKERS} x {of.batch_size} x 64 "
-        f"bytes, one seed; losses trained at {FAST // 1000} Gbit/s, {of.timed} steps timed; bytes at the interface",
+        f"{slow.network()}, {parameters:,} parameters, steps of {WORKERS} x {of.batch_size} x 64 bytes, one "
+        f"seed; losses trained at 10 Gbit/s, {of.timed} steps timed; bytes at the interface",
         said,
         *table(ways),
     ]
-    publish("gpt_over_wire", lines, lambda pyplot: draw(ways, pyplot), options.out)
+    name = "gpt_two_sites" if options.two_sites else "gpt_over_wire"
+    publish(name, lines, lambda pyplot: draw(ways, pyplot), options.out)
 
 
 if __name__ == "__main__":

@@ -4,18 +4,20 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from benchmarks.wire_worker import join, sent_bytes
-from signsgd_lightning import enable_majority_vote
+from signsgd_lightning import enable_local_steps, enable_majority_vote
 
 from .methods import CLIPPED, Job, averaged_step, scaling, voted, voting_optimizer
 from .tasks import Text
@@ -38,6 +40,10 @@ def half(ddp: DistributedDataParallel) -> None:
     ddp.register_comm_hook(None, default_hooks.fp16_compress_hook)
 
 
+def apart(ddp: DistributedDataParallel) -> None:
+    """Gradients are each worker's own."""
+
+
 def low_rank(rank: int) -> Hook:
     def register(ddp: DistributedDataParallel) -> None:
         state = powerSGD_hook.PowerSGDState(None, matrix_approximation_rank=rank, start_powerSGD_iter=EXACT)
@@ -49,7 +55,9 @@ def low_rank(rank: int) -> Hook:
 DDP: dict[str, Any] = {"gradient_as_bucket_view": True, "bucket_cap_mb": 1 << 12}
 """One bucket: with several the PowerSGD hooks of the ranks reduce in orders that differ, and Gloo mistakes them."""
 
-ADAMW, MUON = f"AdamW .95{CLIPPED}", f"Muon{CLIPPED}"
+ADAMW, MUON, LOCAL = f"AdamW .95{CLIPPED}", f"Muon{CLIPPED}", "local steps"
+EVERY = 16
+"""Steps between votes of local steps, whose inner optimizer is Muon."""
 METHODS: dict[str, tuple[str, Hook]] = {
     "AdamW, DDP fp32": (ADAMW, as_they_are),
     "AdamW, fp16 hook": (ADAMW, half),
@@ -58,12 +66,15 @@ METHODS: dict[str, tuple[str, Hook]] = {
     "Muon, DDP fp32": (MUON, as_they_are),
     "verdict momentum .8, vote": ("verdict momentum 0.8", as_they_are),
     "SignMuon, vote": ("SignMuon", as_they_are),
+    f"Muon, vote every {EVERY} steps": (LOCAL, apart),
 }
 """Each one's method of methods.py, and what DDP sends where that averages."""
 
 
 def stepping(ddp: DistributedDataParallel, job: Job, hook: Hook) -> Callable[[float], None]:
     """Return what takes a step by the gradients that are there, at a share of the learning rate."""
+    if hook is apart:
+        return stepping_apart(ddp.module, job)
     if not voted(job.method):
         hook(ddp)
         return averaged_step(ddp.module, job)
@@ -74,6 +85,22 @@ def stepping(ddp: DistributedDataParallel, job: Job, hook: Hook) -> Callable[[fl
     def step(share: float) -> None:
         scale(share)
         optimizer.step()
+
+    return step
+
+
+def stepping_apart(model: nn.Module, job: Job) -> Callable[[float], None]:
+    """Return what takes a local step, and votes after every `EVERY`-th and the last."""
+    inner = averaged_step(model, job._replace(method=MUON))
+    counter = torch.optim.SGD(model.parameters(), lr=0.0)  # moves nothing: Muon has parts of the parameters
+    local, left = enable_local_steps(model, counter, sync_every=EVERY), iter(reversed(range(job.steps)))
+
+    def step(share: float) -> None:
+        local.open()
+        inner(share)
+        counter.step()
+        if next(left) == 0:
+            local.close_round()
 
     return step
 
@@ -94,14 +121,22 @@ def train(options: argparse.Namespace) -> dict[str, list[Any]]:
         dist.barrier()
         before, begin = sent_bytes(), time.perf_counter()
         ddp.zero_grad()
-        task.loss(ddp, batch).backward()  # type: ignore[no-untyped-call]
+        with ddp.no_sync() if hook is apart else nullcontext():
+            task.loss(ddp, batch).backward()  # type: ignore[no-untyped-call]
         take_step(schedule(step, job.steps))
         dist.barrier()  # the slowest counts
         seconds.append(time.perf_counter() - begin)
         sent.append(sent_bytes() - before)
-        if (step + 1) * POINTS // job.steps > step * POINTS // job.steps and options.score:
+        if options.score and is_point(step + 1, job.steps, hook):
             losses.append((step + 1, task.score(model) if options.rank == 0 else 0.0))
     return {"losses": losses, "seconds": seconds, "bytes": sent}
+
+
+def is_point(step: int, steps: int, hook: Hook) -> bool:
+    """Tell whether the loss is looked at after a step: where workers step apart, they must have met."""
+    if hook is apart:
+        return step % EVERY == 0 or step == steps
+    return step * POINTS // steps > (step - 1) * POINTS // steps
 
 
 def main() -> None:

@@ -115,7 +115,7 @@ class ElasticVote:
         self._vote.taker = self._take
         optimizer.vote = self._vote
         state = SharedState(SharedSteps(model, optimizer), others)
-        self._membership = Membership(place, members, state.save, state.load, optimizer.t)
+        self._membership = Membership(place, members, state.save, state.load, lambda: optimizer.t)
         keep_local(model, guard=True)
         optimizer.register_step_pre_hook(self._before)
 
@@ -147,6 +147,18 @@ class ElasticVote:
         """
         if not self._begun:
             self._meet()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint needs besides model and optimizer: how many batches were voted on."""
+        return {"batches": self.batches}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a checkpoint, as does every worker that starts anew, before the first step.
+
+        Raises:
+            RuntimeError: once this worker has joined the others.
+        """
+        self._membership.go_on(state_dict["batches"])
 
     def close(self) -> None:
         """Leave the other workers; the optimizer takes no step any more."""

@@ -64,7 +64,8 @@ class Membership:
         workers: are those of the quorum, from `meet` on.
         save: returns the state that is the same on all workers.
         load: goes on from another worker's.
-        step: how many steps this worker has taken; those that are behind take over the state of one that is ahead.
+        step: returns how many steps this worker has taken when it joins; those that are behind take over the state of
+            one that is ahead.
 
     Attributes:
         workers: those of the quorum.
@@ -76,11 +77,12 @@ class Membership:
         workers: Members,
         save: Callable[[], dict[str, Any]],
         load: Callable[[Mapping[str, Any]], None],
-        step: int,
+        step: Callable[[], int],
     ) -> None:
         self.workers = workers
-        self._place, self._save, self._load = place, save, load
-        self._progress = {"step": step, "batches_committed": 0}
+        self._place, self._save, self._load, self._step = place, save, load, step
+        self._progress: dict[str, int] | None = None
+        self._batches = 0
         self._manager: Manager | None = None
         self._pending: Mapping[str, Any] | None = None
         self._taken: Mapping[str, Any] | None = None
@@ -90,7 +92,19 @@ class Membership:
     @property
     def batches(self) -> int:
         """How many batches have been voted on so far, of all workers and steps."""
-        return self._progress["batches_committed"] if self._manager is None else self._manager.batches_committed()
+        if self._manager is not None:
+            return int(self._manager.batches_committed())
+        return self._batches if self._progress is None else self._progress["batches_committed"]
+
+    def go_on(self, batches: int) -> None:
+        """Begin with a number of batches that were voted on before, in a run that this one goes on with.
+
+        Raises:
+            RuntimeError: once this worker has joined.
+        """
+        if self._progress is not None:
+            raise RuntimeError("this worker has joined the others already: load what was saved before the first step")
+        self._batches = batches
 
     def meet(self) -> tuple[bool, bool]:
         """Wait for a quorum of enough workers, however long that takes.
@@ -223,6 +237,7 @@ class Membership:
         except BaseException:
             http.shutdown()
             raise
+        self._progress = self._progress or {"step": self._step(), "batches_committed": self._batches}
         manager.load_state_dict(self._progress)
         self._store = store  # it lives as long as the membership
         return manager

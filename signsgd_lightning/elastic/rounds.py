@@ -114,7 +114,7 @@ class ElasticLocalSteps:
         self.local = LocalSteps(model, optimizers, options, ranks, counts_steps, self._taker)
         shared = SharedRounds(model, self.local, lambda: self._taker.voted_on, self._taker.go_on)
         state = SharedState(shared, others)
-        self._taker.membership = Membership(place, self._members, state.save, state.load, self.local.outer.t)
+        self._taker.membership = Membership(place, self._members, state.save, state.load, lambda: self.rounds)
         self._taker.verify_next = self.local.vote.verify_next
 
     @property
@@ -167,6 +167,21 @@ class ElasticLocalSteps:
                 self.local.close(early=False)  # without a step of this worker's
                 self._taker.abstained()
         return healed
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint needs besides model and optimizers: outer momenta, rounds, batches drawn."""
+        return {"outer": self.local.state_dict(), "batches": self.batches}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a checkpoint, as does every worker that starts anew, before the first step.
+
+        Raises:
+            RuntimeError: once this worker has joined the others.
+        """
+        assert self._taker.membership is not None
+        self._taker.membership.go_on(state_dict["batches"])
+        self._taker.go_on(state_dict["batches"])
+        self.local.load_state_dict(state_dict["outer"])
 
     def close(self) -> None:
         """Leave the other workers, and let the optimizers take steps without votes."""

@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
 
+_VOTE = "elastic_vote"
+"""In a checkpoint: what the vote needs besides model and optimizer."""
+
+
 class ElasticVoteStrategy(SingleDeviceStrategy):
     """Let every step of the Trainer, or every round of its local steps, be a vote of the workers that are there.
 
@@ -80,6 +84,7 @@ class ElasticVoteStrategy(SingleDeviceStrategy):
         super().__init__()
         self.parallel_devices: list[torch.device] = []  # Lightning fills it
         self.vote: ElasticVote | ElasticLocalSteps | None = None
+        self._saved: dict[str, Any] | None = None
         self._place = min_workers, timeout, hostname
         self._lighthouse = lighthouse
         self.options: VoteOptions | LocalStepOptions = VoteOptions(verify_every_n_steps, adversaries)
@@ -105,8 +110,10 @@ class ElasticVoteStrategy(SingleDeviceStrategy):
             self.vote = self._enable(trainer)
 
     def on_train_start(self) -> None:
-        """Meet the others, and go on from where they are."""
+        """Meet the others, and go on from where they are, or from a checkpoint that is further."""
         assert self.vote is not None
+        if self._saved is not None:
+            self.vote.load_state_dict(self._saved)
         self.vote.begin()
         self._take_turns()
 
@@ -124,6 +131,8 @@ class ElasticVoteStrategy(SingleDeviceStrategy):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         """Write a checkpoint, on one worker, so that what has that name is always a whole one."""
+        if self.vote is not None:
+            checkpoint = {**checkpoint, _VOTE: self.vote.state_dict()}
         with whole_file(self, filepath) as target:
             super().save_checkpoint(checkpoint, target, storage_options)
 
@@ -134,7 +143,9 @@ class ElasticVoteStrategy(SingleDeviceStrategy):
             RuntimeError: if the file is truncated or something else altogether.
         """
         with naming(checkpoint_path, "trainer.save_checkpoint"):
-            return super().load_checkpoint(checkpoint_path, weights_only)
+            checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
+        self._saved = checkpoint.get(_VOTE)
+        return checkpoint
 
     def on_train_end(self) -> None:
         """Leave the others."""
@@ -145,7 +156,7 @@ class ElasticVoteStrategy(SingleDeviceStrategy):
         """Leave the others, also after an error."""
         if self.vote is not None:
             self.vote.close()
-            self.vote = None
+            self.vote = self._saved = None
         rank_zero_only.rank = self.global_rank = 0  # type: ignore[attr-defined]
         super().teardown()
 

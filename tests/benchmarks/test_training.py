@@ -16,7 +16,7 @@ from PIL import Image
 
 from benchmarks.network import available
 from benchmarks.papers.densities import look
-from benchmarks.papers.gpt_over_wire import DDP, OURS, Way, cost
+from benchmarks.papers.gpt_over_wire import APART, DDP, OURS, Way, cost, level
 from benchmarks.papers.gpt_worker import EXACT
 from benchmarks.papers.methods import PER_LAYER, VOTED, Job
 from benchmarks.papers.tasks import Images, Task, Text
@@ -166,7 +166,8 @@ def test_a_run_is_reckoned_from_its_first_steps() -> None:
     seconds = [1.0] * EXACT + [3.0, 2.0, 9.0]
     assert [cost(seconds, steps) for steps in (0.5, EXACT, EXACT + 2)] == [0.5, EXACT, EXACT + 6]
     way = Way(Job("", "", 0.1), [(0, 4.0), (10, 2.0), (20, 1.0)], seconds, [], alone=0.0)
-    assert [way.reached(loss) for loss in (3.0, 2.0, 1.5)] == [5, 10, 15]
+    assert [way.reached(loss) for loss in (4.5, 3.0, 2.0, 1.5)] == [0, 5, 10, 15]
+    assert level([1.0] * EXACT + [2.0, 6.0]) == [1.0] * EXACT + [4.0]
     assert math.isnan(way.reached(0.5))
     assert way.apart(EXACT) == EXACT
 
@@ -178,7 +179,8 @@ def test_gpt_over_a_slow_network(tmp_path: Path) -> None:
     printed = _run("benchmarks.papers.gpt_over_wire", "--short", "--out", tmp_path)
     rows = re.findall(r"^(.{28})[ \d.e-]{30}([ \d.]{9})[ \d.]{23}   ", printed, re.MULTILINE)
     sent = {name.rstrip(): float(mb) for name, mb in rows}
-    assert list(sent) == [DDP, OURS, f"{OURS}, 3 steps"]
+    assert list(sent) == [DDP, OURS, APART, f"{OURS}, 3 steps"]
+    assert sent[APART] < sent[OURS], "15 steps and one vote"
     assert sent[OURS] < sent[DDP] / 3, "even of so small a model, most of whose bytes are headers"
     assert (tmp_path / "gpt_over_wire.png").exists()
 

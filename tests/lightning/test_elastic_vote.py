@@ -3,6 +3,7 @@
 import csv
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,28 @@ def test_one_is_killed_and_one_joins(task: Fit, workers: Crew, tmp_path: Path) -
     last = next(name for name in left if workers.log(name)[-1]["number"] == 0)
     saved = torch.load(tmp_path / f"worker{last}" / "saved" / f"step={end}.ckpt", weights_only=True)
     assert saved["global_step"] == end
+
+
+RESUMED = [Fit({"max_steps": 16}), Fit({"max_steps": 16}, {"sync_every": 2, "outer_momentum": 0.5}, {"betas": (0, 0)})]
+
+
+@multiprocess
+@pytest.mark.parametrize("task", RESUMED, ids=["votes", "local steps"])
+def test_a_checkpoint_goes_on_bit_for_bit(task: Fit, workers: Crew, tmp_path: Path) -> None:
+    """All are gone and start anew, one with a checkpoint: from there on parameters and batches are those of before."""
+    every = task.strategy.get("sync_every", 1)
+    names = [workers.start(task, fit) for _ in range(2)]
+    workers.join(*names)
+    before = alike(workers, *names, every=every)
+    (saved,) = tmp_path.glob("worker*/saved/step=8.ckpt")
+    names = [workers.start(replace(task, resume=saved), fit), workers.start(task, fit)]
+    workers.join(*names)
+    after = alike(workers, *names, every=every)
+    assert sorted(after) == list(range(8 + every, 17))
+    for step, lines in after.items():
+        assert sorted(line["drawn"] for line in lines) == sorted(line["drawn"] for line in before[step])
+        if step % every == 0:
+            assert lines[0]["bits"] == before[step][0]["bits"]
 
 
 def _logged(folder: Path) -> list[int]:
