@@ -1,6 +1,6 @@
 """Signum: a torch optimizer by itself, and the voter of its rank where a majority vote is enabled."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import torch
@@ -283,9 +283,10 @@ class Signum(Optimizer):
         """Return what a step taken now is about."""
         return StepInput(self.views(), self.settings_in_words(), self.zeros, self.t)
 
-    def settings_in_words(self) -> list[str]:
-        """Return what all ranks must have in common for a vote."""
-        return [f"zeros={self.zeros!r}", *settings.in_words(self.param_groups, list(self.defaults))]
+    def settings_in_words(self, without: Collection[str] = ()) -> list[str]:
+        """Return what all ranks must have in common for a vote, without some settings."""
+        names = [name for name in self.defaults if name not in without]
+        return [f"zeros={self.zeros!r}", *settings.in_words(self.param_groups, names)]
 
     def unscale_at_step(self, does: bool) -> None:
         """Set whether `step` takes a gradient scaler's factor out, which it does at first; scalers and Lightning ask.

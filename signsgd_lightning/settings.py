@@ -85,10 +85,11 @@ def in_words(groups: Sequence[Group], names: Sequence[str]) -> list[str]:
     """
     lines = []
     for k, group in enumerate(groups):
-        settings = {name: value for name, value in group.items() if name in names and name != "zeros"}
-        for name in ("lr", "weight_decay", "verdict_momentum"):  # 0 and 0.0 are one value in several spellings
-            settings[name] = float(settings[name])
-        for name in ("betas", "ns_coefficients"):
-            settings[name] = tuple(map(float, settings[name]))
-        lines += [f"group {k}: {name}={value!r}" for name, value in settings.items()]
+        for name in (name for name in group if name in names and name != "zeros"):
+            value = group[name]
+            if name in ("lr", "weight_decay", "verdict_momentum"):  # 0 and 0.0 are one value in several spellings
+                value = float(value)
+            if name in ("betas", "ns_coefficients"):
+                value = tuple(map(float, value))
+            lines.append(f"group {k}: {name}={value!r}")
     return lines

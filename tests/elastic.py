@@ -217,7 +217,9 @@ def _ask(number: int, lighthouse: str, seconds: float, barrier: Any, answers: An
 
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     timeout = timedelta(seconds=TIMEOUT)
-    membership = Membership(Place(lighthouse, 2, timeout, "127.0.0.1"), Members(timeout), dict, lambda _: None, 0)
+    membership = Membership(
+        Place(lighthouse, 2, timeout, "127.0.0.1"), Members(timeout), dict, lambda _: None, lambda: 0
+    )
     for late in (0.0, 0.0, seconds):
         barrier.wait(20)
         time.sleep(late * number)

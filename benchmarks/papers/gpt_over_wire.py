@@ -58,14 +58,14 @@ class Way(NamedTuple):
         job: its learning rates and steps.
         losses: (step, loss) along the way.
         seconds: of its first steps.
-        sent: bytes that a worker sent in each.
+        sent: bytes that a worker sent in each, or on average.
         alone: seconds of a step of one worker with a core to itself, who sends nothing.
     """
 
     job: Job
     losses: list[tuple[int, float]]
     seconds: list[float]
-    sent: list[int]
+    sent: list[int] | list[float]
     alone: float
 
     def apart(self, steps: float) -> float:
@@ -134,8 +134,9 @@ def start(task: Text, method: str) -> Job:
     """Return where the search of a method begins."""
     lr, other_lr = START[method]
     job = Job(task.key, method, lr, DECAYS[0], WORKERS, other_lr=other_lr)
-    local = {"method": MUON, "sync_every": EVERY, "exchange": "vote", "outer_lr": 1.0, "outer_momentum": 0.0}
-    return job._replace(**local) if method == LOCAL else job
+    if method != LOCAL:
+        return job
+    return job._replace(method=MUON, sync_every=EVERY, exchange="vote", outer_lr=1.0, outer_momentum=0.0)
 
 
 def tuned(task: Text, steps: int, store: Store) -> tuple[dict[str, Job], str]:

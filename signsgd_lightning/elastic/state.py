@@ -14,6 +14,9 @@ from ..optimizer import Signum
 from ..state import ENTRIES
 from ..vote.agreement import describe
 
+_CHANGING = ("lr", "step")
+"""Settings that change during training."""
+
 
 class Stateful(Protocol):
     """A scheduler, a loss scale, a count: whatever has a state."""
@@ -100,7 +103,7 @@ class SharedSteps:
 
     def in_words(self) -> list[str]:
         """Return the model, and settings; a schedule may have moved `lr` since."""
-        return [*_in_words(self._model, [self._optimizer]), *_fixed(self._optimizer.settings_in_words())]
+        return [*_in_words(self._model, [self._optimizer]), *self._optimizer.settings_in_words(_CHANGING)]
 
 
 class SharedRounds:
@@ -139,7 +142,7 @@ class SharedRounds:
 
     def in_words(self) -> list[str]:
         """Return the model, and settings of the rounds."""
-        return [*_in_words(self._model, self._local.optimizers), *_fixed(self._local.settings())]
+        return [*_in_words(self._model, self._local.optimizers), *self._local.settings(_CHANGING)]
 
 
 def _parameters(optimizer: Optimizer) -> list[Tensor]:
@@ -159,8 +162,3 @@ def _in_words(model: nn.Module, optimizers: Sequence[Optimizer]) -> list[str]:
     names = {id(p): name for name, p in model.named_parameters()}
     lines = [describe(names[id(p)], p) for optimizer in optimizers for p in _parameters(optimizer)]
     return lines + [describe(f"{name}, in the model", value) for name, value in model.state_dict().items()]
-
-
-def _fixed(lines: Sequence[str]) -> list[str]:
-    """Return settings without those that change during training."""
-    return [line for line in lines if ": lr=" not in line and ": step=" not in line]

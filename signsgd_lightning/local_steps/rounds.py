@@ -1,6 +1,6 @@
 """Rounds: a displacement for a gradient, a vote on it, and the outer update (L1-L4)."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -265,11 +265,11 @@ class LocalSteps:
         """Take the parameters of groups that were added since, too."""
         self.outer.param_groups[0]["params"] += self._anchors.find()
 
-    def settings(self) -> list[str]:
-        """Return what all ranks must have in common beside the parameters."""
+    def settings(self, without: Collection[str] = ()) -> list[str]:
+        """Return what all ranks must have in common beside the parameters, without some settings of the outer step."""
         kinds = ", ".join(type(optimizer).__name__ for optimizer in self.optimizers)
         own = [self.options.in_words(), f"optimizers {kinds}", *self._buffers.in_words()]
-        return [*own, *self.outer.settings_in_words()]
+        return [*own, *self.outer.settings_in_words(without)]
 
     @property
     def _device(self) -> torch.device:
