@@ -29,8 +29,8 @@ TRAININGS = "papers/trainings"
 PAPERS = tuple(
     f"papers/{name}"
     for name in (
-        *("signmuon", "verdict_momentum", "verdict_variants", "cifar10", "densities", "gpt_over_wire", "local_steps"),
-        *("quadratic_liars", "toy_sparse_noise", "warmup", "zeros_and_ties"),
+        *("signmuon", "verdict_momentum", "verdict_variants", "cifar10", "densities", "gpt_over_wire", "gpt_two_sites"),
+        *("local_steps", "quadratic_liars", "toy_sparse_noise", "warmup", "zeros_and_ties"),
     )
 )
 SOURCES: dict[str, tuple[str, ...]] = {
@@ -44,7 +44,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "docs/guide/performance.md": ("wire", "kernels", "keras_step", "papers/gpt_over_wire", "scaling"),
     "docs/guide/settings.md": (*PAPERS[:4], TRAININGS, "demo_digits"),
     "docs/guide/sharded.md": ("sharded",),
-    "docs/guide/slow_links.md": ("papers/signmuon", "papers/local_steps", TRAININGS, "wire"),
+    "docs/guide/slow_links.md": ("papers/signmuon", "papers/local_steps", "papers/gpt_two_sites", TRAININGS, "wire"),
     "docs/guide/start.md": ("demo_digits", "demo_keras_processes", "demo_keras_mirrored"),
     "benchmarks/papers/README.md": (*PAPERS, TRAININGS),
 }
