@@ -123,7 +123,8 @@ class Store:
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             part = self.path.with_suffix(".part")
-            part.write_text(json.dumps(self.known, indent=0) + "\n")
+            known = {key: run if run.scores else run[:2] for key, run in self.known.items()}
+            part.write_text(json.dumps(known, indent=0) + "\n")
             part.replace(self.path)
 
 
