@@ -19,7 +19,7 @@ class Fit:
     Attributes:
         settings: of the Trainer.
         strategy: settings of the strategy.
-        signum: settings of the optimizer; None for AdamW.
+        signum: settings of the optimizer; None for AdamW, {"orthogonalize": True} for SignMuon.
         pause: seconds a batch takes.
         resume: a checkpoint to go on from.
     """
@@ -40,7 +40,7 @@ def fit(path: Path, lighthouse: str, task: Fit) -> None:
     from torch import nn
     from torch.utils.data import DataLoader, TensorDataset
 
-    from signsgd_lightning import ElasticBatches, ElasticVoteStrategy, Signum, VoteMonitor
+    from signsgd_lightning import ElasticBatches, ElasticVoteStrategy, Signum, VoteMonitor, signmuon_groups
 
     torch.set_num_threads(1)
     torch.manual_seed(os.getpid())  # each starts elsewhere
@@ -66,7 +66,10 @@ def fit(path: Path, lighthouse: str, task: Fit) -> None:
 
         def configure_optimizers(self) -> Any:
             p = self.net.parameters()
-            inner = torch.optim.AdamW(p, lr=0.01) if task.signum is None else Signum(p, lr=0.01, **task.signum)
+            if task.signum == {"orthogonalize": True}:
+                inner: Any = Signum(signmuon_groups(self.net, 0.02))
+            else:
+                inner = torch.optim.AdamW(p, lr=0.01) if task.signum is None else Signum(p, lr=0.01, **task.signum)
             schedule = torch.optim.lr_scheduler.LambdaLR(inner, lambda k: 0.5 ** (k % 3))
             return [inner], [{"scheduler": schedule, "interval": "step"}]
 
