@@ -30,13 +30,13 @@ PAPERS = tuple(
     f"papers/{name}"
     for name in (
         *("signmuon", "verdict_momentum", "verdict_variants", "cifar10", "densities", "gpt_over_wire", "gpt_two_sites"),
-        *("local_steps", "quadratic_liars", "toy_sparse_noise", "warmup", "zeros_and_ties"),
+        *("local_steps", "newcomers", "quadratic_liars", "toy_sparse_noise", "warmup", "zeros_and_ties"),
     )
 )
 SOURCES: dict[str, tuple[str, ...]] = {
     "README.md": ("wire", "papers/signmuon", "demo_digits"),
     "docs/guide/checkpoints.md": ("elastic",),
-    "docs/guide/elastic.md": ("elastic_vote",),
+    "docs/guide/elastic.md": ("elastic_vote", "papers/newcomers"),
     "docs/guide/faults.md": ("faults", "liars", "papers/quadratic_liars"),
     "docs/guide/keras_machines.md": ("keras_wire",),
     "docs/guide/nodes.md": ("nodes",),

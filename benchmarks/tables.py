@@ -123,6 +123,12 @@ def local_steps() -> list[str]:
     return markdown(["", "bits a parameter, whole run", "loss"], rows)
 
 
+def newcomers() -> list[str]:
+    """Return what `benchmarks.papers.newcomers` measured."""
+    (head, *paces), *rows = text_rows("papers/newcomers", "GPT on bytes")
+    return markdown([head, *paces], [row for row in rows if len(row) == 1 + len(paces)])
+
+
 def nodes() -> list[str]:
     """Return what `benchmarks.nodes` measured."""
     slow, fast = (_first(text_rows("nodes", f"{rate} Mbit/s between")) for rate in ("100", "1,000"))
@@ -172,6 +178,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "wire, local steps": lambda: wire(SLOW, LOCAL),
     "learning": learning,
     "local steps": local_steps,
+    "newcomers": newcomers,
     "nodes": nodes,
 }
 """Name in a page -> what makes the table."""
