@@ -14,7 +14,7 @@ from .common import command_line, heading, mean_std, publish
 from .methods import CLIPPED, MEDIAN, Job, voted
 from .search import Found, search
 from .tasks import Task, Text, add_arguments, text_of
-from .training import SEEDS, Store, add_device
+from .training import SEEDS, Store, add_device, draw_rows
 
 START: dict[str, tuple[float, float | None]] = {
     "SignMuon": (0.08, 2e-3),
@@ -51,15 +51,8 @@ def table(task: Task, found: dict[str, list[Found]]) -> Iterator[str]:
 
 def draw(task: Task, found: dict[str, list[Found]], pyplot: Any) -> Any:
     """Return a figure: the loss against the number of liars."""
-    figure, axes = pyplot.subplots(figsize=(7, 4.4), layout="constrained")
-    for method, cells in found.items():
-        means, spreads = [one.row.mean for one in cells], [one.row.spread for one in cells]
-        style: dict[str, Any] = {"linestyle": "-" if voted(method) else "--", "marker": "o", "capsize": 3}
-        axes.errorbar(LIARS, means, yerr=spreads, label=method, **style)
-    axes.set(xlabel=f"workers of {WORKERS} that send the opposite", ylabel=task.measured, xticks=LIARS)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    return figure
+    rows = {method: [one.row for one in cells] for method, cells in found.items()}
+    return draw_rows(task, rows, LIARS, f"workers of {WORKERS} that send the opposite", pyplot)
 
 
 def main() -> None:

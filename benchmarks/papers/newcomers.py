@@ -14,7 +14,7 @@ from typing import Any
 from .common import command_line, heading, mean_std, publish
 from .methods import Job
 from .tasks import Task, add_arguments, shared_task
-from .training import SEEDS, Row, Store, add_device
+from .training import SEEDS, Row, Store, add_device, draw_rows
 
 BEST: dict[str, tuple[float, float | None, float]] = {"SignMuon": (0.08, 2e-3, 0.1), "Signum": (2e-4, None, 0.0)}
 """Learning rate, that of what is no hidden matrix, and weight decay."""
@@ -47,15 +47,8 @@ def table(task: Task, rows: dict[str, list[Row]]) -> Iterator[str]:
 
 def draw(task: Task, rows: dict[str, list[Row]], pyplot: Any) -> Any:
     """Return a figure: the loss against replacements a hundred steps."""
-    figure, axes = pyplot.subplots(figsize=(7, 4.4), layout="constrained")
     paces = [0.0 if every is None else 100 / every for every in EVERY]
-    for method, own in rows.items():
-        means, spreads = [row.mean for row in own], [row.spread for row in own]
-        axes.errorbar(paces, means, yerr=spreads, marker="o", capsize=3, label=method)
-    axes.set(xlabel="workers replaced in a hundred steps", ylabel=task.measured)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    return figure
+    return draw_rows(task, rows, paces, "workers replaced in a hundred steps", pyplot)
 
 
 def main() -> None:

@@ -8,17 +8,17 @@ import argparse
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from .methods import Job, workers_of
+from .methods import Job, voted, workers_of
 from .tasks import Task
 
 SEEDS = (0, 1, 2)
@@ -183,3 +183,15 @@ def tuned(task: Task, store: Store, jobs: Sequence[Job], seeds: Sequence[int] = 
     what = f"{task.key}, {jobs[0].method}, {jobs[0].workers} workers"
     chosen = best(jobs, store.run(task, jobs, what), task.better)
     return Row(chosen, store.run(task, [chosen._replace(seed=seed) for seed in seeds], f"{what}, seeds"))
+
+
+def draw_rows(task: Task, rows: Mapping[str, Sequence[Row]], places: Sequence[float], label: str, pyplot: Any) -> Any:
+    """Return a figure: each method's mean score and spread at some places of an axis with that label; votes solid."""
+    figure, axes = pyplot.subplots(figsize=(7, 4.4), layout="constrained")
+    for method, own in rows.items():
+        style: dict[str, Any] = {"linestyle": "-" if voted(method) else "--", "marker": "o", "capsize": 3}
+        axes.errorbar(places, [row.mean for row in own], yerr=[row.spread for row in own], label=method, **style)
+    axes.set(xlabel=label, ylabel=task.measured, xticks=places)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return figure

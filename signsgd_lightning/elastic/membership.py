@@ -81,8 +81,7 @@ class Membership:
     ) -> None:
         self.workers = workers
         self._place, self._save, self._load, self._step = place, save, load, step
-        self._progress: dict[str, int] | None = None
-        self._batches = 0
+        self._progress = {"batches_committed": 0}  # "step" comes when this worker joins
         self._manager: Manager | None = None
         self._pending: Mapping[str, Any] | None = None
         self._taken: Mapping[str, Any] | None = None
@@ -92,9 +91,7 @@ class Membership:
     @property
     def batches(self) -> int:
         """How many batches have been voted on so far, of all workers and steps."""
-        if self._manager is not None:
-            return int(self._manager.batches_committed())
-        return self._batches if self._progress is None else self._progress["batches_committed"]
+        return self._progress["batches_committed"] if self._manager is None else self._manager.batches_committed()
 
     def go_on(self, batches: int) -> None:
         """Begin with a number of batches that were voted on before, in a run that this one goes on with.
@@ -102,9 +99,9 @@ class Membership:
         Raises:
             RuntimeError: once this worker has joined.
         """
-        if self._progress is not None:
+        if "step" in self._progress:
             raise RuntimeError("this worker has joined the others already: load what was saved before the first step")
-        self._batches = batches
+        self._progress["batches_committed"] = batches
 
     def meet(self) -> tuple[bool, bool]:
         """Wait for a quorum of enough workers, however long that takes.
@@ -237,7 +234,7 @@ class Membership:
         except BaseException:
             http.shutdown()
             raise
-        self._progress = self._progress or {"step": self._step(), "batches_committed": self._batches}
+        self._progress.setdefault("step", self._step())
         manager.load_state_dict(self._progress)
         self._store = store  # it lives as long as the membership
         return manager
