@@ -4,14 +4,17 @@ import hashlib
 import json
 import os
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from signsgd_core import LocalReference
+from signsgd_core.adversaries import Adversary
 
 from .elastic import LR, SIZES, TIMEOUT, Crew, gradient
 
@@ -28,6 +31,9 @@ class Rounds:
         stuck: in which round its second step never ends, if in any.
         pause: seconds a step takes.
         closure: whether gradients are computed in one.
+        min_workers: of the vote.
+        dtype: of the parameters.
+        adversaries: number in the quorum -> what it makes of its displacements.
     """
 
     rounds: int = 8
@@ -35,6 +41,9 @@ class Rounds:
     stuck: int = -1
     pause: float = 0.0
     closure: bool = True
+    min_workers: int = 2
+    dtype: str = "float32"
+    adversaries: dict[int, Adversary] = field(default_factory=dict)
 
 
 def train_rounds(path: Path, lighthouse: str, task: Rounds) -> None:
@@ -46,7 +55,7 @@ def train_rounds(path: Path, lighthouse: str, task: Rounds) -> None:
 
     torch.set_num_threads(1)
     random = torch.Generator().manual_seed(os.getpid())  # each starts elsewhere
-    model = nn.ParameterList([torch.rand(size, generator=random) for size in SIZES])
+    model = nn.ParameterList([torch.rand(size, generator=random) for size in SIZES]).to(getattr(torch, task.dtype))
     optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=0.5)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: 0.5 ** (k % 3))
     before: list[Any] = []
@@ -57,9 +66,11 @@ def train_rounds(path: Path, lighthouse: str, task: Rounds) -> None:
         optimizer,
         sync_every=task.sync_every,
         lighthouse=lighthouse,
+        min_workers=task.min_workers,
         timeout=timedelta(seconds=TIMEOUT),
         state={"schedule": schedule},
         hostname="127.0.0.1",
+        adversaries=task.adversaries,
         **OUTER,
     )
     drawn: list[int] = []
@@ -88,7 +99,7 @@ def train_rounds(path: Path, lighthouse: str, task: Rounds) -> None:
                 optimizer.step()
             if not local.is_open:
                 schedule.step()
-                bits = hashlib.md5(b"".join(x.detach().numpy().tobytes() for x in model)).hexdigest()
+                bits = hashlib.md5(b"".join(x.detach().float().numpy().tobytes() for x in model)).hexdigest()
                 line = {"step": local.rounds, "workers": local.workers, "number": local.number, "bits": bits}
                 line |= {"before": before, "moved": moved, "after": [x.tolist() for x in model], "drawn": drawn}
                 line |= {"batches": local.batches, "lr": lr[0]}
@@ -99,12 +110,19 @@ def train_rounds(path: Path, lighthouse: str, task: Rounds) -> None:
     local.close()
 
 
-def judge_rounds(workers: Crew, exact: bool = True) -> list[tuple[int, int]]:
+def judge_rounds(
+    workers: Crew,
+    exact: bool = True,
+    dtype: npt.DTypeLike = np.float32,
+    adversaries: Mapping[int, Adversary] | None = None,
+) -> list[tuple[int, int]]:
     """Demand the same bits of all, those of `LocalReference`, and that no batch was drawn twice.
 
     Args:
         workers: that wrote lines.
         exact: False where some were killed behind a vote, so that what they voted is written nowhere.
+        dtype: of the parameters.
+        adversaries: those of the rounds.
 
     Returns:
         How many workers voted in each round, and how many of them had taken steps.
@@ -114,7 +132,9 @@ def judge_rounds(workers: Crew, exact: bool = True) -> list[tuple[int, int]]:
         for line in workers.log(name):
             rounds.setdefault(line["step"], []).append(line)
     assert sorted(rounds) == list(range(1, len(rounds) + 1))
-    reference = LocalReference([np.array(x, np.float32) for x in rounds[1][0]["before"]], 1, **OUTER, zeros="alternate")
+    start = [np.array(x, dtype) for x in rounds[1][0]["before"]]
+    most = max(lines[0]["workers"] for lines in rounds.values())
+    reference = LocalReference(start, most, **OUTER, zeros="alternate", adversaries=adversaries)
     drawn: list[int] = []
     sizes = []
     for number, lines in sorted(rounds.items()):
@@ -123,7 +143,7 @@ def judge_rounds(workers: Crew, exact: bool = True) -> list[tuple[int, int]]:
         size = lines[0]["workers"]
         moved = [reference.parameters] * size
         for line in lines:
-            moved[line["number"]] = [np.array(x, np.float32) for x in line["moved"]]
+            moved[line["number"]] = [np.array(x, dtype) for x in line["moved"]]
             drawn += line["drawn"]
         sizes.append((size, len(lines)))
         assert max(drawn) < lines[0]["batches"]
@@ -133,6 +153,6 @@ def judge_rounds(workers: Crew, exact: bool = True) -> list[tuple[int, int]]:
         reference._vote.momenta = [[np.zeros_like(x) for x in reference.parameters] for _ in range(size)]
         reference.close(moved)
         for x, given in zip(reference.parameters, lines[0]["after"], strict=True):
-            np.testing.assert_array_equal(x, np.array(given, np.float32), f"after round {number}")
+            np.testing.assert_array_equal(x, np.array(given, dtype), f"after round {number}")
     assert len(drawn) == len(set(drawn))
     return sizes

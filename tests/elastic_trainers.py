@@ -20,6 +20,7 @@ class Fit:
         settings: of the Trainer.
         strategy: settings of the strategy.
         signum: settings of the optimizer; None for AdamW, {"orthogonalize": True} for SignMuon.
+        manual: whether the module calls the optimizer itself.
         pause: seconds a batch takes.
         resume: a checkpoint to go on from.
     """
@@ -27,6 +28,7 @@ class Fit:
     settings: dict[str, Any]
     strategy: dict[str, Any] = field(default_factory=dict)
     signum: dict[str, Any] | None = field(default_factory=lambda: {"betas": (0, 0), "verdict_momentum": 0.5})
+    manual: bool = False
     pause: float = 0.02
     resume: Path | None = None
 
@@ -56,12 +58,18 @@ def fit(path: Path, lighthouse: str, task: Fit) -> None:
     class Module(LightningModule):
         def __init__(self) -> None:
             super().__init__()
+            self.automatic_optimization = not task.manual
             self.net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1))
 
         def training_step(self, batch: list[torch.Tensor], index: int) -> torch.Tensor:
             time.sleep(task.pause)
             loss = nn.functional.mse_loss(self.net(batch[0]).float(), batch[1])
             self.log("loss", loss)
+            if task.manual:
+                self.optimizers().zero_grad()  # type: ignore[union-attr]
+                self.manual_backward(loss)
+                self.optimizers().step()  # type: ignore[union-attr]
+                self.lr_schedulers().step()  # type: ignore[union-attr]
             return loss
 
         def configure_optimizers(self) -> Any:

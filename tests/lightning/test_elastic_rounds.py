@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from ml_dtypes import bfloat16
 from torch import nn
 
+from signsgd_core.adversaries import invert
 from signsgd_lightning import ElasticBatches, enable_elastic_local_steps
 from tests.elastic import TIMEOUT, Crew, crew
 from tests.elastic_rounds import Rounds, judge_rounds, train_rounds
@@ -55,6 +57,14 @@ def test_other_settings_may_not_join(workers: Crew) -> None:
     reached = max(map(workers.step, stay))
     workers.wait(lambda: min(map(workers.step, stay)) > reached + 2)
     assert {size for size, _ in judge_rounds(workers)} == {2}
+
+
+@multiprocess
+def test_a_liar_in_bfloat16(workers: Crew) -> None:
+    """Whoever has number 1 inverts; parameters round once a round."""
+    task = Rounds(min_workers=3, dtype="bfloat16", adversaries={1: invert})
+    workers.join(*[workers.start(task, train_rounds) for _ in range(3)])
+    assert judge_rounds(workers, dtype=bfloat16, adversaries=task.adversaries) == [(3, 3)] * task.rounds
 
 
 @multiprocess

@@ -45,17 +45,17 @@ def alike(workers: Crew, *names: int, every: int = 1) -> dict[int, list[dict[str
     return steps
 
 
-SETTINGS: list[Fit] = [
-    Fit(
-        {"max_steps": 60, "accumulate_grad_batches": 2, "gradient_clip_val": 0.5, "precision": "bf16-mixed"},
-        signum={"orthogonalize": True},
-    ),
-    Fit({"max_steps": 120}, {"sync_every": 3, "outer_momentum": 0.5}, signum=None),
-]
+HALF: dict[str, Any] = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.5, "precision": "bf16-mixed"}
+SETTINGS = {
+    "SignMuon": Fit({"max_steps": 60, **HALF}, signum={"orthogonalize": True}),
+    "local steps": Fit({"max_steps": 60, **HALF}, {"sync_every": 3, "outer_momentum": 0.5}, signum=None),
+    "manual": Fit({"max_steps": 60}, manual=True),
+    "manual local steps": Fit({"max_steps": 120}, {"sync_every": 3}, signum=None, manual=True),
+}
 
 
 @multiprocess
-@pytest.mark.parametrize("task", SETTINGS, ids=["SignMuon", "local steps"])
+@pytest.mark.parametrize("task", SETTINGS.values(), ids=list(SETTINGS))
 def test_one_is_killed_and_one_joins(task: Fit, workers: Crew, tmp_path: Path) -> None:
     """All who are there at the end have the same bits, the step counter and the schedule; the first one writes."""
     names = [workers.start(task, fit) for _ in range(3)]
