@@ -3,9 +3,10 @@
 python -m benchmarks.versions --out benchmarks/results
 
 `--rows` runs some of the combinations; the lines of the others stay in the table as they are. Versions that a
-combination does not name are those of constraints.txt. torch is asked for as its CPU build alone, so a combination of
-which pip finds none is not run, and the table says so. Keras' tests are those under TensorFlow's strategies, since its
-other backends are not installed. The tests run as a copy, which sees the installed packages and not the checkout.
+combination does not name are those of constraints.txt. A torch without `+cpu` is the registry's build with CUDA, some
+gigabytes, whose tests run on the CPU. Where pip does not find a version, the table says so. Keras' tests are those
+under TensorFlow's strategies, since its other backends are not installed. The tests run as a copy, which sees the
+installed packages and not the checkout.
 """
 
 import argparse
@@ -35,13 +36,14 @@ TORCH = [
         "sharded",
         "sharded_fit",
         "fabric",
+        "elastic",
         "compiled_step",
         "huggingface",
     )
 ]
 KERAS = [f"keras/test_{name}.py" for name in ("ballots", "cross_device_ops", "transport", "multi_worker")]
 TOOLS = ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ml-dtypes"]
-OF_TORCH = ["lightning", "accelerate", "transformers", "tensorboard"]
+OF_TORCH = ["lightning", "torchft", "accelerate", "transformers", "tensorboard"]
 HEAD = f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}; python -m benchmarks.versions"
 NAMES = ["torch", "lightning", "keras", "tensorflow-cpu"]
 """Packages that tell combinations apart."""
@@ -83,6 +85,8 @@ class Combination:
 
 NOW = {"torch": "2.13.0+cpu", "lightning": "2.6.6"}
 KERAS_NOW = {"keras": "3.15.1", "tensorflow-cpu": "2.21.0"}
+OF_CUDA = ("triton",)
+"""Which a build with CUDA chooses."""
 COMBINATIONS = [
     Combination("3.11", {**NOW, **KERAS_NOW}),
     Combination(
@@ -90,9 +94,9 @@ COMBINATIONS = [
         {"torch": "2.13.0+cpu", "lightning": "2.6.0", "keras": "3.12.0", "tensorflow-cpu": "2.20.0"},
         free=("numpy", "protobuf", "ml_dtypes", "h5py", "pytorch-lightning", "tensorboard"),
     ),
-    Combination("3.11", {**NOW, "torch": "2.8.0+cpu"}),
-    Combination("3.11", {**NOW, "torch": "2.14.1+cpu"}),
-    *(Combination(python, versions) for python in ("3.12", "3.13") for versions in (NOW, KERAS_NOW)),
+    *(Combination("3.11", {**NOW, "torch": torch}, OF_CUDA) for torch in ("2.8.0", "2.14.1")),
+    *(Combination(python, {**NOW, "torch": "2.13.0"}, OF_CUDA) for python in ("3.12", "3.13")),
+    *(Combination(python, KERAS_NOW) for python in ("3.12", "3.13")),
 ]
 
 
@@ -161,7 +165,8 @@ def attempt(combination: Combination, wheel: Path, folder: Path) -> Row:
     python = interpreter(combination.python)
     if python is None:
         return Row(combination, f"not run: there is no Python {combination.python}")
-    environment = folder / f"venv{COMBINATIONS.index(combination)}"
+    environment = folder / "venv"
+    shutil.rmtree(environment, ignore_errors=True)  # of the combination before, which may have some gigabytes
     run([python, "-m", "venv", str(environment)], folder)
     inside = str(environment / "bin" / "python")
     (folder / "constraints.txt").write_text(constraints(combination))
