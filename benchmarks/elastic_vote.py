@@ -148,7 +148,7 @@ def fixed_step(size: int, rank: int, port: int) -> Callable[[], Any]:
 
 def in_turn(rank: int, size: int, rounds: int, port: int, lighthouses: list[str], results: Any) -> None:
     """Take steps of all schemes in turn; report the milliseconds of each."""
-    _quiet()
+    quiet()
     takers: dict[str, Callable[[], Any]] = {
         FIXED: fixed_step(size, rank, port),
         ELASTIC: elastic_step(size, lighthouses[0], WORKERS),
@@ -173,7 +173,7 @@ def in_turn(rank: int, size: int, rounds: int, port: int, lighthouses: list[str]
 
 def go_on(scheme: str, size: int, lighthouse: str, results: Any) -> None:
     """Train until it is killed; report when each step was taken."""
-    _quiet()
+    quiet()
     begin = time.time()
     take = elastic_step(size, lighthouse) if scheme == ELASTIC else Peer(size, lighthouse).step
     while True:
@@ -181,7 +181,8 @@ def go_on(scheme: str, size: int, lighthouse: str, results: Any) -> None:
         results.put((os.getpid(), begin, time.time()))
 
 
-def _quiet() -> None:
+def quiet() -> None:
+    """Take one thread, the loopback, and no standard error."""
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # torchft's server names every copy
@@ -227,7 +228,7 @@ def measure_steps(context: Any, size: int, rounds: int) -> dict[str, float]:
             worker.start()
         times = dict(results.get(timeout=280) for _ in workers)
     finally:
-        _end(workers, lighthouses)
+        end_all(workers, lighthouses)
     return {name: median(map(max, zip(*(t[name] for t in times.values()), strict=True))) for name in times[0]}
 
 
@@ -272,11 +273,12 @@ def measure_changes(context: Any, scheme: str, size: int, kills: int) -> tuple[f
             ((begin, end),) = next_steps({workers[-1].pid}, 0).values()
             new.append(end - begin)
     finally:
-        _end(workers, [lighthouse])
+        end_all(workers, [lighthouse])
     return median(lost), median(new)
 
 
-def _end(workers: list[Any], lighthouses: list[Lighthouse]) -> None:
+def end_all(workers: list[Any], lighthouses: list[Lighthouse]) -> None:
+    """Kill workers, and end lighthouses."""
     for worker in workers:
         worker.kill()
         worker.join()

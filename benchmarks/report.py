@@ -36,7 +36,7 @@ PAPERS = tuple(
 SOURCES: dict[str, tuple[str, ...]] = {
     "README.md": ("wire", "papers/signmuon", "demo_digits"),
     "docs/guide/checkpoints.md": ("elastic",),
-    "docs/guide/elastic.md": ("elastic_vote", "papers/newcomers"),
+    "docs/guide/elastic.md": ("elastic_vote", "papers/newcomers", "papers/churn"),
     "docs/guide/faults.md": ("faults", "liars", "papers/quadratic_liars"),
     "docs/guide/keras_machines.md": ("keras_wire",),
     "docs/guide/nodes.md": ("nodes",),

@@ -111,10 +111,14 @@ class Text(Task):
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         return functional.cross_entropy(model(batch[0]).flatten(0, 1), batch[1].flatten())
 
+    def rows(self) -> Tensor:
+        """Return what is scored, shape (rows, context + 1)."""
+        starts = np.linspace(0, len(self.rest) - self.context - 1, min(256, len(self.rest) // self.context)).astype(int)
+        return torch.stack([self.rest[start : start + self.context + 1] for start in starts])
+
     @torch.no_grad()
     def score(self, model: nn.Module) -> float:
-        starts = np.linspace(0, len(self.rest) - self.context - 1, min(256, len(self.rest) // self.context)).astype(int)
-        rows = torch.stack([self.rest[start : start + self.context + 1] for start in starts])
+        rows = self.rows()
         losses = [self.loss(model, (part[:, :-1], part[:, 1:])) * len(part) for part in torch.split(rows, 64)]
         return float(sum(losses) / len(rows))
 

@@ -97,12 +97,19 @@ class Store:
         device: to train on, such as "cuda".
         processes: how many train at a time; None for one a core.
         scored: whether what is trained is scored along the way.
+        trainer: what trains, given task, job and `scored`.
     """
 
     def __init__(
-        self, folder: Path | None, device: str = "cpu", processes: int | None = None, scored: bool = False
+        self,
+        folder: Path | None,
+        device: str = "cpu",
+        processes: int | None = None,
+        scored: bool = False,
+        trainer: Callable[..., Run] = train,
     ) -> None:
         self.path, self.device, self.scored = folder and folder / "trainings.json", device, scored
+        self.trainer = trainer
         self.processes = processes or os.cpu_count()
         self.known: dict[str, Run] = {}
         if self.path is not None and self.path.exists():
@@ -113,7 +120,7 @@ class Store:
         jobs = list(jobs)
         new = list(dict.fromkeys(job for job in jobs if job.key not in self.known))
         with ProcessPoolExecutor(self.processes, initializer=_share, initargs=(task, self.device)) as pool:
-            futures = [(job, pool.submit(_job, job, self.scored)) for job in new]
+            futures = [(job, pool.submit(_job, self.trainer, job, self.scored)) for job in new]
             for job, future in tqdm(futures, title, leave=False):
                 self.known[job.key] = future.result()
                 self._save()
@@ -137,8 +144,8 @@ def _share(task: Task, device: str) -> None:
     _shared.append(task)
 
 
-def _job(job: Job, scored: bool) -> Run:
-    return train(_shared[0], job, scored=scored)
+def _job(trainer: Callable[..., Run], job: Job, scored: bool) -> Run:
+    return trainer(_shared[0], job, scored=scored)
 
 
 def best(jobs: Sequence[Job], outcomes: Sequence[Run], better: str) -> Job:
