@@ -10,7 +10,7 @@ import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 
 from signsgd_core import check_count
 from signsgd_core.adversaries import Adversary
@@ -37,8 +37,8 @@ Size = int | Literal["auto"]
 class ShardedMajorityVoteStrategy(CommonStrategy, ModelParallelStrategy):
     """Run copies of a sharded model that vote at every `Signum` step: between them travels one bit a parameter.
 
-    It is Lightning's `ModelParallelStrategy` with one more dimension, which ``self.device_mesh`` of a module does not
-    have, so that ``configure_model`` stays as it is: ``fully_shard(…, mesh=self.device_mesh["data_parallel"])`` and
+    It is Lightning's `ModelParallelStrategy` with ``"replicate"`` as one more dimension of ``self.device_mesh``.
+    ``configure_model`` stays as it is: ``fully_shard(…, mesh=self.device_mesh["data_parallel"])`` and
     ``parallelize_module(…, self.device_mesh["tensor_parallel"], plan)`` act inside of one copy.
 
     Checkpoints are directories as Lightning writes them, with a directory in them for the optimizers of each copy. They
@@ -55,10 +55,6 @@ class ShardedMajorityVoteStrategy(CommonStrategy, ModelParallelStrategy):
             (`signsgd_core.adversaries`), to try what a vote withstands.
         **kwargs: those of `lightning.pytorch.strategies.ModelParallelStrategy`, but for
             ``save_distributed_checkpoint=False``.
-
-    Attributes:
-        mesh: all ranks, with the dimensions ``"replicate"``, ``"data_parallel"`` and ``"tensor_parallel"``, once they
-            are connected.
 
     Raises:
         ValueError: for sizes below 1, or that are not the ranks there are; for ``save_distributed_checkpoint=False``;
@@ -94,7 +90,6 @@ class ShardedMajorityVoteStrategy(CommonStrategy, ModelParallelStrategy):
         self._sizes = replicate_size, data_parallel_size, tensor_parallel_size
         self.options = VoteOptions(verify_every_n_steps, adversaries)
         super().__init__(data_parallel_size, tensor_parallel_size, **kwargs)
-        self.mesh: DeviceMesh | None = None
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
@@ -103,14 +98,13 @@ class ShardedMajorityVoteStrategy(CommonStrategy, ModelParallelStrategy):
         return {"num_replicas": self.world_size // alike, "rank": self.global_rank // alike}
 
     def setup_environment(self) -> None:
-        """Connect the ranks and lay them out as a mesh, of which the module sees its own copy's part."""
+        """Connect the ranks and lay them out as a mesh, copy by copy."""
         sizes = _resolve(*self._sizes, self.num_nodes, self.num_processes)
         _compat.set_parallel_sizes(self, self.num_nodes * self.num_processes, 1)  # Lightning's own mesh is of no use
         super().setup_environment()
         _agree(sizes, self.root_device)
         names = ("replicate", "data_parallel", "tensor_parallel")
-        self.mesh = init_device_mesh(self.root_device.type, sizes, mesh_dim_names=names)
-        _compat.show_mesh(self, self.mesh[names[1:]])
+        _compat.show_mesh(self, init_device_mesh(self.root_device.type, sizes, mesh_dim_names=names))
         self._inside = _own_group(sizes[1] * sizes[2])
 
     def setup(self, trainer: "Trainer") -> None:
@@ -120,14 +114,13 @@ class ShardedMajorityVoteStrategy(CommonStrategy, ModelParallelStrategy):
         if trainer.state.fn != TrainerFn.FITTING:
             return
         assert self.model is not None
-        assert self.mesh is not None
         if self._inside.size() > 1 and not sharded(self.model.parameters()):
             raise ValueError(
                 f"configure_model of {type(self.model).__name__} sharded nothing, and a copy of the model has "
                 f"{self._inside.size()} ranks: call fully_shard(…, mesh=self.device_mesh['data_parallel']) there, or "
                 "take strategy='majority_vote'"
             )
-        let_vote(self.model, self._stepping, self.options, self.mesh.get_group("replicate"))
+        let_vote(self.model, self._stepping, self.options, self.device_mesh.get_group("replicate"))
         for optimizer in self._stepping:
             find_signum(optimizer).restored_apart = True
 

@@ -162,7 +162,7 @@ class _Plain(Sharded):
 class _All(Sharded):
     def configure_model(self) -> None:
         strategy: Any = self.trainer.strategy
-        fully_shard(self.net, mesh=strategy.mesh["replicate", "data_parallel"])
+        fully_shard(self.net, mesh=strategy.device_mesh["replicate", "data_parallel"])
 
 
 class _Adam(Sharded):
