@@ -145,8 +145,8 @@ def table(task: Task, found: list[Found]) -> Iterator[str]:
             f"  {job.method:<20}{job.lr:>9.3g}{other:>9}{job.weight_decay:>7.3g}"
             f"{tried:>6}{one.row.mean:>9.4f}{one.row.spread:>8.4f}"
         )
-    yield "  runs: of tuning, one seed, * with the best at an edge; then mean and standard deviation of "
-    yield f"  {len(SEEDS)} seeds"
+    yield "  runs: of tuning, one seed, * with the best at an edge"
+    yield f"  then mean and standard deviation of {len(SEEDS)} seeds"
 
 
 def draw(task: Task, found: list[Found], pyplot: Any) -> Any:
