@@ -165,8 +165,8 @@ _LATER = (
 )
 _FIRST = (
     "all must start from the same values. Load weights and states on every rank, before the model is wrapped, and let "
-    "DDP broadcast all parameters (init_sync=True, none ignored). With local steps, call LocalSteps.open where something "
-    "else than the optimizers moves parameters first."
+    "DDP broadcast all parameters (init_sync=True, none ignored). With local steps, call LocalSteps.open where "
+    "something else than the optimizers moves parameters first."
 )
 
 
