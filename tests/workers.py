@@ -143,9 +143,12 @@ def _serve(end: Connection) -> None:
 
 def _forget_meshes() -> None:
     """Clear what DTensor has cached: a mesh of the next process group may equal one whose groups are gone."""
-    from torch.distributed.tensor import debug
+    from torch.distributed.tensor import DTensor, debug
 
-    debug._clear_sharding_prop_cache()  # type: ignore[no-untyped-call]
+    if hasattr(debug, "_clear_sharding_prop_cache"):
+        debug._clear_sharding_prop_cache()  # type: ignore[no-untyped-call]
+    else:  # torch 2.8
+        DTensor._op_dispatcher.sharding_propagator.propagate_op_sharding.cache.cache_clear()
 
 
 def environment(rank: int, world_size: int, port: int, ranks_per_node: int | None = None) -> dict[str, str]:
