@@ -3,9 +3,10 @@
 python -m benchmarks.papers.whole --text FILE --images DIR --out benchmarks/results/papers
 
 A GPT takes 10,000 steps, a ResNet of nine layers ten epochs, with four workers. Learning rates are tuned on shorter
-trainings, each method with as many: those of signmuon.py and local_steps.py, then 2,000 steps of the GPT, or an epoch
-of the larger ResNet, at the best rates and at half of them. Scores are measured along the way, since a model may
-unlearn. What was trained is kept in trainings.json: started again, it goes on where it was.
+trainings: those of signmuon.py and local_steps.py, each method with as many, then 2,000 steps of the GPT, or an epoch
+of the larger ResNet, at the best rates and at half of them, and at half of these as long as that is better. Scores are
+measured along the way, since a model may unlearn. What was trained is kept in trainings.json: started again, it goes on
+where it was.
 """
 
 import argparse
@@ -67,6 +68,14 @@ def whole_task(kind: str, options: argparse.Namespace) -> Task:
     return shared_task(kind, options)[0]
 
 
+def halved_until_worse(task: Task, store: Store, job: Job) -> Job:
+    """Return the best of a job and of those at half its rates, half of these, and so on; the last tried is worse."""
+    tried = [job, halved(job)]
+    while (best := tuned(task, store, tried, SEEDS[:1]).job) == tried[-1]:
+        tried.append(halved(best))
+    return best
+
+
 def measure(kind: str, options: argparse.Namespace) -> tuple[Task, list[End]]:
     """Return every method of one task at the end."""
     store = Store(options.out, options.device, options.processes)
@@ -74,8 +83,7 @@ def measure(kind: str, options: argparse.Namespace) -> tuple[Task, list[End]]:
     seeds, task = SEEDS[: options.seeds], whole_task(kind, options)
     jobs = dict[str, Job]()
     for name, job in tuned_short(kind, options, store):
-        longer = job._replace(task=task.key, steps=middle)
-        jobs[name] = tuned(task, store, [longer, halved(longer)], SEEDS[:1]).job._replace(steps=steps)
+        jobs[name] = halved_until_worse(task, store, job._replace(task=task.key, steps=middle))._replace(steps=steps)
     scored = Store(options.out, options.device, options.processes, scored=True)
     scored.run(task, [job._replace(seed=seed) for seed in seeds for job in jobs.values()], f"{task.key}, whole")
     rows = (Row(job, scored.run(task, [job._replace(seed=seed) for seed in seeds], "")) for job in jobs.values())
