@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from signsgd_core.wire import WIRE_VERSION
 from tests.clusters import Cluster
 
 from .cluster_strategy import strategy
@@ -143,7 +144,8 @@ def _versions() -> str:
 
 def test_wire_versions(cluster: Callable[[int], Cluster]) -> None:
     for message in cluster(2).run(_versions):
-        assert "worker 0 has «wire version 1» where worker 1 has «wire version 2»" in message
+        versions = f"worker 0 has «wire version {WIRE_VERSION}» where worker 1 has «wire version {WIRE_VERSION + 1}»"
+        assert versions in message
 
 
 def test_models(cluster: Callable[[int], Cluster]) -> None:

@@ -10,6 +10,7 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
+from signsgd_core.wire import WIRE_VERSION
 from signsgd_lightning import Signum, enable, enable_majority_vote
 from signsgd_lightning.vote import vote
 from tests.workers import Workers
@@ -30,7 +31,7 @@ AT_START: dict[str, tuple[str, str]] = {
     "fewer parameters": ("2.bias: shape (1,), torch.float32", "nothing"),
     "more groups": (FIRST, "group 1: lr=0.125"),
     "names": (FIRST, "a.weight: shape (6, 4), torch.float32"),
-    "wire version": ("wire version 1", "wire version 2"),
+    "wire version": (f"wire version {WIRE_VERSION}", f"wire version {WIRE_VERSION + 1}"),
 }
 SETTINGS: dict[str, dict[str, Any]] = {
     "lr": {"lr": 0.25},
@@ -71,14 +72,14 @@ def _enable(kind: str, odd: int) -> tuple[str, bool]:
     optimizer = _optimizer(model, differs)
     if differs == "step":
         optimizer.param_groups[0]["step"] = 7
-    vote.WIRE_VERSION = 2 if differs == "wire version" else 1  # type: ignore[attr-defined]
+    vote.WIRE_VERSION = WIRE_VERSION + (differs == "wire version")  # type: ignore[attr-defined]
     before = _snapshot(optimizer)
     try:
         enable_majority_vote(model, optimizer)
     except RuntimeError as error:
         return str(error), before != _snapshot(optimizer)
     finally:
-        vote.WIRE_VERSION = 1  # type: ignore[attr-defined]
+        vote.WIRE_VERSION = WIRE_VERSION  # type: ignore[attr-defined]
     return "no error", False
 
 
