@@ -34,6 +34,8 @@ class Rounds:
         min_workers: of the vote.
         dtype: of the parameters.
         adversaries: number in the quorum -> what it makes of its displacements.
+        flip: after which round a parameter changes on this worker alone, if after any.
+        verify: after how many rounds, each time, the workers look for that; 0 for never.
     """
 
     rounds: int = 8
@@ -44,6 +46,8 @@ class Rounds:
     min_workers: int = 2
     dtype: str = "float32"
     adversaries: dict[int, Adversary] = field(default_factory=dict)
+    flip: int = -1
+    verify: int = 0
 
 
 def train_rounds(path: Path, lighthouse: str, task: Rounds) -> None:
@@ -70,6 +74,7 @@ def train_rounds(path: Path, lighthouse: str, task: Rounds) -> None:
         timeout=timedelta(seconds=TIMEOUT),
         state={"schedule": schedule},
         hostname="127.0.0.1",
+        verify_every_n_rounds=task.verify,
         adversaries=task.adversaries,
         **OUTER,
     )
@@ -106,6 +111,9 @@ def train_rounds(path: Path, lighthouse: str, task: Rounds) -> None:
                 if local.rounds > reached:
                     log.write(json.dumps(line) + "\n")
                 drawn.clear()
+                if local.rounds == task.flip:
+                    with torch.no_grad():
+                        model[0][0] += 1
             time.sleep(task.pause)
     local.close()
 

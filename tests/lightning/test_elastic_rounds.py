@@ -68,6 +68,17 @@ def test_a_liar_in_bfloat16(workers: Crew) -> None:
 
 
 @multiprocess
+def test_a_memory_error_is_mended(workers: Crew) -> None:
+    """One whose bits differ is named, and takes over those of the others."""
+    tasks = [Rounds(rounds=12, min_workers=3, verify=2, flip=at) for at in (-1, 5, -1)]
+    names = [workers.start(task, train_rounds) for task in tasks]
+    workers.join(*names)
+    assert "differ from the others in 0, and take over their state" in workers.said(names[0])
+    ends = [workers.log(name)[-1] for name in names]
+    assert len({line["bits"] for line in ends}) == 1
+
+
+@multiprocess
 @pytest.mark.nightly
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_twenty_at_random(workers: Crew, number: signal.Signals) -> None:
