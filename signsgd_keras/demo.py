@@ -24,7 +24,7 @@ EVALUATIONS = 8
 
 
 def network(shape: tuple[int, ...], classes: int) -> Any:
-    """Return a model of over a million parameters: a perceptron for the digits, a small ResNet for larger images.
+    """Return a perceptron for the digits, and a small ResNet of over a million parameters for larger images.
 
     Args:
         shape: (channels, height, width) of the images, which the model takes with the channels last, uint8.
@@ -35,8 +35,8 @@ def network(shape: tuple[int, ...], classes: int) -> Any:
     x = layers.Rescaling(1 / 127.5, -1)(images)
     if height * width <= 256:
         x = layers.Flatten()(x)
-        for _ in range(2):
-            x = layers.Dense(1024, activation="relu")(x)
+        for units in (512, 256):
+            x = layers.Dense(units, activation="relu")(x)
     else:
         x = layers.Conv2D(32, 3, padding="same", use_bias=False)(x)
         x = layers.ReLU()(layers.GroupNormalization(8)(x))

@@ -50,16 +50,16 @@ class Residual(nn.Module):
 
 
 def network(shape: tuple[int, ...], classes: int) -> nn.Module:
-    """Return a model of over a million parameters: a perceptron for the digits, a small ResNet for larger images."""
+    """Return a perceptron for the digits, and a small ResNet of over a million parameters for larger images."""
     channels, height, width = shape
     if height * width <= 256:
         return nn.Sequential(
             nn.Flatten(),
-            nn.Linear(channels * height * width, 1024),
+            nn.Linear(channels * height * width, 512),
             nn.ReLU(),
-            nn.Linear(1024, 1024),
+            nn.Linear(512, 256),
             nn.ReLU(),
-            nn.Linear(1024, classes),
+            nn.Linear(256, classes),
         )
     stem = nn.Sequential(nn.Conv2d(channels, 32, 3, padding=1, bias=False), nn.GroupNorm(8, 32), nn.ReLU())
     blocks = [Residual(32, 64, 2), Residual(64, 128, 2), Residual(128, 256, 2)]

@@ -22,7 +22,7 @@ from signsgd_keras.demo import batches, network
 from tests.devices import mirrored
 
 ROOT = Path(__file__).parents[2]
-PARAMETERS = 64 * 1024 + 1024 + 1024 * 1024 + 1024 + 10 * 1024 + 10
+PARAMETERS = 64 * 512 + 512 + 512 * 256 + 256 + 10 * 256 + 10
 LOG = re.compile(r"^[IWEF]\d{4} \d\d:\d\d:(?!.*oneDNN)", re.MULTILINE)
 """A line of TensorFlow's log, but for the one that it prints at any log level, on some processors."""
 
@@ -68,7 +68,7 @@ def _rows(process: "subprocess.Popen[str]", note: str) -> list[tuple[str, float,
     methods = ["Adam, averaged gradients", "Signum (0.9, 0.9), vote", "verdict momentum 0.8, vote", "SignMuon, vote"]
     assert [method for method, *_ in rows] == methods, output
     assert all(accuracy > 60 for _, accuracy, *_ in rows), output  # ten classes: 10 by chance
-    assert output.count(f"{PARAMETERS:,} parameters, 2 workers, 8 steps") == 4  # by one worker only
+    assert output.count(f"{PARAMETERS:,} parameters, 2 workers, 16 steps") == 4  # by one worker only
     assert f"bytes/step: {note}" in output
     return rows
 
@@ -94,7 +94,7 @@ def _until(what: Callable[[], bool], patience: float = 40) -> bool:
 
 
 def test_replicas_of_one_process(start: Start, tmp_path: Path) -> None:
-    rows = _rows(start("--workers=2", "--steps=8", "--out=here"), "by formula, since ")
+    rows = _rows(start("--workers=2", "--steps=16", "--out=here"), "by formula, since ")
     full = traffic.ring_all_reduce(PARAMETERS, 2, bits=32)
     voted = traffic.majority_vote(PARAMETERS, 2)
     assert [sent for _, _, sent, _ in rows] == [full, voted, voted, voted]
@@ -103,7 +103,7 @@ def test_replicas_of_one_process(start: Start, tmp_path: Path) -> None:
 
 @pytest.mark.nightly
 def test_worker_processes_count_what_they_send(start: Start, tmp_path: Path) -> None:
-    process = start("--workers=2", "--steps=8", "--processes", "--out=there")
+    process = start("--workers=2", "--steps=16", "--processes", "--out=there")
     rows = _rows(process, "what one worker sent, counted by the kernel")
     full, voted = traffic.ring_all_reduce(PARAMETERS, 2, bits=32), traffic.majority_vote(PARAMETERS, 2)
     for (_, _, sent, fewer), payload in zip(rows, (full, voted, voted, voted), strict=True):
@@ -116,7 +116,7 @@ def test_worker_processes_count_what_they_send(start: Start, tmp_path: Path) -> 
 
 @pytest.mark.nightly
 def test_a_vote_outlives_a_worker_that_sends_nan_and_a_mean_does_not(start: Start) -> None:
-    process = start("--workers=3", "--steps=8", "--adversaries=nan", "--no-plot")
+    process = start("--workers=3", "--steps=16", "--adversaries=nan", "--no-plot")
     output, errors = process.communicate(timeout=240)
     assert process.returncode == 0, output + errors
     mean, *votes = (float(accuracy) for _, accuracy, *_ in ROW.findall(output))

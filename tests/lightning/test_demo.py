@@ -22,7 +22,7 @@ ROW = re.compile(r"^(.{34}) *([\d.]+)% .* bit-identical$", re.MULTILINE)
 def test_a_vote_outlives_a_worker_that_lies(adversaries: str, tmp_path: Path) -> None:
     """A mean does not outlive NaN."""
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    arguments = ["--workers=3", "--steps=8", f"--adversaries={adversaries}", "--no-plot"]
+    arguments = ["--workers=3", "--steps=16", f"--adversaries={adversaries}", "--no-plot"]
     process = subprocess.Popen(
         [sys.executable, "-m", "signsgd_lightning", *arguments],
         stdout=subprocess.PIPE,
