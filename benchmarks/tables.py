@@ -44,6 +44,15 @@ INNER = {
 }
 """What `benchmarks.papers.local_steps` calls a row -> what a table does, given `H`."""
 
+WHOLE = {
+    "SignMuon": "**SignMuon, vote**",
+    "Muon, clipped": "Muon, fp32",
+    "AdamW, clipped": "AdamW, fp32",
+    "SGD, Nesterov": "SGD, Nesterov, fp32",
+    "Muon, clipped, vote every 16": "**local steps**, `sync_every=16`, Muon inside",
+}
+"""What `benchmarks.papers.whole` calls a row -> what a table does."""
+
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Return the lines of a table."""
@@ -122,6 +131,25 @@ def local_steps() -> list[str]:
     return markdown(["", "bits a parameter, whole run", "loss"], rows)
 
 
+def whole(kind: str, score: str) -> list[str]:
+    """Return what `benchmarks.papers.whole` measured of a task, from the best score to the worst.
+
+    Args:
+        kind: of the task.
+        score: what it is, for the head.
+    """
+    _, *lines = text_rows(f"papers/whole_{kind}", " workers: ")
+    better = max if "accuracy" in score else min
+    head, best = ["", "bits a parameter", score, "training loss"], better(float(cells[6]) for cells in lines)
+    shown = ("{:.1%}" if "accuracy" in score else "{:.3f}").format
+    lines.sort(key=lambda cells: abs(float(cells[6]) - best))
+    rows = [
+        [WHOLE.get(c[0], c[0]), c[3], _bold(shown(float(c[6])), float(c[6]) == best), f"{float(c[8]):.3f}"]
+        for c in lines
+    ]
+    return markdown(head, rows)
+
+
 def newcomers() -> list[str]:
     """Return what `benchmarks.papers.newcomers` measured."""
     (head, *paces), *rows = text_rows("papers/newcomers", "GPT on bytes")
@@ -172,6 +200,8 @@ LOCAL = (*FEW[:-1], *(name for name in SCHEMES if "H = " in name))
 RATES = {"100 Mbit/s": (1e8, 0.0), "1 Gbit/s": (1e9, 0.0), "10 Gbit/s": (1e10, 0.0)}
 SLOW = {"100 Mbit/s": (1e8, 0.0), "100 Mbit/s, 20 ms round trip": (1e8, 0.02), "1 Gbit/s": (1e9, 0.0)}
 TABLES: dict[str, Callable[[], list[str]]] = {
+    "whole gpt": lambda: whole("gpt", "validation loss"),
+    "whole resnet": lambda: whole("resnet", "test accuracy"),
     "wire": lambda: wire(RATES, FEW),
     "wire, all schemes": lambda: wire({**RATES, "1 Gbit/s, 20 ms round trip": (1e9, 0.02)}, list(SCHEMES), "4 workers"),
     "wire, local steps": lambda: wire(SLOW, LOCAL),

@@ -11,6 +11,7 @@ where it was.
 
 import argparse
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -97,34 +98,33 @@ def table(task: Task, ends: Sequence[End]) -> Iterator[str]:
     yield f"  {'method':<28}{'lr':>9}{'other lr':>9}{'bits':>9}{'best':>9}{'step':>7}{'end':>9}{'±':>8}   last loss"
     for end in ends:
         job, (step, score) = end.row.job, end.best(task)
-        other = "" if job.other_lr is None else f"{job.other_lr:.3g}"
-        spread = f"{end.row.spread:.4f}" if seeds > 1 else ""
+        other = "-" if job.other_lr is None else f"{job.other_lr:.3g}"
+        spread = f"{end.row.spread:.4f}" if seeds > 1 else "-"
         last = float(np.mean([run.curve[-1][1] for run in end.row.runs]))
         yield (
             f"  {end.name:<28}{job.lr:>9.3g}{other:>9}{job.bits:>9,.0f}{score:>9.4f}{step:>7}"
             f"{end.row.mean:>9.4f}{spread:>8}   {last:.4f}"
         )
-    yield f"  bits: that a worker sends for each parameter in the whole run; best: the best mean of {seeds} seeds along"
-    yield "  the way; end: mean and standard deviation; last loss: of the last twentieth, training."
+    yield f"\nmean and standard deviation of seeds, here {seeds}; bits: that a worker sends for each parameter in the whole"
+    yield "run; best: along the way, and when; last loss: of the last twentieth, training"
 
 
-def draw(kinds: Sequence[tuple[Task, list[End]]], pyplot: Any) -> Any:
-    """Return a figure: scores against steps and against bits, a row for each task."""
-    figure, panels = pyplot.subplots(len(kinds), 2, figsize=(12, 4.6 * len(kinds)), layout="constrained", squeeze=False)
-    for (task, ends), (by_step, by_bits) in zip(kinds, panels, strict=True):
-        for end in ends:
-            steps, scores = end.path
-            style = "-" if voted(end.row.job.method) or end.row.job.exchange == "vote" else "--"
-            by_step.plot(steps, scores, style, label=end.name)
-            by_bits.plot(np.array(steps) * end.row.job.bits / end.row.job.steps, scores, style)
-        last = [end.path[1][-1] for end in ends]
-        room = max(last) - min(last) + 1e-3
-        for axes in (by_step, by_bits):
-            axes.set(ylabel=task.measured, ylim=(min(last) - room, max(last) + room))
-            axes.grid(alpha=0.3)
-        by_step.set(title=f"{task.name}, {ends[0].row.job.workers} workers; {task.better} is better", xlabel="step")
-        by_bits.set(xlabel="bits that a worker has sent for each parameter", xscale="log")
-        by_step.legend(fontsize=8)
+def draw(task: Task, ends: Sequence[End], pyplot: Any) -> Any:
+    """Return a figure: scores against steps and against bits."""
+    figure, (by_step, by_bits) = pyplot.subplots(1, 2, figsize=(12, 4.6), layout="constrained")
+    for end in ends:
+        steps, scores = end.path
+        style = "-" if voted(end.row.job.method) or end.row.job.exchange == "vote" else "--"
+        by_step.plot(steps, scores, style, label=end.name)
+        by_bits.plot(np.array(steps) * end.row.job.bits / end.row.job.steps, scores, style)
+    last = [end.path[1][-1] for end in ends]
+    room = max(last) - min(last) + 1e-3
+    for axes in (by_step, by_bits):
+        axes.set(ylabel=task.measured, ylim=(min(last) - room, max(last) + room))
+        axes.grid(alpha=0.3)
+    by_step.set(title=f"{task.name}, {ends[0].row.job.workers} workers; {task.better} is better", xlabel="step")
+    by_bits.set(xlabel="bits that a worker has sent for each parameter", xscale="log")
+    by_step.legend(fontsize=8)
     return figure
 
 
@@ -137,9 +137,10 @@ def main() -> None:
     parser.add_argument("--processes", type=int, help="trainings at a time (default: one a core)")
     add_device(parser)
     options = parser.parse_args()
-    kinds = [measure(kind, options) for kind in options.tasks]
-    lines = [heading("whole"), *(line for one in kinds for line in table(*one))]
-    publish("whole", lines, lambda pyplot: draw(kinds, pyplot), options.out)
+    for kind in options.tasks:
+        task, ends = measure(kind, options)
+        lines = [heading("whole"), *table(task, ends)]
+        publish(f"whole_{kind}", lines, partial(draw, task, ends), options.out)
 
 
 if __name__ == "__main__":

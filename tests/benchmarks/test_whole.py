@@ -32,6 +32,6 @@ def test_scores_along_the_way_are_those_of_a_training_that_ends_there(tmp_path: 
 @pytest.mark.nightly
 def test_the_whole_table(tmp_path: Path) -> None:
     printed = _run("benchmarks.papers.whole", "--short", "--seeds", "2", "--out", tmp_path)
-    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".png", ".txt"]
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".png", ".png", ".txt", ".txt"]
     row = r"^  (?:\S.*?) +[\d.e-]+(?: +[\d.e-]+)? +\d+ +\d\.\d{4} +[1-6] +\d\.\d{4} +\d\.\d{4}   \d\.\d{4}$"
     assert len(re.findall(row, printed, re.MULTILINE)) == 18
