@@ -105,8 +105,8 @@ def table(task: Task, ends: Sequence[End]) -> Iterator[str]:
             f"  {end.name:<28}{job.lr:>9.3g}{other:>9}{job.bits:>9,.0f}{score:>9.4f}{step:>7}"
             f"{end.row.mean:>9.4f}{spread:>8}   {last:.4f}"
         )
-    yield f"\nmean and standard deviation of seeds, here {seeds}; bits: that a worker sends for each parameter in the whole"
-    yield "run; best: along the way, and when; last loss: of the last twentieth, training"
+    yield f"\nmean and standard deviation of {seeds} of the seeds; bits: that a worker sends for each parameter in the"
+    yield "whole run; best: along the way, and when; last loss: of the last twentieth, training"
 
 
 def draw(task: Task, ends: Sequence[End], pyplot: Any) -> Any:
