@@ -18,6 +18,12 @@ Array = Any
 NS_STEPS = 5
 NS_COEFFICIENTS = (3.4445, -4.775, 2.0315)
 """Those of Muon and `torch.optim.Muon`: they lift small singular values fast, and keep the others near 1, not at it."""
+NEGLIGIBLE = 2.0**-40
+"""Entries of at most so much of a direction's Frobenius norm count as 0.
+
+Rows of units that are dead decay so far. The float32 products of two of them would be subnormal, for which a CPU's
+matrix product takes 20 times as long; float32 rounds others by more.
+"""
 
 
 class Matrices(NamedTuple):
@@ -90,7 +96,8 @@ def polar(
     """Return the polar factor of a direction, near ``U·Vᵀ`` of its singular value decomposition (step 2b).
 
     It is computed in float64. The direction is divided by its largest magnitude first, then by its Frobenius norm, so
-    the factor of ``s·C`` is that of `C` for every ``s > 0``, and that of zeros is zeros.
+    the factor of ``s·C`` is that of `C` for every ``s > 0``, and that of zeros is zeros. `NEGLIGIBLE` entries count as
+    zeros.
 
     Args:
         c: finite, of two to four dimensions, rows first.
@@ -115,6 +122,7 @@ def polar(
         return x.reshape(c.shape)
     x = _divided(x, np.abs(x).max((1, 2), keepdims=True))
     x = _divided(x, np.sqrt((x * x).sum((1, 2), keepdims=True)))
+    x = np.where(np.abs(x) <= NEGLIGIBLE, 0.0, x)
     tall = found.rows > found.fan_in
     x = x.mT if tall else x
     x = newton_schulz(x, ns_steps, ns_coefficients, lambda x: x.mT)

@@ -10,6 +10,7 @@ from keras import ops
 
 import signsgd_core as core
 from signsgd_core import Matrices
+from signsgd_core.polar import NEGLIGIBLE
 
 from .variables import path
 
@@ -101,7 +102,7 @@ class Polar:
             return c
         x = ops.reshape(c, (fan_in, rows))  # the matrix transposed, whose factor is the factor transposed
         x = _divided(x, ops.max(ops.abs(x)))  # first by the largest: squares neither overflow nor vanish
-        x = _divided(x, ops.sqrt(ops.sum(ops.square(x))))
+        x = ops.hard_shrink(_divided(x, ops.sqrt(ops.sum(ops.square(x)))), NEGLIGIBLE)
         tall = fan_in > rows
         x = core.newton_schulz(ops.transpose(x) if tall else x, self.by.steps, self.by.coefficients, ops.transpose)
         return ops.reshape(ops.transpose(x) if tall else x, c.shape)

@@ -7,6 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import hardshrink
+
+from signsgd_core.polar import NEGLIGIBLE
 
 from .views import FlatView
 
@@ -55,6 +58,7 @@ def polar(c: Tensor, ns_steps: int, ns_coefficients: tuple[float, float, float])
         return c
     x = _divided(c, c.abs().amax((1, 2), keepdim=True))  # first by the largest: squares neither overflow nor vanish
     x = _divided(x, torch.linalg.matrix_norm(x, keepdim=True))
+    x = hardshrink(x, NEGLIGIBLE)
     tall = c.shape[1] > c.shape[2]
     x = x.mT if tall else x
     x = x.bfloat16() if c.device.type == "cuda" else x

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from signsgd_core import NS_COEFFICIENTS, Reference, check_newton_schulz, matrices, newton_schulz, polar
-from signsgd_core.polar import Matrices
+from signsgd_core.polar import NEGLIGIBLE, Matrices
 
 SHAPES = [(1, 1), (1, 7), (7, 1), (4, 4), (3, 8), (8, 3), (5, 2, 3), (4, 3, 2, 2), (16, 2, 1, 1)]
 
@@ -70,6 +70,22 @@ def test_zeros_are_zeros() -> None:
     c[1] = c[:, 2] = 0
     assert not polar(c)[1].any()
     assert not polar(c)[:, 2].any()
+
+
+@pytest.mark.parametrize("exponent", [-300, -100, -45])
+def test_rows_that_decayed_to_nothing_are_zeros(exponent: int) -> None:
+    """Those of dead units; all others are as if they had none beside them."""
+    c = random((6, 9))
+    alive = polar(c[::2])
+    c[1::2] = np.ldexp(c[1::2], exponent)
+    np.testing.assert_array_equal(polar(c)[1::2], 0)
+    np.testing.assert_allclose(polar(c)[::2], alive, atol=1e-12)
+
+
+def test_what_is_above_nothing_counts() -> None:
+    """Five steps multiply small singular values by 3.4445 each."""
+    c = np.diag([1.0, 4 * NEGLIGIBLE])
+    np.testing.assert_allclose(polar(c)[1, 1], 4 * NEGLIGIBLE * NS_COEFFICIENTS[0] ** 5, rtol=1e-9)
 
 
 def test_a_kernel_is_the_matrix_of_its_rows() -> None:

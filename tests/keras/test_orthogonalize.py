@@ -87,6 +87,20 @@ def test_polar_factor(shape: tuple[int, ...]) -> None:
 
 
 @everywhere
+def test_columns_of_dead_units_are_zeros() -> None:
+    """The others are as if there were none."""
+    g = np.random.default_rng(0).standard_normal((6, 8)).astype(np.float32)
+    g[:, 1::2] *= np.float32(2.0**-60)
+    optimizer = signum()
+    x = keras.Variable(np.zeros(g.shape, np.float32), name="x")
+    optimizer.build([x])
+    factor: Any = optimizer.slot(x).update.polar
+    found = numbers(factor(keras.ops.convert_to_tensor(g)))
+    assert not found[:, 1::2].any()
+    np.testing.assert_allclose(found, polar(g.T).T, atol=2e-5)
+
+
+@everywhere
 def test_a_matrix_of_several_tiles() -> None:
     """A backend that works on tiles takes it whole."""
     start: list[Array] = [eighths(256, 2 + TILE // 256)]
