@@ -30,11 +30,11 @@ PAPERS = tuple(
     f"papers/{name}"
     for name in (
         *("signmuon", "verdict_momentum", "verdict_variants", "cifar10", "densities", "gpt_over_wire", "gpt_two_sites"),
-        *("local_steps", "newcomers", "quadratic_liars", "toy_sparse_noise", "warmup", "zeros_and_ties"),
+        *("local_steps", "newcomers", "quadratic_liars", "toy_sparse_noise", "warmup", "whole_gpt", "zeros_and_ties"),
     )
 )
 SOURCES: dict[str, tuple[str, ...]] = {
-    "README.md": ("wire", "papers/signmuon", "demo_digits"),
+    "README.md": ("wire", "papers/signmuon", "papers/whole_gpt", "demo_digits"),
     "docs/guide/checkpoints.md": ("elastic",),
     "docs/guide/elastic.md": ("elastic_vote", "papers/newcomers", "papers/churn"),
     "docs/guide/faults.md": ("faults", "liars", "papers/quadratic_liars"),
@@ -42,7 +42,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "docs/guide/nodes.md": ("nodes",),
     "docs/guide/papers.md": PAPERS,
     "docs/guide/performance.md": ("wire", "kernels", "keras_step", "papers/gpt_over_wire", "scaling"),
-    "docs/guide/settings.md": (*PAPERS[:4], TRAININGS, "demo_digits"),
+    "docs/guide/settings.md": (*PAPERS[:4], "papers/whole_gpt", TRAININGS, "demo_digits"),
     "docs/guide/sharded.md": ("sharded",),
     "docs/guide/slow_links.md": ("papers/signmuon", "papers/local_steps", "papers/gpt_two_sites", TRAININGS, "wire"),
     "docs/guide/start.md": ("demo_digits", "demo_keras_processes", "demo_keras_mirrored"),
@@ -116,7 +116,7 @@ def _results(names: tuple[str, ...]) -> Numbers:
 def _trainings() -> Iterator[float]:
     """Yield scores and last training losses, then mean and standard deviation of the seeds of a job."""
     seeds = defaultdict[str, list[float]](list)
-    for key, (score, curve) in json.loads((RESULTS / f"{TRAININGS}.json").read_text()).items():
+    for key, (score, curve, *_) in json.loads((RESULTS / f"{TRAININGS}.json").read_text()).items():
         yield from (score, *(loss for _, loss in curve[-1:]))
         seeds[re.sub(r'"seed": \d+', "", key)].append(score)
     for scores in seeds.values():

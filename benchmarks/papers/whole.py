@@ -117,10 +117,10 @@ def draw(task: Task, ends: Sequence[End], pyplot: Any) -> Any:
         style = "-" if voted(end.row.job.method) or end.row.job.exchange == "vote" else "--"
         by_step.plot(steps, scores, style, label=end.name)
         by_bits.plot(np.array(steps) * end.row.job.bits / end.row.job.steps, scores, style)
-    last = [end.path[1][-1] for end in ends]
-    room = max(last) - min(last) + 1e-3
+    shown = [score for end in ends for step, score in zip(*end.path, strict=True) if 10 * step >= end.row.job.steps]
+    room = 0.05 * (max(shown) - min(shown)) + 1e-3
     for axes in (by_step, by_bits):
-        axes.set(ylabel=task.measured, ylim=(min(last) - room, max(last) + room))
+        axes.set(ylabel=task.measured, ylim=(min(shown) - room, max(shown) + room))
         axes.grid(alpha=0.3)
     by_step.set(title=f"{task.name}, {ends[0].row.job.workers} workers; {task.better} is better", xlabel="step")
     by_bits.set(xlabel="bits that a worker has sent for each parameter", xscale="log")
