@@ -201,7 +201,6 @@ RATES = {"100 Mbit/s": (1e8, 0.0), "1 Gbit/s": (1e9, 0.0), "10 Gbit/s": (1e10, 0
 SLOW = {"100 Mbit/s": (1e8, 0.0), "100 Mbit/s, 20 ms round trip": (1e8, 0.02), "1 Gbit/s": (1e9, 0.0)}
 TABLES: dict[str, Callable[[], list[str]]] = {
     "whole gpt": lambda: whole("gpt", "validation loss"),
-    "whole resnet": lambda: whole("resnet", "test accuracy"),
     "wire": lambda: wire(RATES, FEW),
     "wire, all schemes": lambda: wire({**RATES, "1 Gbit/s, 20 ms round trip": (1e9, 0.02)}, list(SCHEMES), "4 workers"),
     "wire, local steps": lambda: wire(SLOW, LOCAL),
