@@ -48,7 +48,6 @@ WHOLE = {
     "SignMuon": "**SignMuon, vote**",
     "Muon, clipped": "Muon, fp32",
     "AdamW, clipped": "AdamW, fp32",
-    "SGD, Nesterov": "SGD, Nesterov, fp32",
     "Muon, clipped, vote every 16": "**local steps**, `sync_every=16`, Muon inside",
 }
 """What `benchmarks.papers.whole` calls a row -> what a table does."""
@@ -131,23 +130,21 @@ def local_steps() -> list[str]:
     return markdown(["", "bits a parameter, whole run", "loss"], rows)
 
 
-def whole(kind: str, score: str) -> list[str]:
-    """Return what `benchmarks.papers.whole` measured of a task, from the best score to the worst.
-
-    Args:
-        kind: of the task.
-        score: what it is, for the head.
-    """
-    _, *lines = text_rows(f"papers/whole_{kind}", " workers: ")
-    better = max if "accuracy" in score else min
-    head, best = ["", "bits a parameter", score, "training loss"], better(float(cells[6]) for cells in lines)
-    shown = ("{:.1%}" if "accuracy" in score else "{:.3f}").format
-    lines.sort(key=lambda cells: abs(float(cells[6]) - best))
+def whole() -> list[str]:
+    """Return what `benchmarks.papers.whole` measured of the GPT, from the best loss to the worst."""
+    _, *lines = text_rows("papers/whole_gpt", "GPT on bytes")
     rows = [
-        [WHOLE.get(c[0], c[0]), c[3], _bold(shown(float(c[6])), float(c[6]) == best), f"{float(c[8]):.3f}"]
-        for c in lines
+        [WHOLE[name], bits, f"{float(end):.3f}", f"{float(last):.3f}"] for name, _, _, bits, _, _, end, _, last in lines
     ]
-    return markdown(head, rows)
+    rows.sort(key=lambda cells: cells[2])
+    rows[0][2] = _bold(rows[0][2], True)
+    return markdown(["", "bits a parameter", "validation loss", "training loss"], rows)
+
+
+def churn() -> list[str]:
+    """Return what `benchmarks.papers.churn` measured, but for the accuracy."""
+    head, *rows = text_rows("papers/churn", "digits, perceptron")
+    return markdown(["", *head[:-1]], [row[:-1] for row in rows if len(row) == 1 + len(head)])
 
 
 def newcomers() -> list[str]:
@@ -200,13 +197,14 @@ LOCAL = (*FEW[:-1], *(name for name in SCHEMES if "H = " in name))
 RATES = {"100 Mbit/s": (1e8, 0.0), "1 Gbit/s": (1e9, 0.0), "10 Gbit/s": (1e10, 0.0)}
 SLOW = {"100 Mbit/s": (1e8, 0.0), "100 Mbit/s, 20 ms round trip": (1e8, 0.02), "1 Gbit/s": (1e9, 0.0)}
 TABLES: dict[str, Callable[[], list[str]]] = {
-    "whole gpt": lambda: whole("gpt", "validation loss"),
     "wire": lambda: wire(RATES, FEW),
     "wire, all schemes": lambda: wire({**RATES, "1 Gbit/s, 20 ms round trip": (1e9, 0.02)}, list(SCHEMES), "4 workers"),
     "wire, local steps": lambda: wire(SLOW, LOCAL),
     "learning": learning,
     "local steps": local_steps,
+    "whole": whole,
     "newcomers": newcomers,
+    "churn": churn,
     "nodes": nodes,
 }
 """Name in a page -> what makes the table."""

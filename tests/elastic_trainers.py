@@ -19,7 +19,8 @@ class Fit:
     Attributes:
         settings: of the Trainer.
         strategy: settings of the strategy.
-        signum: settings of the optimizer; None for AdamW, {"orthogonalize": True} for SignMuon.
+        signum: settings of the optimizer; None for AdamW.
+        signmuon: whether the optimizer is SignMuon, in the place of these.
         manual: whether the module calls the optimizer itself.
         pause: seconds a batch takes.
         resume: a checkpoint to go on from.
@@ -28,6 +29,7 @@ class Fit:
     settings: dict[str, Any]
     strategy: dict[str, Any] = field(default_factory=dict)
     signum: dict[str, Any] | None = field(default_factory=lambda: {"betas": (0, 0), "verdict_momentum": 0.5})
+    signmuon: bool = False
     manual: bool = False
     pause: float = 0.02
     resume: Path | None = None
@@ -74,7 +76,7 @@ def fit(path: Path, lighthouse: str, task: Fit) -> None:
 
         def configure_optimizers(self) -> Any:
             p = self.net.parameters()
-            if task.signum == {"orthogonalize": True}:
+            if task.signmuon:
                 inner: Any = Signum(signmuon_groups(self.net, 0.02))
             else:
                 inner = torch.optim.AdamW(p, lr=0.01) if task.signum is None else Signum(p, lr=0.01, **task.signum)

@@ -101,8 +101,6 @@ def train(task: Task, job: Job, scored: bool = False) -> Run:
     import keras
     import tensorflow as tf
 
-    from signsgd_keras import MajorityVote
-
     cpu = tf.config.list_physical_devices("CPU")[0]
     if tf.config.get_logical_device_configuration(cpu) is None:
         tf.config.threading.set_intra_op_parallelism_threads(1)
@@ -120,7 +118,7 @@ def train(task: Task, job: Job, scored: bool = False) -> Run:
     row = tf.TensorSpec((task.global_batch, task.context), tf.int64)
     data = tf.data.Dataset.from_generator(batches, output_signature=(row, row)).prefetch(2)
     devices = [f"CPU:{k}" for k in range(job.workers)]
-    with tf.distribute.MirroredStrategy(devices, cross_device_ops=MajorityVote()).scope():
+    with tf.distribute.MirroredStrategy(devices).scope():
         model = task.keras_model()
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
         model.compile(optimizer(job), loss)
@@ -167,18 +165,15 @@ def main() -> None:
     parser.add_argument("--processes", type=int, help="trainings at a time (default: one a core)")
     options = parser.parse_args()
     width, layers, context = (16, 1, 16) if options.short else (128, 3, 64)
-    task, store = (
-        KerasText(text_of(options), width, layers, context),
-        Store(options.out, "cpu", options.processes, trainer=train),
-    )
+    task = KerasText(text_of(options), width, layers, context)
+    store = Store(options.out, processes=options.processes, trainer=train)
     steps, runs, most = (2, 2, 2) if options.short else (STEPS, 6, 14)
     found = []
     for method, (lr, other) in START.items():
         job = Job(task.key, method, lr, DECAYS[0], WORKERS, steps, other_lr=other)
         found.append(search(task, store, job, DECAYS, runs, most))
-    publish(
-        "gpt_keras", [heading("gpt_keras"), *table(task, found)], lambda pyplot: draw(task, found, pyplot), options.out
-    )
+    lines = [heading("gpt_keras"), *table(task, found)]
+    publish("gpt_keras", lines, lambda pyplot: draw(task, found, pyplot), options.out)
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ def alike(workers: Crew, *names: int, every: int = 1) -> dict[int, list[dict[str
 
 HALF: dict[str, Any] = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.5, "precision": "bf16-mixed"}
 SETTINGS = {
-    "SignMuon": Fit({"max_steps": 60, **HALF}, signum={"orthogonalize": True}),
+    "SignMuon": Fit({"max_steps": 60, **HALF}, signmuon=True),
     "local steps": Fit({"max_steps": 60, **HALF}, {"sync_every": 3, "outer_momentum": 0.5}, signum=None),
     "manual": Fit({"max_steps": 60}, manual=True),
     "manual local steps": Fit({"max_steps": 120}, {"sync_every": 3}, signum=None, manual=True),
