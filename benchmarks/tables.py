@@ -48,6 +48,9 @@ WHOLE = {
     "SignMuon": "**SignMuon, vote**",
     "Muon, clipped": "Muon, fp32",
     "AdamW, clipped": "AdamW, fp32",
+    "SGD, Nesterov": "SGD with Nesterov's momentum, fp32",
+    "Signum": "Signum, vote",
+    "verdict momentum 0.8": "verdict momentum 0.8, vote",
     "Muon, clipped, vote every 16": "**local steps**, `sync_every=16`, Muon inside",
 }
 """What `benchmarks.papers.whole` calls a row -> what a table does."""
@@ -132,13 +135,24 @@ def local_steps() -> list[str]:
 
 def whole() -> list[str]:
     """Return what `benchmarks.papers.whole` measured of the GPT, from the best loss to the worst."""
-    _, *lines = text_rows("papers/whole_gpt", "GPT on bytes")
-    rows = [
-        [WHOLE[name], bits, f"{float(end):.3f}", f"{float(last):.3f}"] for name, _, _, bits, _, _, end, _, last in lines
-    ]
-    rows.sort(key=lambda cells: cells[2])
-    rows[0][2] = _bold(rows[0][2], True)
-    return markdown(["", "bits a parameter", "validation loss", "training loss"], rows)
+    rows = sorted(_whole("gpt"), key=lambda row: row[2])
+    cells = [[name, bits, f"{end:.3f}", f"{last:.3f}"] for name, bits, end, last in rows]
+    cells[0][2] = _bold(cells[0][2], True)
+    return markdown(["", "bits a parameter", "validation loss", "training loss"], cells)
+
+
+def whole_images() -> list[str]:
+    """Return what `benchmarks.papers.whole` measured of the ResNet, from the best accuracy to the worst."""
+    rows = sorted(_whole("resnet"), key=lambda row: -row[2])
+    cells = [[name, bits, f"{100 * end:.1f}%", f"{last:.3f}"] for name, bits, end, last in rows]
+    cells[0][2] = _bold(cells[0][2], True)
+    return markdown(["", "bits a parameter", "test accuracy", "training loss"], cells)
+
+
+def _whole(kind: str) -> list[tuple[str, str, float, float]]:
+    """Return each method's name, bits a parameter, score and training loss at the end."""
+    _, *lines = text_rows(f"papers/whole_{kind}", " steps of ")
+    return [(WHOLE[name], bits, float(end), float(last)) for name, _, _, bits, _, _, end, _, last in lines]
 
 
 def churn() -> list[str]:
@@ -203,6 +217,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "learning": learning,
     "local steps": local_steps,
     "whole": whole,
+    "whole, images": whole_images,
     "newcomers": newcomers,
     "churn": churn,
     "nodes": nodes,

@@ -1,6 +1,5 @@
 """The demo: the same model trained with plain DDP and AdamW, and by majority vote; what it costs, what it gives."""
 
-import hashlib
 import logging
 import time
 import warnings
@@ -23,6 +22,7 @@ from torch.utils.data import DataLoader, DistributedSampler, Subset, TensorDatas
 from signsgd_core import demo
 from signsgd_core.adversaries import Adversary
 from signsgd_core.network import traffic
+from signsgd_core.wire import digest
 
 from . import MajorityVoteStrategy, Signum, signmuon_groups
 
@@ -151,13 +151,11 @@ class Recorder(pl.Callback):
 
     def result(self, method: str, trainer: pl.Trainer, model: nn.Module) -> demo.Result:
         """Return what all workers saw."""
-        digest = hashlib.sha256()
-        for parameter in model.parameters():
-            digest.update(parameter.detach().cpu().numpy().tobytes())
-        everyone: list[Any] = [(self.sent, digest.digest())]
+        own = self.sent, digest(parameter.detach().cpu().numpy() for parameter in model.parameters())
+        everyone: list[Any] = [own]
         if trainer.world_size > 1:
             everyone = [None] * trainer.world_size
-            torch.distributed.all_gather_object(everyone, (self.sent, digest.digest()))
+            torch.distributed.all_gather_object(everyone, own)
         sent = sum(count for count, _ in everyone) / len(everyone) / len(self.seconds)
         identical = len({parameters for _, parameters in everyone}) == 1
         return demo.Result(method, self.curve[-1][1], sent or None, median(self.seconds), identical, self.curve)

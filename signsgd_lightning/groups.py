@@ -35,7 +35,7 @@ def signmuon_groups(
     Args:
         model: whose parameters they are, all of them, also those without gradients.
         lr: of the matrices; first try twice the rate that Muon has.
-        other_lr: of the others; first try a quarter of the rate that AdamW has.
+        other_lr: of the others; first try half of the rate that AdamW has.
         output: name of the output layer, None for a model whose last `Linear` is hidden.
         matrices: name of a parameter -> how many matrices it holds, where its module does not tell; 0 puts it among the
             others. Names may have wildcards, as ``"blocks.*.qkv.weight"``.

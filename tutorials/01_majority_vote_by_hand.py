@@ -206,8 +206,7 @@ for name, adversary in kinds.items():
 #
 # ## Bytes
 #
-# What the busiest machine sends per step, in megabytes, for 25 million parameters: a worker, or where there is a server
-# the server. In the last column, from how many workers on it sends no less than the last line does.
+# What a worker sends per step, in megabytes, for 25 million parameters and `M` workers.
 
 # %%
 parameters, counts = 25_000_000, (2, 4, 8, 16, 64, 256)
@@ -219,8 +218,8 @@ ring, vote = traffic.ring_all_reduce(parameters, 8, 32), traffic.majority_vote(p
 print(f"8 workers: the vote sends {ring / vote:.2f} times less than ring all-reduce in fp32")
 
 # %% [markdown]
-# Vote and ring level off as M grows; what goes from everybody to everybody grows with M, and from 64 workers on it
-# sends more than the ring does in fp32.
+# Vote and ring level off as M grows; what goes from everybody to everybody grows with M. With 64 workers it sends as
+# much as the ring does in fp32, and beyond that more.
 #
 # ## What a vote loses
 #

@@ -100,7 +100,7 @@ def fit(optimizer, strategy="majority_vote_notebook", epochs=10, cosine=True, re
 # from the same weights, over the same batches, with the best learning rate of a small grid that we tried beforehand.
 # The vote with verdict momentum also gets a `VoteMonitor`, which logs to whatever logger the trainer has.
 #
-# `signmuon_groups` parts the parameters: hidden matrices vote by the signs of their polar factors, all others by those
+# `signmuon_groups` splits the parameters: hidden matrices vote by the signs of their polar factors, all others by those
 # of the direction itself, at a rate of their own.
 
 # %%
@@ -122,8 +122,8 @@ ring = traffic.ring_all_reduce(count, 2, 32)
 print(f"{count:,} parameters; bytes per step and worker: vote {sent:,.0f}, DDP {ring:,} ({ring / sent:.0f} times that)")
 
 # %% [markdown]
-# AdamW is ahead by a point, five or so of the 450 test images: whether that is luck, only more seeds could tell, and
-# with a single hidden matrix SignMuon has little to show. (The vote's bytes are counted, DDP's calculated.)
+# AdamW is ahead by two to five of the 450 test images: whether that is luck, only more seeds could tell, and with a
+# single hidden matrix SignMuon has little to show. (The vote's bytes are counted, DDP's calculated.)
 #
 # ## What the vote looks like
 
@@ -207,7 +207,7 @@ for k, (name, optimizer) in enumerate(kinds.items()):
 # %% [markdown]
 # ## What is refused
 #
-# What cannot work ends with a sentence before the first step. Worker processes raise it, so we print the last line.
+# What cannot work raises an error before the first step. Worker processes raise it, so we print the last line.
 
 
 # %%
@@ -230,10 +230,10 @@ refused(lambda: fit(lambda model: Signum(model.parameters()), "auto", devices=1,
 # - **SignMuon**, `Signum(signmuon_groups(model))`, on transformers and convolutional networks.
 # - **Verdict momentum**, `betas=(0, 0), verdict_momentum=0.8`, where workers come and go, since none has a state of its
 #   own, and where a model has no hidden matrices.
-# - **Signum**, the default `betas=(0.9, 0.9)`, where little data is learnt to the end, as the digits above.
+# - **Signum**, the default `betas=(0.9, 0.9)`: the papers' method, and a simple baseline.
 # - **Plain DDP**, where the links are fast, or accuracy per step is all that counts.
 #
-# What this rests on is in `benchmarks/papers`: small models, the beginnings of trainings. Both momenta at once never
+# What this rests on is in `benchmarks/papers`: small models, most of them early in training. Both momenta at once never
 # beat the better one. Learning rates: `05_choosing_lr_and_betas`.
 
 # %%

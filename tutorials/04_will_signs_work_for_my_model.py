@@ -9,9 +9,10 @@
 # %% [markdown]
 # # Will signs work for my model?
 #
-# Signs give every coordinate the same step. That is good where the noise sits in few coordinates, which then shout no
-# louder than the others, and bad where the gradient sits in few and the rest is noise, which then gets a vote each. The
-# first paper says it in numbers: with the density `φ(v) = ‖v‖₁²/(d·‖v‖₂²)`, signs want `R2 = φ(σ)/φ(g)` and
+# Signs give every coordinate the same step. That is good where the noise sits in few coordinates, which then have no
+# more influence than the others, and bad where the gradient sits in few and the rest is noise, which then gets a vote
+# each.
+# The first paper says it in numbers: with the density `φ(v) = ‖v‖₁²/(d·‖v‖₂²)`, signs need `R2 = φ(σ)/φ(g)` and
 # `R1 = √φ(L)/φ(g)` small, `g` the gradient, `σ` its noise and `L` the curvature.
 #
 # `GeometryMonitor` measures them while a model trains, with any optimizer, and says what follows. Here are two models,

@@ -2,7 +2,7 @@
 
 python -m benchmarks.papers.gpt_keras --text FILE --out benchmarks/results/papers
 
-A `MirroredStrategy` of four CPU replicas and `model.fit`, with the batches of signmuon.py's GPT. Keras' Muon takes
+A `MirroredStrategy` of four CPU replicas and `model.fit`, with the text and batches of signmuon.py. Keras' Muon takes
 variables of two dimensions, so that queries, keys and values have a `Dense` layer each. Tuned as there. What was
 trained is kept in trainings.json.
 """
@@ -164,7 +164,7 @@ def main() -> None:
     add_arguments(parser)
     parser.add_argument("--processes", type=int, help="trainings at a time (default: one a core)")
     options = parser.parse_args()
-    width, layers, context = (16, 1, 16) if options.short else (128, 3, 64)
+    width, layers, context = (16, 1, 16) if options.short else (64, 2, 64)
     task = KerasText(text_of(options), width, layers, context)
     store = Store(options.out, processes=options.processes, trainer=train)
     steps, runs, most = (2, 2, 2) if options.short else (STEPS, 6, 14)

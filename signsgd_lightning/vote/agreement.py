@@ -1,12 +1,12 @@
 """Are all ranks about to do the same, with the same model, settings and step? 32 bytes each way, ahead of all else."""
 
-import hashlib
 from enum import Enum
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from signsgd_core.wire import DIGEST_BYTES, HEADER_BYTES, disagreement
+from signsgd_core.wire import DIGEST_BYTES, HEADER_BYTES, digest, disagreement
 
 from ..kernels.cpu import packbits, unpackbits
 from ..sharding import placement
@@ -35,27 +35,27 @@ class Purpose(Enum):
 
 
 def meet(
-    ranks: PointToPoint, purpose: Purpose, device: torch.device, digest: bytes = b"", flag: bool = False
+    ranks: PointToPoint, purpose: Purpose, device: torch.device, summary: bytes = b"", flag: bool = False
 ) -> Tensor:
     """Make sure that all ranks are about to do the same; whatever ranks do together begins with it.
 
-    A header is a 16-byte digest, a byte for the flag, a byte for the purpose, and zeros.
+    A header is a 16-byte summary, a byte for the flag, a byte for the purpose, and zeros.
 
     Args:
         ranks: the other ones.
         purpose: what this rank is about to do.
         device: where the backend wants its bytes.
-        digest: 16 bytes for the others to compare, or none.
+        summary: 16 bytes for the others to compare, or none.
         flag: for the others to know.
 
     Returns:
-        The digests and flags of all ranks, uint8 of shape (ranks, 17), on the CPU.
+        The summaries and flags of all ranks, uint8 of shape (ranks, 17), on the CPU.
 
     Raises:
         PeerLostError: if a rank does not answer.
         RuntimeError: on all ranks, if they are about to do different things.
     """
-    header = (digest.ljust(DIGEST_BYTES, b"\0") + bytes([flag, purpose.code])).ljust(HEADER_BYTES, b"\0")
+    header = (summary.ljust(DIGEST_BYTES, b"\0") + bytes([flag, purpose.code])).ljust(HEADER_BYTES, b"\0")
     row = torch.tensor(list(header), dtype=torch.uint8, device=device)
     headers = ranks.gather(row, Message.HEADER).cpu()
     purposes = dict(enumerate(Purpose))
@@ -92,10 +92,10 @@ def agree(
         PeerLostError: if a rank does not answer.
         RuntimeError: if the lines differ, on all ranks, naming the first difference.
     """
-    digest = hashlib.blake2b("\n".join(lines).encode(), digest_size=DIGEST_BYTES).digest()
-    headers = meet(ranks, purpose, device, digest, bool(present.all()))
+    text = "\n".join(lines).encode()
+    headers = meet(ranks, purpose, device, digest([np.frombuffer(text, np.uint8)]), bool(present.all()))
     if (headers[:, :DIGEST_BYTES] != headers[0, :DIGEST_BYTES]).any():
-        raise RuntimeError(_difference(ranks, lines, device))
+        raise RuntimeError(_difference(ranks, text, device))
     if headers[:, _FLAG].all():
         return torch.ones(ranks.world_size, len(present), dtype=torch.bool, device="cpu")
     bits = ranks.gather(packbits(present).to(device), Message.PRESENT)
@@ -107,8 +107,7 @@ def describe(name: str, parameter: Tensor) -> str:
     return f"{name}: shape {tuple(parameter.shape)}, {parameter.dtype}{placement(parameter)}"
 
 
-def _difference(ranks: PointToPoint, lines: list[str], device: torch.device) -> str:
-    text = "\n".join(lines).encode()
+def _difference(ranks: PointToPoint, text: bytes, device: torch.device) -> str:
     sizes = ranks.gather(torch.tensor([len(text)], device=device), Message.SIZE).flatten().tolist()
     # Bytes, never pickles, and no more of them than a multiple of the shortest: a rank may have gone mad, or worse.
     longest = min(max(sizes), _TIMES_LONGER * max(min(sizes), 1) + _SPARE_BYTES)
