@@ -94,7 +94,7 @@ class Signum(keras.optimizers.Optimizer):  # type: ignore[misc]
         name: String. The name of the optimizer.
         orthogonalize: Boolean. Whether matrices vote by their polar factor.
         exclude_layers: List of strings, keywords of layers to exclude: regular expressions that `re.search` looks for
-            in the paths of variables.
+            in the paths of variables. One that is found in none is warned of.
         exclude_embeddings: Boolean. Whether to exclude variables with "embedding" in their path.
         other_learning_rate: Float. The rate of the variables that are no matrices, where `learning_rate` is a float
             too. The two stay in this proportion, whatever sets or schedules `learning_rate`.
@@ -232,7 +232,7 @@ class Signum(keras.optimizers.Optimizer):  # type: ignore[misc]
             pairs = zip(variables, matrices, strict=True)
             slots = [Slot(v, {}, self._decay(v), self._update(matrix)) for v, matrix in pairs]
             self.vote.agree(slots, self._settings(), self.weight_decay)
-        self._selection.check(matrices)  # where workers agree, all of them fail
+        self._selection.check(variables, matrices)  # where workers agree, all of them fail
         super().build(variables)
         self._matrices = _Opaque(matrices)
         for entry in state.MOMENTA:

@@ -2,6 +2,7 @@
 
 import math
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -47,11 +48,11 @@ class Selection:
             for variable in variables
         ]
 
-    def check(self, matrices: Sequence[Matrices | None]) -> None:
-        """Make sure that there is something to orthogonalize, where there is anything.
+    def check(self, variables: Sequence[Variable], matrices: Sequence[Matrices | None]) -> None:
+        """Make sure that there is something to orthogonalize, and warn of keywords that exclude nothing.
 
         Raises:
-            ValueError: if not.
+            ValueError: if there is nothing.
         """
         if self.orthogonalize and matrices and not any(matrices):
             raise ValueError(
@@ -59,6 +60,13 @@ class Selection:
                 f"or a kernel that is not excluded by exclude_layers={list(self.exclude_layers)} or "
                 f"exclude_embeddings={self.exclude_embeddings}: exclude less, or take orthogonalize=False"
             )
+        for keyword in self.exclude_layers if self.orthogonalize else ():
+            if not any(re.search(keyword, _name(variable)) for variable in variables):
+                warnings.warn(
+                    f"exclude_layers={[keyword]!r} excludes nothing: it is found in no variable's path. Name the layer, as "
+                    'in Dense(10, name="logits"); optimizer.orthogonalized lists what is orthogonalized',
+                    stacklevel=2,
+                )
 
     def _is_excluded(self, name: str) -> bool:
         if not self.orthogonalize or (self.exclude_embeddings and "embedding" in name.lower()):

@@ -96,7 +96,7 @@ def test_a_convolutional_model() -> None:
     [
         ({}, ["hidden/kernel", "output/kernel"]),
         ({"exclude_layers": ["output"]}, ["hidden/kernel"]),
-        ({"exclude_layers": ("h.dd", "nothing")}, ["output/kernel"]),
+        ({"exclude_layers": ("h.dd",)}, ["output/kernel"]),
         ({"exclude_embeddings": False}, ["my_Embedding/embeddings", "hidden/kernel", "output/kernel"]),
     ],
 )
@@ -110,6 +110,14 @@ def test_what_is_excluded(settings: dict[str, Any], matrices: list[str]) -> None
     model = keras.Sequential(parts, name="net")
     optimizer = built(model, **settings)
     assert [path.removeprefix("net/") for path in optimizer.orthogonalized] == matrices
+
+
+@everywhere
+def test_a_keyword_that_excludes_nothing_is_warned_of() -> None:
+    model = keras.Sequential([keras.Input((3,)), layers.Dense(3, name="hidden"), layers.Dense(2, name="last")])
+    with pytest.warns(UserWarning, match=r"exclude_layers=\['output'\] excludes nothing: it is found in no variable's"):
+        optimizer = built(model, exclude_layers=["output", "last"])
+    assert [path.split("/")[-2] for path in optimizer.orthogonalized] == ["hidden"]
 
 
 @everywhere
