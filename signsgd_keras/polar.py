@@ -63,7 +63,7 @@ class Selection:
         for keyword in self.exclude_layers if self.orthogonalize else ():
             if not any(re.search(keyword, _name(variable)) for variable in variables):
                 warnings.warn(
-                    f"exclude_layers={[keyword]!r} excludes nothing: it is found in no variable's path. Name the layer, "
+                    f"exclude_layers={[keyword]!r} excludes nothing: no variable's path has it. Name the layer, "
                     'as in Dense(10, name="logits"); optimizer.orthogonalized lists what is orthogonalized',
                     stacklevel=2,
                 )

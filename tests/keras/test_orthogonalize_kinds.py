@@ -115,7 +115,7 @@ def test_what_is_excluded(settings: dict[str, Any], matrices: list[str]) -> None
 @everywhere
 def test_a_keyword_that_excludes_nothing_is_warned_of() -> None:
     model = keras.Sequential([keras.Input((3,)), layers.Dense(3, name="hidden"), layers.Dense(2, name="last")])
-    with pytest.warns(UserWarning, match=r"exclude_layers=\['output'\] excludes nothing: it is found in no variable's"):
+    with pytest.warns(UserWarning, match=r"exclude_layers=\['output'\] excludes nothing: no variable's path has it"):
         optimizer = built(model, exclude_layers=["output", "last"])
     assert [path.split("/")[-2] for path in optimizer.orthogonalized] == ["hidden"]
 
