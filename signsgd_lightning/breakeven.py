@@ -210,7 +210,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--latency", type=_milliseconds, default=0.1, metavar="MS", help="of a message one way (default: %(default)s)")
     add("--workers", type=_workers, default=4, help="that exchange (default: %(default)s)")
     add("--parameters", type=_parameters, default=10_000_000, help="of the model (default: %(default)s)")
-    add("--step-ms", type=_milliseconds, metavar="MS", help="without exchange (default: a perceptron's, measured)")
+    add("--step-ms", type=_step, metavar="MS", help="without exchange (default: a perceptron's, measured)")
     add("--out", type=Path, default=Path("signsgd_demo"), help="where to save the plot (default: %(default)s)")
     options = parser.parse_args(arguments)
     work = measure(options.parameters, options.workers, options.step_ms is None)
@@ -251,6 +251,13 @@ def _milliseconds(text: str) -> float:
     value = _number(text)
     if not 0 <= value < math.inf:
         raise argparse.ArgumentTypeError(f"must be milliseconds, 0 or more, such as 0.1, got {text!r}")
+    return value
+
+
+def _step(text: str) -> float:
+    value = _milliseconds(text)
+    if value == 0:
+        raise argparse.ArgumentTypeError(f"must be milliseconds, more than 0, such as 150, got {text!r}")
     return value
 
 

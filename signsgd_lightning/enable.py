@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from signsgd_core.adversaries import Adversary
 
 from . import _compat
+from .memory import as_bytes, once, plain
 from .optimizer import Signum, find_signum
 from .sharding import is_sharded, local
 from .vote import Vote, VoteOptions
@@ -109,7 +110,7 @@ def let_vote(
         options.check_workers(1)
         keep_local(model, guard=False)
         for optimizer in optimizers:
-            optimizer.vote = None
+            optimizer.vote, optimizer.lost_vote = None, False
         return
     everyone = group if shards is None else shards.everyone
     number_of_model = _agree_on_options(model, len(optimizers), options, everyone)
@@ -117,14 +118,18 @@ def let_vote(
     options.check_workers(topologies[0].workers.world_size)
     if not isinstance(model, DistributedDataParallel):
         agree_on_model(model, everyone)
-        broadcast(model, everyone, group)
-    keep_local(model, guard=True)
     names = {id(p): name.removeprefix("module.") for name, p in model.named_parameters()}
+    votes = list[Vote]()
     for number, (optimizer, topology) in enumerate(zip(optimizers, topologies, strict=True)):
         label = f"optimizer {number} of model {number_of_model}"
-        vote = Vote(topology, names, label, options, _schedule(model, optimizer, options), model)
+        votes.append(Vote(topology, names, label, options, _schedule(model, optimizer, options), model))
+        votes[-1].agree(optimizer.views(), optimizer.settings_in_words(), Purpose.ENABLE)
+    # Nothing was changed so far: whatever the ranks disagree about, they are as they were.
+    if not isinstance(model, DistributedDataParallel):
+        broadcast(model, everyone, group)
+    keep_local(model, guard=True)
+    for optimizer, vote in zip(optimizers, votes, strict=True):
         optimizer.vote = vote
-        vote.agree(optimizer.views(), optimizer.settings_in_words(), Purpose.ENABLE)
         optimizer.warn_of_lost()
 
 
@@ -211,10 +216,17 @@ def broadcast(model: nn.Module, everyone: dist.ProcessGroup, counterparts: dist.
         everyone: all ranks.
         counterparts: those that hold the same shards of DTensors.
     """
-    with torch.no_grad():
-        for tensor in (*model.parameters(), *model.buffers()):
-            group = counterparts if counterparts is not None and is_sharded(tensor) else everyone
-            dist.broadcast(local(tensor.detach()), dist.get_global_rank(group, 0), group)
+    for tensor in (*model.parameters(), *model.buffers()):
+        group = counterparts if counterparts is not None and is_sharded(tensor) else everyone
+        _take(once(local(tensor.detach())), group)
+
+
+def _take(own: Tensor, group: dist.ProcessGroup) -> None:
+    """Take a tensor's values from the first rank; backends move memory as it lies, whatever the strides."""
+    values = as_bytes(plain(own))
+    dist.broadcast(values, dist.get_global_rank(group, 0), group)
+    if values.data_ptr() != own.data_ptr():  # a copy in row-major order
+        own.copy_(values.view(own.dtype).view(own.shape))
 
 
 def _find_ddp(model: nn.Module) -> nn.Module:

@@ -45,6 +45,20 @@ def as_bytes(tensor: Tensor) -> Tensor:
     return flat.as_strided((flat.numel(),), (1,)).view(torch.uint8)
 
 
+def once(tensor: Tensor) -> Tensor:
+    """Return a view of a tensor without the repetitions of `expand`, which share memory.
+
+    Example:
+        >>> import torch
+        >>> once(torch.ones(3).expand(2, 3)).shape
+        torch.Size([1, 3])
+    """
+    for dim, stride in enumerate(tensor.stride()):
+        if stride == 0 and tensor.shape[dim] > 1:
+            tensor = tensor.narrow(dim, 0, 1)
+    return tensor
+
+
 def check_memory(tensor: Tensor, name: str) -> None:
     """Make sure that a tensor has memory of its own.
 

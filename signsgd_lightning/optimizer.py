@@ -93,6 +93,9 @@ class Signum(Optimizer):
     vote: Vote | None
     """How this rank's ballots meet the others'; None where it is the only worker."""
 
+    lost_vote: bool
+    """Whether this is a copy of an optimizer that voted, without its vote."""
+
     restored_apart: bool
     """Whether each worker's momentum is saved and loaded apart from `state_dict`, which then does not say whose it is.
     """
@@ -131,7 +134,7 @@ class Signum(Optimizer):
         }
         settings.check(defaults)
         # No attributes of the class: a wrapper that looks like one of its instances would find those before its own.
-        self.vote, self._lost_vote, self.restored_apart = None, False, False
+        self.vote, self.lost_vote, self.restored_apart = None, False, False
         self._saved_by: tuple[int, int] | None = None
         self._checked: list[dict[str, Any]] = []
         super().__init__(params, defaults)
@@ -187,7 +190,7 @@ class Signum(Optimizer):
         if self._is_dummy_step():
             self._create_state()
             return None
-        if self._lost_vote and self.vote is None:
+        if self.lost_vote and self.vote is None:
             raise RuntimeError(
                 "this is a copy of an optimizer that votes and would step alone: pass it to enable_majority_vote, or "
                 "load its state_dict() into a new Signum"
@@ -251,14 +254,14 @@ class Signum(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy takes along: not the process group, but that there was one."""
-        return {**super().__getstate__(), "_lost_vote": self.vote is not None or self._lost_vote}
+        return {**super().__getstate__(), "lost_vote": self.vote is not None or self.lost_vote}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take what `__getstate__` returned."""
         super().__setstate__(state)
         lacking: dict[str, Any] = {
             "vote": None,
-            "_lost_vote": False,
+            "lost_vote": False,
             "restored_apart": False,
             "_saved_by": None,
             "_checked": [],

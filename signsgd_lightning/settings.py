@@ -19,8 +19,9 @@ _CHECKED = ("lr", "betas", "weight_decay", "verdict_momentum", "zeros", "warmup_
 
 
 def checked(group: Group) -> dict[str, Any]:
-    """Return the settings that `check` looks at, to see whether they were changed."""
-    return {name: group.get(name) for name in _CHECKED}
+    """Return the settings that `check` looks at, to see whether they were changed: of a tensor its value."""
+    values = {name: group.get(name) for name in _CHECKED}
+    return {name: value.tolist() if isinstance(value, Tensor) else value for name, value in values.items()}
 
 
 def check(settings: Group) -> None:

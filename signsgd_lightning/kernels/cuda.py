@@ -54,7 +54,7 @@ class TritonKernel(DeviceKernel):
         for view, a, b in cover(views, lo, hi):
             if view.present:
                 g = _gradient(view)
-                batch = batches.setdefault((id(view.group), g.dtype), _Batch(view))
+                batch = batches.setdefault((id(view.group), view.inverse_scale is None, g.dtype), _Batch(view))
                 batch.add((g, view.momentum, None, None), view.start - lo, a, b)
         for batch in batches.values():
             settings = {**_casting(batch.view), "G": _TYPES[batch.dtype(0)], "ZERO": _zero(zeros, step, worker)}

@@ -129,17 +129,17 @@ class _Settings:
 
     def __init__(self, zero: int = 0) -> None:
         self._zero = zero
-        self._casts, self._moves = dict[int, _Cast](), dict[tuple[int, float], _Move]()
+        self._casts, self._moves = dict[tuple[int, bool], _Cast](), dict[tuple[int, float], _Move]()
 
     def cast(self, view: FlatView) -> int:
         """Return the address of the settings of steps 1 to 4."""
-        group = view.group
-        if id(group) not in self._casts:
+        group, key = view.group, (id(view.group), view.inverse_scale is None)
+        if key not in self._casts:
             beta1, beta2 = group["betas"]
             m = view.momentum
             kinds = beta1 == beta2, view.by_gradient, self._zero, m is not None and m.dtype is torch.bfloat16
-            self._casts[id(group)] = _Cast(view.factor, beta1, 1 - beta1, beta2, 1 - beta2, *kinds)
-        return ctypes.addressof(self._casts[id(group)])
+            self._casts[key] = _Cast(view.factor, beta1, 1 - beta1, beta2, 1 - beta2, *kinds)
+        return ctypes.addressof(self._casts[key])
 
     def move(self, view: FlatView) -> int:
         """Return the address of the settings of steps 7 and 8."""

@@ -88,7 +88,8 @@ class DuringBackward(Schedule):
             name = optimizer.vote.name_of(parameter)
             raise RuntimeError(
                 f"a second gradient of {name} came before step(), after the first was voted with: with overlap=True "
-                "put all backward passes but the last into no_sync(), and follow the last by step()"
+                "put all backward passes but the last into DDP's no_sync(), or without DDP leave out accumulation, and "
+                "follow the last by step()"
             )
         begun.final[id(parameter)] = _sample(parameter)
         while begun.waiting and begun.is_ready(begun.waiting[-1]):

@@ -145,8 +145,7 @@ class Flat(Topology):
         chosen = [views[k] for k in voted]
 
         def spread(bits: Tensor | None, planes: int) -> list[Verdict]:
-            assert bits is not None
-            return [Verdict(chosen, bits)]
+            return [] if bits is None else [Verdict(chosen, bits)]
 
         return Share(chosen, chosen, present[:, voted], spread)
 

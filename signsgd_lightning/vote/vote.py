@@ -172,7 +172,7 @@ class Vote:
         share = self.topology.share(given.views, present, self.options.bucket_size, note_for(watching))
         for observer in watching:
             observer.begin(share.moved)
-        if not share.views:
+        if not any(view.parameter.numel() for view in share.views):
             return Ballot(given, share, None)
         workers, size = self.topology.workers, self.options.bucket_size
         return Ballot(given, share, Round(workers, share, given.zeros, given.step, size, watching))

@@ -91,6 +91,7 @@ def test_it_advises_how_often_to_vote() -> None:
         ("--bandwidth=fast", "--bandwidth: must be bits per second, more than 0, such as 1e9, 100M or 1G, got 'fast'"),
         ("--bandwidth=inf", "--bandwidth: must be bits per second, more than 0, such as 1e9, 100M or 1G, got 'inf'"),
         ("--latency=-1", "--latency: must be milliseconds, 0 or more, such as 0.1, got '-1'"),
+        ("--step-ms=0", "--step-ms: must be milliseconds, more than 0, such as 150, got '0'"),
         ("--step-ms=nan", "--step-ms: must be milliseconds, 0 or more, such as 0.1, got 'nan'"),
         ("--workers=1", "--workers: must be a whole number of 2 or more, since one worker sends nothing, got '1'"),
         ("--parameters=1.5", "--parameters: must be a whole number of 1 or more, such as 25000000 or 25e6, got '1.5'"),

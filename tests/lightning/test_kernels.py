@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -260,3 +261,15 @@ def test_it_is_compiled_once_and_anew_with_other_options(tmp_path: Path) -> None
 def test_a_folder_that_cannot_be_written_to(tmp_path: Path) -> None:
     (tmp_path / "signsgd").write_text("a file in its place")
     assert _kernel(tmp_path).startswith("NumpyKernel signsgd could not compile")
+
+
+def test_views_of_one_group_may_differ_in_their_scale(compiled: Kernel) -> None:
+    """As parameters that a sharded model averages, and unscales, beside those that it shards."""
+    outcomes = []
+    for kernel in (NumpyKernel(), compiled):
+        views, state = views_of(1, torch.float32, {"betas": (0.9, 0.99)}, 1 / 64, 2)
+        views = [
+            replace(v, group=views[0].group, inverse_scale=(v.inverse_scale, None)[k % 2]) for k, v in enumerate(views)
+        ]
+        outcomes.append((one_step(kernel, views, "alternate", 2, 0), outcome(views, state)))
+    assert outcomes[0] == outcomes[1]

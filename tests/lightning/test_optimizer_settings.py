@@ -68,3 +68,16 @@ def test_other_momentum_dtypes_are_refused(dtype: Any) -> None:
 def test_integer_parameters_are_not_called_complex() -> None:
     with pytest.raises(ValueError, match="got torch.int32$"):
         Signum([torch.zeros(2, dtype=torch.int32)])
+
+
+@pytest.mark.parametrize("lr", [float("nan"), -1.0])
+def test_a_tensor_lr_that_is_changed_in_place_is_checked(lr: float) -> None:
+    optimizer = Signum(parameters(), lr=torch.tensor(0.1))
+    take_step(optimizer, 0)
+    before = [p.clone() for p in optimizer.param_groups[0]["params"]]
+    optimizer.param_groups[0]["lr"].fill_(lr)
+    with pytest.raises(
+        ValueError, match=r"lr must be 0 or more and finite, got (nan|tensor\(nan\)|-1\.0|tensor\(-1\.\))"
+    ):
+        take_step(optimizer, 1)
+    assert all(map(torch.equal, before, optimizer.param_groups[0]["params"]))

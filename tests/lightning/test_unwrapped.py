@@ -1,13 +1,14 @@
 """`enable_majority_vote` on a model that nothing wraps: one broadcast, then every rank has its own gradients."""
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
-from signsgd_lightning import Signum, enable_majority_vote, gather_state
+from signsgd_lightning import Signum, enable_local_steps, enable_majority_vote, gather_state
 from tests.workers import Workers
 
 from .models import Record, by_node, judge, record
@@ -102,6 +103,88 @@ def test_one_rank(workers: Workers) -> None:
     ((alone, records),) = workers.run(1, _alone)
     assert alone
     judge(records, **SIGNUM)
+
+
+class _Strided(nn.Module):
+    """Parameters and buffers whose memory is not row-major, or of dtypes that Gloo does not know."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        torch.manual_seed(rank)
+        kernel = torch.randn(3, 2, 2, 2)
+        self.kernel = nn.Parameter(kernel.to(memory_format=torch.channels_last) if rank else kernel)
+        self.register_buffer("columns", torch.randn(2, 8)[:, :4])
+        self.register_buffer("rows", (torch.arange(40) + rank).expand(40, 40))
+        self.register_buffer("scalar", torch.randn(()))
+        self.register_buffer("small", torch.arange(4, dtype=torch.int16) + rank)
+        self.register_buffer("complex", torch.randn(3, dtype=torch.complex64))
+        self.register_buffer("empty", torch.zeros(0, 3))
+
+
+def _strided() -> tuple[list[Tensor], list[Tensor]]:
+    voted, alone = _Strided(dist.get_rank()), _Strided(dist.get_rank())
+    enable_majority_vote(voted, Signum(voted.parameters()))
+    enable_local_steps(alone, torch.optim.SGD(alone.parameters(), lr=0.1))
+    return tuple([t.detach() for t in (*m.parameters(), *m.buffers())] for m in (voted, alone))  # type: ignore[return-value]
+
+
+def test_strides_do_not_matter(workers: Workers) -> None:
+    own = _Strided(0)
+    for starts in workers.run(2, _strided):
+        for tensors in starts:
+            assert all(map(torch.equal, tensors, (*own.parameters(), *own.buffers())))
+
+
+def _only_the_empty() -> list[float]:
+    """One of the parameters that have gradients has coordinates; then none."""
+    net = nn.Module()
+    net.full, net.empty = nn.Parameter(torch.ones(2)), nn.Parameter(torch.zeros(0))
+    optimizer = Signum(net.parameters(), lr=0.5)
+    enable_majority_vote(net, optimizer)
+    for full in (torch.ones(2), None):
+        net.full.grad, net.empty.grad = full, torch.zeros(0)
+        optimizer.step()
+    return net.full.tolist()
+
+
+def test_only_an_empty_parameter_has_a_gradient(workers: Workers) -> None:
+    assert workers.run(2, _only_the_empty) == [[0.5, 0.5]] * 2
+
+
+def _refused() -> tuple[str, bool, list[float]]:
+    """The ranks have other learning rates, and train without a vote then."""
+    net = nn.Linear(2, 1, bias=False)
+    net.weight.data.fill_(float(dist.get_rank()))
+    optimizer = Signum(net.parameters(), lr=0.1 + dist.get_rank())
+    with pytest.raises(RuntimeError) as error:
+        enable_majority_vote(net, optimizer)
+    net.weight.grad = torch.ones(1, 2)
+    torch.optim.SGD(net.parameters(), lr=1.0).step()
+    return str(error.value), optimizer.vote is None, net.weight.flatten().tolist()
+
+
+def test_a_refused_vote_changes_nothing(workers: Workers) -> None:
+    for rank, (message, alone, weights) in enumerate(workers.run(2, _refused)):
+        assert "rank 0 has «group 0: lr=0.1» where rank 1 has «group 0: lr=1.1»" in message
+        assert (alone, weights) == (True, [rank - 1.0] * 2)
+
+
+def _copied() -> list[float]:
+    """A copy of an optimizer that votes is enabled among one rank."""
+    net = nn.Linear(2, 1, bias=False)
+    optimizer = Signum(net.parameters(), lr=0.5)
+    enable_majority_vote(net, optimizer)
+    net, optimizer = copy.deepcopy((net, optimizer))
+    groups = [dist.new_group([rank]) for rank in range(2)]
+    enable_majority_vote(net, optimizer, process_group=groups[dist.get_rank()])
+    net.weight.data.fill_(1.0)
+    net.weight.grad = torch.ones(1, 2)
+    optimizer.step()
+    return net.weight.flatten().tolist()
+
+
+def test_a_copy_of_a_voter_among_one_rank(workers: Workers) -> None:
+    assert workers.run(2, _copied) == [[0.5, 0.5]] * 2
 
 
 def _of_another_shape() -> str:
