@@ -122,8 +122,9 @@ def let_vote(
     votes = list[Vote]()
     for number, (optimizer, topology) in enumerate(zip(optimizers, topologies, strict=True)):
         label = f"optimizer {number} of model {number_of_model}"
-        votes.append(Vote(topology, names, label, options, _schedule(model, optimizer, options), model))
-        votes[-1].agree(optimizer.views(), optimizer.settings_in_words(), Purpose.ENABLE)
+        vote = Vote(topology, names, label, options, _schedule(model, optimizer, options), model)
+        vote.agree(optimizer.views(), optimizer.settings_in_words(vote=vote), Purpose.ENABLE)
+        votes.append(vote)
     # Nothing was changed so far: whatever the ranks disagree about, they are as they were.
     if not isinstance(model, DistributedDataParallel):
         broadcast(model, everyone, group)

@@ -279,17 +279,25 @@ class Signum(Optimizer):
     @property
     def zeros(self) -> Zeros:
         """The zero rule in force."""
+        return self._zeros_under(self.vote)
+
+    def _zeros_under(self, vote: Vote | None) -> Zeros:
         chosen: Zeros | None = self.param_groups[0]["zeros"]
-        return chosen or (core.default_zeros(1) if self.vote is None else self.vote.topology.zeros)
+        return chosen or (core.default_zeros(1) if vote is None else vote.topology.zeros)
 
     def step_input(self) -> StepInput:
         """Return what a step taken now is about."""
         return StepInput(self.views(), self.settings_in_words(), self.zeros, self.t)
 
-    def settings_in_words(self, without: Collection[str] = ()) -> list[str]:
-        """Return what all ranks must have in common for a vote, without some settings."""
+    def settings_in_words(self, without: Collection[str] = (), vote: Vote | None = None) -> list[str]:
+        """Return what all ranks must have in common for a vote.
+
+        Args:
+            without: settings that may differ.
+            vote: that is to come; None for the one that there is.
+        """
         names = [name for name in self.defaults if name not in without]
-        return [f"zeros={self.zeros!r}", *settings.in_words(self.param_groups, names)]
+        return [f"zeros={self._zeros_under(vote or self.vote)!r}", *settings.in_words(self.param_groups, names)]
 
     def unscale_at_step(self, does: bool) -> None:
         """Set whether `step` takes a gradient scaler's factor out, which it does at first; scalers and Lightning ask.
