@@ -1,5 +1,6 @@
 """Loading an optimizer's state bit for bit, and what it may hold beside this rank's own."""
 
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -15,6 +16,9 @@ from ..state import ENTRIES, find
 OTHERS = "state_of_other_workers"
 """Where a gathered state has it: entry -> parameter -> of shape (workers − 1, *parameter.shape), worker 1 first."""
 
+INNER = "inner_states_of_other_workers"
+"""Where a gathered state of local steps has the state of worker 1, worker 2, …"""
+
 _MOMENTA = "momenta_of_other_ranks"
 """Where states of version 0.1.0 have it: parameter -> momentum."""
 
@@ -25,6 +29,9 @@ SAVED_BY = "momentum_of_worker"
 """Where each parameter group of a state says whose momentum it has, where workers differ in it."""
 
 Others = dict[str, dict[int, Tensor]]
+
+_UNTRUSTED = re.compile(r"GLOBAL (\S+) was not an allowed global")
+"""What torch says of a file that holds more than tensors and plain values, where it is not told to trust it."""
 
 _ONLY_FIRST = (
     "this state holds the momenta of several ranks, of which rank 0's was loaded: to give every rank its own, load it "
@@ -46,6 +53,19 @@ _BY_DIRECTORY = (
     "loaded: save a directory for each worker, by torch.distributed.checkpoint with its shard group as process_group, "
     "and load each worker's own"
 )
+
+
+def reason_of(error: BaseException) -> str:
+    """Return in a line why a file could not be read or written, with the words by which `untrusted` finds its class."""
+    text = str(error) or type(error).__name__
+    found = _UNTRUSTED.search(text)
+    return found[0] if found else text.splitlines()[0]
+
+
+def untrusted(error: BaseException) -> str | None:
+    """Return the class or function for which torch refused a file that may be whole, None after another error."""
+    found = _UNTRUSTED.search(str(error))
+    return found[1] if found else None
 
 
 def check(state_dict: dict[str, Any]) -> None:
@@ -116,7 +136,7 @@ def warn_of_lost(saved_by: tuple[int, int] | None, worker: tuple[int, int], *, s
 
 def warn_of_others(state_dict: dict[str, Any]) -> None:
     """Say so where the caller of the caller loads a state of several ranks as if it were of one."""
-    for key, warning in ((OTHERS, _ONLY_FIRST), (_MOMENTA, _ONLY_FIRST), (SHARDS, _NO_MOMENTA)):
+    for key, warning in (*((key, _ONLY_FIRST) for key in (OTHERS, INNER, _MOMENTA)), (SHARDS, _NO_MOMENTA)):
         if key in state_dict:
             warnings.warn(warning, stacklevel=3)
 

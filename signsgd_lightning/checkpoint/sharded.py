@@ -26,7 +26,7 @@ from ..vote.agreement import Purpose, meet
 from ..vote.transport import PointToPoint
 from .atomic import META, PART, check_target, remove, replace
 from .inner import OUTER
-from .loading import SHARDS, unsign
+from .loading import SHARDS, reason_of, unsign
 
 _INDEX = ".metadata"  # torch's name for its table of contents
 
@@ -255,4 +255,4 @@ def together(work: Callable[[], T], failed: str = "") -> T:
 def _reason(error: BaseException) -> str:
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
-    return (str(error) or type(error).__name__).splitlines()[0]
+    return reason_of(error)

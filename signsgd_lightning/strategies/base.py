@@ -109,13 +109,14 @@ class WorkerStateStrategy(CommonStrategy, DDPStrategy):
 
         Raises:
             RuntimeError: if a file is truncated or missing in a directory, holds code instead of tensors, or is
-                something else altogether; of a directory on all ranks, also if only one saw it.
+                something else altogether; of a directory on all ranks, also if only one saw it. If it holds more than
+                tensors and plain values, as hyperparameters may be, and is not said to be trusted.
         """
 
         def read(path: str | Path) -> dict[str, Any]:
             return super(WorkerStateStrategy, self).load_checkpoint(path, weights_only)
 
-        with naming(checkpoint_path, "trainer.save_checkpoint"):
+        with naming(checkpoint_path, "trainer.save_checkpoint", "trainer.fit"):
             if not os.path.isdir(checkpoint_path):
                 return read(checkpoint_path)
             assert self.lightning_module is not None

@@ -142,7 +142,7 @@ class ElasticVoteStrategy(SingleDeviceStrategy):
         Raises:
             RuntimeError: if the file is truncated or something else altogether.
         """
-        with naming(checkpoint_path, "trainer.save_checkpoint"):
+        with naming(checkpoint_path, "trainer.save_checkpoint", "trainer.fit"):
             checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
         self._saved = checkpoint.get(_VOTE)
         return checkpoint

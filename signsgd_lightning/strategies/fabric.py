@@ -60,7 +60,7 @@ class _WorkerStateStrategy(DDPStrategy):
             KeyError: if it lacks something, and `strict`.
             ValueError: if a state is another optimizer's; then nothing was loaded.
         """
-        with naming(path, "fabric.save"):
+        with naming(path, "fabric.save", "fabric.load"):
             checkpoint = super().load_checkpoint(path, None, weights_only=weights_only)
         if not state:
             return checkpoint

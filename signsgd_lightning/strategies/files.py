@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from .. import _compat
 from ..checkpoint.atomic import PART, check_target, replace
+from ..checkpoint.loading import reason_of, untrusted
 from ..local_steps.rounds import find_local_steps
 from ..optimizer import Signum, see_through
 
@@ -73,12 +74,13 @@ def check_directory(path: str | Path, storage_options: Any, remedy: str = "take 
 
 
 @contextmanager
-def naming(path: str | Path, writer: str) -> Iterator[None]:
+def naming(path: str | Path, writer: str, reader: str) -> Iterator[None]:
     """Say of a file that cannot be read which one it is, and that nothing was loaded.
 
     Args:
         path: of the file.
         writer: what writes such files.
+        reader: what reads them, and takes ``weights_only``.
 
     Raises:
         RuntimeError: in the place of what the file made somebody raise.
@@ -86,9 +88,16 @@ def naming(path: str | Path, writer: str) -> Iterator[None]:
     try:
         yield
     except (EOFError, RuntimeError, UnpicklingError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        held = untrusted(error)
+        if held:  # as save_hyperparameters() may have put it there
+            raise RuntimeError(
+                f"{path} holds {held}, which torch loads only from a file that you trust: call {reader}(…, "
+                "weights_only=False), which runs what code the file may hold, or before it "
+                f"torch.serialization.add_safe_globals([{held}]); nothing was loaded"
+            ) from error
         raise RuntimeError(
-            f"{path} is not a whole checkpoint as {writer} writes it; take an older one, nothing was loaded ({reason})"
+            f"{path} is not a whole checkpoint as {writer} writes it; take an older one, nothing was loaded "
+            f"({reason_of(error)})"
         ) from error
 
 

@@ -155,7 +155,7 @@ class ShardedMajorityVoteStrategy(CommonStrategy, ModelParallelStrategy):
             workers.check(path)
         self.optimizers = []  # else Lightning looks for their states beside the weights
         try:
-            with naming(path, "trainer.save_checkpoint"):
+            with naming(path, "trainer.save_checkpoint", "trainer.fit"):
                 checkpoint = super().load_checkpoint(path, weights_only)
         finally:
             self.optimizers = optimizers

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import StepLR
 
 import signsgd_core as core
-from signsgd_lightning import Signum, gather_state, scatter_state
+from signsgd_lightning import MajorityVoteStrategy, Signum, gather_state, scatter_state
 from signsgd_lightning.checkpoint.loading import OTHERS
 from tests.workers import Workers
 
@@ -214,3 +214,34 @@ def test_a_wrong_state_is_refused_whole(change: Callable[[Any], Any], message: s
         scatter_state(optimizer, state)
     for p, m in zip(parameters, before, strict=True):
         assert torch.equal(optimizer.state[p]["momentum"], m)
+
+
+class Placed(Net):
+    """Has a hyperparameter that torch loads only from a file that is trusted."""
+
+    def __init__(self, data: Path = Path("data")) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+
+
+def _trusted(path: str, kind: Any) -> str:
+    """Save, and go on without trust, which says something, and with it."""
+    strategy: Any = lambda: MajorityVoteStrategy(state_dict_type=kind)  # noqa: E731
+    run = trainer(strategy=strategy())
+    run.fit(Placed())
+    run.save_checkpoint(path)
+    with pytest.raises(RuntimeError) as caught:
+        trainer(strategy=strategy(), max_epochs=2).fit(Placed(), ckpt_path=path)
+    run = trainer(strategy=strategy(), max_epochs=2)
+    run.fit(Placed(), ckpt_path=path, weights_only=False)
+    assert run.current_epoch == 2
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["full", "sharded"])
+def test_a_file_that_is_to_be_trusted_is_not_called_broken(kind: str, tmp_path: Path, workers: Workers) -> None:
+    path = str(tmp_path / "last.ckpt")
+    for said in workers.run(2, _trusted, path, kind):
+        assert said.startswith(f"{path} holds pathlib.PosixPath, which torch loads only from a file that you trust")
+        assert "torch.serialization.add_safe_globals([pathlib.PosixPath])" in said
+        assert "trainer.fit(…, weights_only=False)" in said

@@ -168,6 +168,7 @@ def _mistakes(path: str) -> dict[str, str]:
     other = nn.Linear(1, 1)
     Path(f"{path}{dist.get_rank()}").write_bytes(b"no checkpoint")
     fabric.save(path, {"model": model})
+    fabric.save(f"{path}.placed", {"folder": Path()})
 
     def alone() -> None:
         fabric.setup_optimizers(Signum(other.parameters()))
@@ -192,11 +193,14 @@ def _mistakes(path: str) -> dict[str, str]:
     def no_file() -> None:
         fabric.load(f"{path}{dist.get_rank()}", {"model": model})
 
+    def placed() -> None:
+        fabric.load(f"{path}.placed", {"folder": None})
+
     def no_optimizer() -> None:
         fabric.load(path, {"optimizer": optimizer})
 
     said = {}
-    for mistake in (alone, adam, differ, model_alone, cut, no_file, no_optimizer):
+    for mistake in (alone, adam, differ, model_alone, cut, no_file, placed, no_optimizer):
         try:
             mistake()
         except (RuntimeError, TypeError, KeyError) as error:
@@ -218,4 +222,6 @@ def test_mistakes(tmp_path: Path, workers: Workers) -> None:
         assert said["model_alone"].startswith("Signum steps on parameters of a model that votes, and has no vote")
         assert said["cut"].startswith("FabricMajorityVoteStrategy takes ordinary models, and weight is a DTensor")
         assert "is not a whole checkpoint as fabric.save writes it" in said["no_file"]
+        assert "holds pathlib.PosixPath" in said["placed"]
+        assert "fabric.load(…, weights_only=False)" in said["placed"]
         assert "has no 'optimizer', only 'model'" in said["no_optimizer"]

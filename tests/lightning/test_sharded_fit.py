@@ -179,6 +179,19 @@ def _lightnings(path: str) -> None:
     trainer(strategy=_strategy()).fit(Sharded(), ckpt_path=path)
 
 
+class _Placed(Sharded):
+    def __init__(self, data: Path = Path("data")) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+
+
+def _placed(path: str) -> None:
+    run = trainer(strategy=_strategy())
+    run.fit(_Placed())
+    run.save_checkpoint(path)
+    trainer(strategy=_strategy()).fit(_Placed(), ckpt_path=path)
+
+
 def _stops(path: str) -> None:
     trainer(strategy=_strategy(), enable_checkpointing=True, callbacks=[OnExceptionCheckpoint(path, "last")]).fit(
         _Stops()
@@ -218,6 +231,7 @@ MISTAKES: dict[str, tuple[Any, str]] = {
     "all dimensions": (lambda _: _run(_All), "which FSDP shards or averages"),
     "AdamW": (lambda _: _run(_Adam), "a majority vote needs signsgd_lightning.Signum, optimizer 0 is AdamW"),
     "Lightning's checkpoint": (_lightnings, "has no momenta of sharded copies, so it is no checkpoint of Sharded"),
+    "a file to be trusted": (_placed, "holds pathlib.PosixPath, which torch loads only from a file that you trust"),
     "sizes differ": (
         lambda _: _run(Sharded, data_parallel_size=2 if dist.get_rank() else 4),
         "rank 0 has «replicate_size=1, data_parallel_size=4, tensor_parallel_size=1» where rank 1 has «repl",
