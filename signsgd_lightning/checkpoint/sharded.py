@@ -1,4 +1,8 @@
-"""Sharded checkpoints: a directory in which every rank writes its own momenta, and no rank holds another's."""
+"""Sharded checkpoints: a directory in which every rank writes its own momenta, and no rank holds another's.
+
+Momenta of a vote are shards of torch's checkpoint, since a worker may go on with the mean of several. Under local steps
+a rank's states are whole, whatever they consist of, and have a file of the rank's.
+"""
 
 import os
 import pickle
@@ -30,6 +34,12 @@ from .loading import SHARDS, reason_of, unsign
 
 _INDEX = ".metadata"  # torch's name for its table of contents
 
+_STATES = "rank{}.pt"
+"""Has a rank's states under local steps: number of the optimizer -> state."""
+
+_IN_FILES = "states_in_files_of_ranks"
+"""Is true in a state that those files have; before there were any, tensors were shards, and all else was rank 0's."""
+
 T = TypeVar("T")
 
 
@@ -47,13 +57,16 @@ def save_shards(checkpoint: dict[str, Any], path: str) -> None:
     Example:
         >>> save_shards({"optimizer_states": [optimizer.state_dict()]}, "epoch=3.ckpt")  # doctest: +SKIP
     """
-    rest, momenta = _part(checkpoint, dist.get_rank(), dist.get_world_size())
+    rank = dist.get_rank()
+    rest, momenta, whole = _part(checkpoint, rank, dist.get_world_size())
     with whole_directory(path) as (part, failed):
-        if any(SHARDS in state for state in rest.get("optimizer_states", ())):
+        if any(SHARDS in state and _IN_FILES not in state for state in rest.get("optimizer_states", ())):
             together(lambda: save(momenta, storage_writer=FileSystemWriter(part)), failed)
 
         def write_rest() -> None:
-            if dist.get_rank() == 0:
+            if whole:
+                torch.save(whole, os.path.join(part, _STATES.format(rank)))
+            if rank == 0:
                 torch.save(rest, os.path.join(part, META))
 
         together(write_rest, failed)
@@ -97,7 +110,8 @@ def load_shards(
     """Read a directory; every rank must call it and gets the momenta that its worker inherits in its optimizer states.
 
     With more workers than saved it, new worker `i` takes the momentum of old one ``i mod M``; with fewer each takes the
-    mean of those it replaces (`signsgd_core.predecessors`), and reads no others.
+    mean of those it replaces (`signsgd_core.predecessors`), and reads no others. States under local steps have no mean:
+    a worker takes that of the first that it replaces.
 
     Args:
         path: of the directory.
@@ -118,38 +132,48 @@ def load_shards(
 
     def work() -> dict[str, Any]:
         checkpoint = read(os.path.join(path, META))
-        states = list(enumerate(checkpoint.get("optimizer_states", ())))
-        saved, whole = {k: state.pop(SHARDS, 0) for k, state in states}, {k for k, state in states if OUTER in state}
+        states: dict[Any, Any] = dict(enumerate(checkpoint.get("optimizer_states", ())))
+        saved = {k: state.pop(SHARDS, 0) for k, state in states.items()}
+        in_files = [saved.pop(k) for k, state in states.items() if state.pop(_IN_FILES, False)]
+        if momenta and in_files:
+            old = core.predecessors(worker, workers, in_files[0])[0]
+            whole_states: dict[Any, Any] = read(os.path.join(path, _STATES.format(old)))
+            for k, state in whole_states.items():
+                states[k]["state"] = state
         if momenta and any(saved.values()):
+            whole = {k for k in saved if OUTER in states[k]}
             for (k, key, name), value in _inherited(path, saved, whole, worker, workers).items():
-                checkpoint["optimizer_states"][k]["state"].setdefault(key, {})[name] = value
+                states[k]["state"].setdefault(key, {})[name] = value
         return checkpoint
 
     _meet(Purpose.LOAD)
     return together(work)
 
 
-def _part(checkpoint: dict[str, Any], rank: int, world_size: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Part a checkpoint into what is the same on all ranks and what is this rank's own, by a name of its own."""
-    rest, own = dict(checkpoint), {}
-    for k, state in enumerate(checkpoint.get("optimizer_states", ())):
-        if OUTER not in state and not any_private(state["param_groups"]):
-            continue
-        state, _ = unsign(state)
-        entries = {key: dict(values) for key, values in state["state"].items()}  # they are the optimizer's own
-        for key, values in entries.items():
-            for name in [name for name, value in values.items() if _is_own(state, name, value)]:
-                own[f"{k}.{key}.{name}.{rank}"] = values.pop(name)
-        states = list(rest["optimizer_states"])
-        states[k] = {**state, "state": entries, SHARDS: world_size}
-        rest["optimizer_states"] = states
-    return rest, own
+def _part(
+    checkpoint: dict[str, Any], rank: int, world_size: int
+) -> tuple[dict[str, Any], dict[str, Tensor], dict[int, Any]]:
+    """Part a checkpoint into what ranks have in common, and this rank's: momenta by name, and whole states.
+
+    States under local steps stay whole, since optimizers keep lists of tensors and counts in them, too.
+    """
+    states, own, whole = list(checkpoint.get("optimizer_states", ())), dict[str, Tensor](), dict[int, Any]()
+    for k, state in enumerate([unsign(state)[0] for state in states]):
+        if OUTER in state:
+            whole[k] = state["state"]
+            states[k] = {**state, "state": {}, SHARDS: world_size, _IN_FILES: True}
+        elif any_private(state["param_groups"]):
+            entries = {key: dict(values) for key, values in state["state"].items()}  # they are the optimizer's own
+            for key, values in entries.items():
+                for name in [name for name in values if _is_private(name)]:
+                    own[f"{k}.{key}.{name}.{rank}"] = values.pop(name)
+            states[k] = {**state, "state": entries, SHARDS: world_size}
+    return {**checkpoint, "optimizer_states": states} if states else checkpoint, own, whole
 
 
-def _is_own(state: dict[str, Any], name: str, value: Any) -> bool:
-    """Tell whether an entry of a state is each rank's own; of local steps all tensors are."""
+def _is_private(name: str) -> bool:
     entry = find(name)
-    return isinstance(value, Tensor) if OUTER in state else entry is not None and entry.private
+    return entry is not None and entry.private
 
 
 def _inherited(
@@ -160,7 +184,7 @@ def _inherited(
     Args:
         path: of the directory.
         saved: optimizer -> how many ranks wrote it.
-        whole: the optimizers whose states have no mean: a worker takes that of the first that it replaces.
+        whole: the optimizers whose states are whole: files of earlier versions have the tensors of local steps here.
         worker: `i`.
         workers: how many there are now.
     """

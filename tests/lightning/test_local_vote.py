@@ -35,6 +35,8 @@ class Model(Net):
             return [torch.optim.Muon([x for x in p if x.dim() == 2], lr=0.05), torch.optim.AdamW(rest, lr=0.05)]
         if self.inner == "Signum":
             return Signum(p, lr=0.01)
+        if self.inner == "LBFGS":
+            return torch.optim.LBFGS(p, lr=0.05, max_iter=2)
         optimizer = torch.optim.AdamW(p, lr=0.05) if self.inner == "AdamW" else torch.optim.SGD(p, 0.1, 0.9)
         return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)]
 
@@ -109,8 +111,15 @@ def _train(
     run = trainer(max_epochs=epochs, strategy=strategy, enable_checkpointing=True, callbacks=[save, rounds])
     run.fit(module, ckpt_path=resume)
     states = [optimizer.state[p] for optimizer in run.optimizers for g in optimizer.param_groups for p in g["params"]]
-    own = [value.numpy().tobytes() for state in states for value in state.values() if value is not None]
+    own = [_bytes(value) for state in states for value in state.values()]
     return [t.numpy().tobytes() for t in module.state_dict().values()], own, rounds.rounds
+
+
+def _bytes(value: Any) -> Any:
+    """Return the bits of an entry of a state, which is a tensor, a list of tensors, a number or nothing."""
+    if isinstance(value, list):
+        return list(map(_bytes, value))
+    return value.numpy().tobytes() if isinstance(value, Tensor) else value
 
 
 class Rounds(Callback):
@@ -123,7 +132,7 @@ class Rounds(Callback):
 
 
 @pytest.mark.parametrize("kind", ["full", "sharded"])
-@pytest.mark.parametrize("inner", ["AdamW", "SGD"])
+@pytest.mark.parametrize("inner", ["AdamW", "SGD", "LBFGS"])
 def test_resumed_is_uninterrupted(kind: str, inner: str, tmp_path: Path, workers: Workers) -> None:
     straight = workers.run(2, _train, str(tmp_path / "a"), kind, 3, None, inner)
     workers.run(2, _train, str(tmp_path / "b"), kind, 1, None, inner)
