@@ -56,6 +56,15 @@ WHOLE = {
 """What `benchmarks.papers.whole` calls a row -> what a table does."""
 
 
+KERAS = {
+    "SignMuon": "**SignMuon, vote**",
+    "Muon, clipped": "Keras' Muon, fp32",
+    "AdamW, clipped": "Keras' AdamW, fp32",
+    "Signum": "Signum, vote",
+}
+"""What `benchmarks.papers.gpt_keras` calls a row -> what a table does."""
+
+
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Return the lines of a table."""
     lines = [f"| {' | '.join(cells)} |".replace("|  |", "| |") for cells in (head, *rows)]
@@ -155,6 +164,15 @@ def _whole(kind: str) -> list[tuple[str, str, float, float]]:
     return [(WHOLE[name], bits, float(end), float(last)) for name, _, _, bits, _, _, end, _, last in lines]
 
 
+def keras() -> list[str]:
+    """Return what `benchmarks.papers.gpt_keras` measured, three seeds each, from the best loss to the worst."""
+    rows = [row for row in text_rows("papers/gpt_keras", " steps of ") if row[0] in KERAS]
+    rows.sort(key=lambda row: float(row[-2]))
+    cells = [[KERAS[row[0]], _mean(row[-2:])] for row in rows]
+    cells[0][1] = _bold(cells[0][1], True)
+    return markdown(["", "validation loss"], cells)
+
+
 def churn() -> list[str]:
     """Return what `benchmarks.papers.churn` measured, but for the accuracy."""
     head, *rows = text_rows("papers/churn", "digits, perceptron")
@@ -218,6 +236,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "local steps": local_steps,
     "whole": whole,
     "whole, images": whole_images,
+    "keras": keras,
     "newcomers": newcomers,
     "churn": churn,
     "nodes": nodes,

@@ -56,6 +56,7 @@ def train(
         scored: whether the model is scored at these points.
     """
     torch.set_num_threads(1)
+    torch.set_flush_denormal(True)  # weights of dead units decay to such, which slow a CPU down
     torch.manual_seed(job.seed)
     model = task.model().to(task.device)
     models, update = workers_of(model, job)
