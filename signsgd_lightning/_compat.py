@@ -95,7 +95,7 @@ def arrived(tensor: Tensor) -> Tensor:
 
 
 def version(tensor: Tensor) -> int:
-    """Return how often a tensor was written to in place; for `vote.schedule` and `local_steps`."""
+    """Return how often a tensor was written to in place; for `vote.schedule`."""
     return tensor._version
 
 

@@ -6,8 +6,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .. import _compat
-
 
 class Anchors(dict[Tensor, Tensor]):
     """The parameters of some optimizers, each with its `x_0`: row-major, at least float32.
@@ -24,7 +22,6 @@ class Anchors(dict[Tensor, Tensor]):
         super().__init__()
         self.names = dict[int, str]()
         self._model, self._optimizers = model, optimizers
-        self._versions = dict[Tensor, int]()  # x_0 -> the version of a parameter that it is equal to
 
     def find(self) -> list[Tensor]:
         """Give every parameter an `x_0`, also those of groups that were added since; return the new ones."""
@@ -37,18 +34,21 @@ class Anchors(dict[Tensor, Tensor]):
             self.names[id(self[p])] = names.get(id(p), "a parameter")
         return [self[p] for p in new]
 
-    def take_down(self) -> None:
-        """Make every `x_0` what its parameter is."""
+    def take_down(self) -> bool:
+        """Make every `x_0` what its parameter is; return whether one was elsewhere than the last round left it."""
+        moved = False
         for p, x in self.items():
-            if self._versions.get(x) != _compat.version(p):  # else it is where the last round left it
+            if not torch.equal(p.to(x.dtype), x):  # by value: what is written through `p.data` has another version
                 x.copy_(p)
+                moved = True
+        return moved
 
     def put_back(self) -> None:
-        """Let every parameter go to its `x_0`."""
+        """Let every parameter go to its `x_0`, which is rounded as the parameter is."""
         for p, x in self.items():
             p.copy_(x)
-            if p.dtype is x.dtype:  # else `x_0` is to be rounded as the parameter is
-                self._versions[x] = _compat.version(p)
+            if p.dtype is not x.dtype:
+                x.copy_(p)
 
     def model_state(self, buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the model's state as it was when the round began.

@@ -16,14 +16,19 @@ from .. import kernels
 from ..optimizer import Signum, see_through
 from ..state import OUTER_MOMENTUM
 from ..views import FlatView
-from ..vote import StepInput, Vote, VoteOptions
+from ..vote import RanksDifferError, StepInput, Vote, VoteOptions
 from ..vote.agreement import Purpose
+from ..vote.observers import verify
 from ..vote.topology import Flat, Verdict
 from ..vote.transport import Message
+from ..vote.vote import Ballot
 from .anchors import Anchors
 from .buffers import Buffers
 from .options import LocalStepOptions
 from .taking import Displaced, Once, Outcome, Taker
+
+_EARLY, _MOVED = 1, 2
+"""What the first number of a row of magnitudes is the sum of."""
 
 
 class LocalSteps:
@@ -60,7 +65,7 @@ class LocalSteps:
     ) -> None:
         self.optimizers, self.options = list(optimizers), options
         self.steps, self.drift = 0, (0.0, 0)
-        self._buffers, self._begun = Buffers(model), False
+        self._buffers, self._begun, self._moved = Buffers(model), False, False
         self._taker: Taker = taker or Once()
         self._displaced: Displaced | None = None
         self._anchors = Anchors(model, self.optimizers)
@@ -144,9 +149,8 @@ class LocalSteps:
     def open(self, *_: Any) -> None:
         """Take `x_0` down, before the first step of a round."""
         if not self._begun:
-            self.find_parameters()
-            self._anchors.take_down()
-            self._begun = True
+            moved = [self.find_parameters(), self._anchors.take_down()]  # by code that may be this rank's alone
+            self._moved, self._begun = self._moved or any(moved), True
 
     def model_state(self) -> dict[str, Tensor]:
         """Return the model's state as it was when the round began."""
@@ -188,10 +192,29 @@ class LocalSteps:
         views, own = self._displaced
         given = StepInput(views, self.settings(), self.outer.zeros, self.outer.t)
         ballot = self.vote.cast(given)
-        magnitudes, changed, all_early = self._exchange_magnitudes(own, early)
+        magnitudes, changed, flags = self._exchange_magnitudes(own, _EARLY * early + _MOVED * self._moved)
+        if (flags & _MOVED).any():
+            self._compare_starts(given, ballot)
         verdicts = [] if ballot is None else self.vote.decide(ballot)
         means = self._buffers.mean(changed, self.vote.topology.everyone)
-        return Outcome(given, verdicts, magnitudes, means, all_early)
+        return Outcome(given, verdicts, magnitudes, means, bool((flags & _EARLY).all()))
+
+    def _compare_starts(self, given: StepInput, ballot: Ballot | None) -> None:
+        """Make sure that all ranks have the same `x_0`, where a rank says that other code moved parameters.
+
+        It says so beside its magnitudes: to decide alone to compare values would be a disagreement of its own.
+
+        Raises:
+            RanksDifferError: on all ranks, if not.
+            PeerLostError: if a rank does not answer.
+        """
+        try:
+            verify(self.vote, given.views, given.step, "when the round began", _BETWEEN_ROUNDS)
+        except RanksDifferError:
+            if ballot is not None and ballot.round is not None:
+                ballot.round.wait_for_ballots()  # else a late one would be taken for one of the next vote
+            raise
+        self._moved = False
 
     def _displace(self) -> Displaced:
         """Return what to vote on, displacements for gradients, and their magnitudes, 0 where none moved (L1, L2).
@@ -212,20 +235,19 @@ class LocalSteps:
         return views, magnitudes
 
     def _exchange_magnitudes(
-        self, own: Sequence[float], early: bool
-    ) -> tuple[list[float], npt.NDArray[np.bool_], bool]:
-        """Swap one row of floats with every rank: whether it is early, which buffers changed, the magnitudes.
+        self, own: Sequence[float], flags: int
+    ) -> tuple[list[float], npt.NDArray[np.bool_], npt.NDArray[np.int64]]:
+        """Swap one row of floats with every rank: its flags, which buffers changed, the magnitudes.
 
         Returns:
-            The magnitude of every tensor (L3), on which rank which buffer changed, whether all are early.
+            The magnitude of every tensor (L3), on which rank which buffer changed, the flags of every rank.
         """
         changed = self._buffers.changed()
         everyone, cut = self.vote.topology.everyone, 1 + len(changed)
-        row = torch.tensor([early, *changed, *own], dtype=torch.float32, device="cpu")
+        row = torch.tensor([flags, *changed, *own], dtype=torch.float32, device="cpu")
         rows = everyone.gather(row.to(everyone.wire(self._device)), Message.MAGNITUDES).cpu().numpy()
-        flags = rows[:, :cut] > 0
         magnitudes: list[float] = core.median_magnitudes(rows[:, cut:]).tolist()
-        return magnitudes, flags[:, 1:], bool(flags[:, 0].all())
+        return magnitudes, rows[:, 1:cut] > 0, rows[:, 0].astype(np.int64)
 
     def _commit(self, verdicts: Sequence[Verdict], magnitudes: Sequence[float]) -> None:
         """Take the outer step (L4); nothing here waits for another rank."""
@@ -261,9 +283,11 @@ class LocalSteps:
         self._anchors.put_back()
         self.steps, self._begun, self._displaced = 0, False, None
 
-    def find_parameters(self) -> None:
-        """Take the parameters of groups that were added since, too."""
-        self.outer.param_groups[0]["params"] += self._anchors.find()
+    def find_parameters(self) -> bool:
+        """Take the parameters of groups that were added since, too; return whether there were any."""
+        new = self._anchors.find()
+        self.outer.param_groups[0]["params"] += new
+        return bool(new)
 
     def settings(self, without: Collection[str] = ()) -> list[str]:
         """Return what all ranks must have in common beside the parameters, without some settings of the outer step."""
@@ -281,6 +305,12 @@ def find_local_steps(optimizer: object) -> LocalSteps | None:
     found = getattr(see_through(optimizer), _ATTRIBUTE, None)
     return found if isinstance(found, LocalSteps) else None
 
+
+_BETWEEN_ROUNDS = (
+    "other code than the optimizers moved or added parameters between two rounds, and not alike on all ranks. Load or "
+    "broadcast the same values there; a wrapper that moves parameters after its optimizer's step, as Lookahead does, "
+    "cannot take local steps."
+)
 
 _ATTRIBUTE = "_signsgd_local_steps"
 """Where an optimizer has them; copies of it have none."""

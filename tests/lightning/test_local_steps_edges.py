@@ -1,0 +1,119 @@
+"""Between rounds, and where one ends without a vote: other code moves parameters, a state is loaded, a round fails."""
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from signsgd_lightning import RanksDifferError, enable_local_steps
+from tests.workers import Workers
+
+
+def _line(dtype: torch.dtype = torch.float32, value: float = 1.0) -> Any:
+    """Two weights."""
+    net = nn.Linear(2, 1, bias=False, dtype=dtype)
+    with torch.no_grad():
+        net.weight.fill_(value)
+    return net
+
+
+def _step(optimizer: Any, gradient: list[float]) -> None:
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            p.grad = torch.tensor([gradient], dtype=p.dtype)
+    optimizer.step()
+
+
+def _own() -> float:
+    return float(dist.get_rank())
+
+
+class Behind:
+    """Holds an optimizer and moves parameters behind its step, as Lookahead does; each rank elsewhere."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self.optimizer.param_groups
+
+    def step(self) -> None:
+        self.optimizer.step()
+        with torch.no_grad():
+            for p in self.param_groups[0]["params"]:
+                p.add_(_own())
+
+
+def _moved_apart(kind: str) -> tuple[str, list[float]]:
+    """Move parameters, or add some, that are not the same on all ranks; return the error, and where all end then."""
+    net = _line()
+    inner = torch.optim.SGD(net.parameters(), lr=0.5)
+    optimizer: Any = Behind(inner) if kind == "a wrapper" else inner
+    enable_local_steps(net, inner, sync_every=1)
+    said, last = "", net.weight
+    try:
+        _step(optimizer, [1.0, 1.0])
+        if kind == "a new group":
+            last = nn.Parameter(torch.full((1, 2), _own()))
+            inner.add_param_group({"params": [last]})
+        elif kind == "one rank" and dist.get_rank() == 1:
+            last.data[0, 0] += 1
+        _step(optimizer, [1.0, 1.0])
+    except RanksDifferError as error:
+        said = str(error)
+    with torch.no_grad():
+        last.fill_(2.0)  # what the error asks for
+    _step(inner, [1.0, -1.0])
+    return said, last.tolist()[0]
+
+
+def _apart() -> list[tuple[str, list[float]]]:
+    return [_moved_apart(kind) for kind in ("a new group", "a wrapper", "one rank")]
+
+
+def test_ranks_that_other_code_moves_apart_are_told(workers: Workers) -> None:
+    """And ballots that were under way are none of the next round's."""
+    runs = workers.run(3, _apart)
+    who = "when the round began rank{} from the other ranks in {}, or in its verdict momentum: other code than the opti"
+    for told in runs:
+        assert [said[: len(who) + 99].split("mizers")[0] for said, _ in told] == [
+            who.format("s 0, 1, 2 differ", "a parameter"),
+            who.format("s 0, 1, 2 differ", "weight"),
+            who.format(" 1 differs", "weight"),
+        ]
+        assert [end for _, end in told] == [[1.5, 2.5]] * 3
+
+
+def _alike(dtype: torch.dtype) -> tuple[list[int], list[float]]:
+    """Four rounds, of which other code moves parameters before the last, through `.data`; return what each sent."""
+    net = _line(dtype)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.3)
+    local = enable_local_steps(net, optimizer, sync_every=1)
+    sent = [local.vote.topology.everyone.sent_bytes]
+    for t in range(4):
+        if t == 3:
+            net.weight.data.copy_(torch.tensor([[7.0, -3.0]]))
+            optimizer.param_groups[0]["lr"] = 0.0
+        _step(optimizer, [1.0 + _own(), 1.0])
+        sent.append(local.vote.topology.everyone.sent_bytes)
+    return np.diff(sent).tolist(), net.weight.tolist()[0]
+
+
+def _alikes() -> list[tuple[list[int], list[float]]]:
+    return [_alike(torch.float32), _alike(torch.bfloat16)]
+
+
+def test_parameters_that_all_ranks_move_alike_are_where_the_round_begins(workers: Workers) -> None:
+    for runs in workers.run(2, _alikes):
+        for sent, end in runs:
+            assert end == [7.0, -3.0], "nobody took a step of a length"
+            header, present, row, ballots = 32, 1, 4 * (1 + 1), 2 * 8
+            assert sent == [
+                header + header + row + ballots,  # the first round compares values
+                header + row + ballots,
+                header + row + ballots,
+                header + present + row + header,  # and so does one that begins elsewhere
+            ]
