@@ -34,9 +34,9 @@ class Buffers:
         return dict(self._old)
 
     def restore(self) -> None:
-        """Give them the values that they had after the last round."""
+        """Give them the values that they had after the last round, but for those that have another shape now."""
         for name, buffer in self._now().items():
-            if name in self._old:
+            if name in self._old and buffer.shape == self._old[name].shape:
                 buffer.copy_(self._old[name])
 
     def changed(self) -> list[bool]:
@@ -60,7 +60,8 @@ class Buffers:
         chosen = [(buffer, np.flatnonzero(ranks).tolist()) for buffer, ranks in pairs if ranks.any()]
         if not chosen:
             return []
-        row = torch.cat([buffer.reshape(-1).float() for buffer, _ in chosen])
+        wide = reduce(torch.promote_types, [buffer.dtype for buffer, _ in chosen], torch.float32)
+        row = torch.cat([buffer.reshape(-1).to(wide) for buffer, _ in chosen])
         rows = everyone.gather(row.to(everyone.wire(row.device)), Message.BUFFERS).to(row.device)
         parts = torch.split(rows, [buffer.numel() for buffer, _ in chosen], dim=1)
         return [

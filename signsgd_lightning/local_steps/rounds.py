@@ -172,8 +172,8 @@ class LocalSteps:
         try:
             outcome = self._taker.take(lambda: self._attempt(early))
         except BaseException:
-            self._buffers.restore()
             self._finish()
+            self._buffers.restore()
             raise
         if outcome is not None:
             ends = self._ends(outcome.given.views)

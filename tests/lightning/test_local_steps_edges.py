@@ -117,3 +117,45 @@ def test_parameters_that_all_ranks_move_alike_are_where_the_round_begins(workers
                 header + row + ballots,
                 header + present + row + header,  # and so does one that begins elsewhere
             ]
+
+
+def _grown() -> tuple[str, list[float], list[float]]:
+    """A cache grows on rank 1 alone, so that the round fails."""
+    net = _line(value=10.0)
+    net.register_buffer("cache", torch.zeros(4), persistent=False)
+    net.register_buffer("mean", torch.zeros(2))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.5)
+    enable_local_steps(net, optimizer, sync_every=2)
+    _step(optimizer, [1.0, -3.0])
+    net.mean += 1
+    net.cache = torch.zeros(4 + dist.get_rank())
+    try:
+        _step(optimizer, [1.0, -3.0])
+    except RuntimeError as error:
+        return str(error), net.weight.tolist()[0], net.mean.tolist()
+    return "", [], []
+
+
+def _wide() -> list[float]:
+    """Round float64 statistics, which are the same on all ranks but for the last, beside narrower ones."""
+    net = _line()
+    net.register_buffer("wide", torch.zeros(3, dtype=torch.float64))
+    net.register_buffer("short", torch.zeros(1, dtype=torch.bfloat16))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.5)
+    local = enable_local_steps(net, optimizer, sync_every=2)
+    net.wide.copy_(torch.tensor([1 + 1e-10, 123456789.0, 1e-10 * _own()], dtype=torch.float64))
+    net.short.fill_(1.0 + _own())
+    _step(optimizer, [1.0, 1.0])
+    local.close_round()
+    return [*net.wide.tolist(), *net.short.tolist()]
+
+
+def _buffers() -> tuple[Any, list[float]]:
+    return _grown(), _wide()
+
+
+def test_buffers(workers: Workers) -> None:
+    for (said, weight, mean), wide in workers.run(2, _buffers):
+        assert "rank 0 has «buffer cache: shape (4,), torch.float32» where rank 1 has «buffer cache: shape (5,)" in said
+        assert (weight, mean) == ([10.0, 10.0], [0.0, 0.0]), "they are as the round began"
+        assert wide == [1 + 1e-10, 123456789.0, 0.5e-10, 1.5]
