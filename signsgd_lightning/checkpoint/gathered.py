@@ -8,12 +8,12 @@ from torch.optim import Optimizer
 import signsgd_core as core
 
 from ..local_steps.rounds import find_local_steps
-from ..optimizer import Signum, find_signum
+from ..optimizer import Signum, find_signum, see_through
 from ..sharding import refuse_sharded
 from ..state import ENTRIES, any_private, find, private
 from ..vote.agreement import Purpose, meet
 from ..vote.transport import Message
-from .inner import gather_inner, scatter_inner
+from .inner import gather_inner, of_a_vote, scatter_inner
 from .loading import OTHERS, SHARDS, Others, check, part, unsign
 
 
@@ -43,7 +43,7 @@ def gather_state(optimizer: Optimizer) -> dict[str, Any]:
     """
     local = find_local_steps(optimizer)
     if local is not None:
-        return gather_inner(local, optimizer)
+        return gather_inner(local, see_through(optimizer))
     optimizer = find_signum(optimizer)
     refuse_sharded(optimizer, "gather_state", _BY_TORCH)
     state, vote = optimizer.state_dict(), optimizer.vote
@@ -75,7 +75,8 @@ def scatter_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
     With more ranks, new rank `i` takes the momentum of old rank ``i mod M``; with fewer each takes the mean of those it
     replaces (`signsgd_core.inherited`). Nodes, where they vote or did, count as ranks do. An ordinary state counts as
     that of one rank. Of an optimizer that takes local steps a rank takes one old rank's whole state, with fewer ranks
-    that of the first of those that it replaces.
+    that of the first of those that it replaces, and a round that is open ends without a vote. A `Signum` may go on from
+    a vote under local steps, and the other way round.
 
     Args:
         optimizer: a `Signum` that votes or is alone, or any that takes local steps.
@@ -89,14 +90,16 @@ def scatter_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
     Example:
         >>> scatter_state(optimizer, torch.load("checkpoint.pt", weights_only=True)["optimizer"])  # doctest: +SKIP
     """
+    if SHARDS in state:
+        raise ValueError("the momenta of this state lie beside its file: resume from the directory, not from the file")
     local = find_local_steps(optimizer)
     if local is not None:
-        scatter_inner(local, optimizer, state)
+        scatter_inner(local, see_through(optimizer), state)
         return
     optimizer = find_signum(optimizer)
     refuse_sharded(optimizer, "scatter_state", _BY_TORCH)
     check(state)
-    own_state, others = part(state)
+    own_state, others = part(of_a_vote(state))
     _check(optimizer, own_state, others)
     workers = None if optimizer.vote is None else optimizer.vote.topology.workers
     worker, count = (0, 1) if workers is None else (workers.rank, workers.world_size)
@@ -120,8 +123,6 @@ _BY_TORCH = (
 
 
 def _check(optimizer: Signum, state: dict[str, Any], others: Others) -> None:
-    if SHARDS in state:
-        raise ValueError("the momenta of this state lie beside its file: resume from the directory, not from the file")
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     saved = [key for group in state["param_groups"] for key in group["params"]]
     shapes = dict(zip(saved, (p.shape for p in parameters), strict=False))

@@ -5,6 +5,7 @@ States travel as the bytes that `torch.save` writes and are read as data alone, 
 
 import io
 from collections.abc import Mapping
+from itertools import product
 from typing import Any
 
 import torch
@@ -14,11 +15,10 @@ from torch.optim import Optimizer
 import signsgd_core as core
 
 from ..local_steps import LocalSteps
+from ..state import ENTRIES
 from ..vote.agreement import Purpose, meet
 from ..vote.transport import Message
-
-INNER = "inner_states_of_other_workers"
-"""Where a gathered state has the state of worker 1, worker 2, …"""
+from .loading import INNER, OTHERS, Others, part
 
 OUTER = "local_steps"
 """Where a state has outer momenta and the number of rounds, if it is the first optimizer's; else None."""
@@ -54,14 +54,36 @@ def scatter_inner(local: LocalSteps, optimizer: Optimizer, state: Mapping[str, A
     """Give every rank the state of the worker that it goes on from; see `scatter_state`.
 
     With more ranks, new rank `i` takes the state of old rank ``i mod M``; with fewer that of the first of those that it
-    replaces: states of any optimizer have no mean. A state without others is for all.
+    replaces: states of any optimizer have no mean. A state without others is for all. The round ends without a vote.
     """
-    everyone = [state["state"], *state.get(INNER, ())]
+    first, others = part(dict(state))
+    everyone = [first["state"], *state.get(INNER, ()), *_by_worker(first["state"], others)]
     ranks = local.vote.topology.everyone
     old = core.predecessors(ranks.rank, ranks.world_size, len(everyone))[0]
     optimizer.load_state_dict({"state": everyone[old], "param_groups": state["param_groups"]})
+    local.forget_steps()
     if state.get(OUTER) is not None:
         local.load_state_dict(state[OUTER])
+
+
+def of_a_vote(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the state of a `Signum` as voters gather it, also where it took local steps; see `gather_state`.
+
+    Momenta are zeros for a worker that has none, as in a vote.
+    """
+    if INNER not in state:
+        return dict(state)
+    everyone = [state["state"], *state[INNER]]
+    entries, others = {key: dict(values) for key, values in everyone[0].items()}, Others()
+    keys = sorted({key for held in everyone for key in held})
+    for entry, key in product([entry for entry in ENTRIES if entry.private], keys):
+        rows = [held.get(key, {}).get(entry.name) for held in everyone]
+        like = next((row for row in rows if row is not None), None)
+        if like is not None:
+            first, *rest = (torch.zeros_like(like) if row is None else row for row in rows)
+            entries.setdefault(key, {})[entry.name] = first
+            others.setdefault(entry.name, {})[key] = torch.stack([row.cpu() for row in rest])
+    return {**{name: value for name, value in state.items() if name != INNER}, "state": entries, OTHERS: others}
 
 
 def check_closed(local: LocalSteps, purpose: Purpose, wire: torch.device) -> None:
@@ -77,6 +99,17 @@ def check_closed(local: LocalSteps, purpose: Purpose, wire: torch.device) -> Non
             f"rank {flags.index(1)} has taken steps since the last round, so parameters differ from rank to rank: call "
             "close_round() of what enable_local_steps returned, on every rank, before anything is saved"
         )
+
+
+def _by_worker(first: Mapping[int, Mapping[str, Any]], others: Others) -> list[dict[int, dict[str, Any]]]:
+    """Return the whole states of a vote's other workers: what is the same on all, with what is each one's own."""
+    count = max((len(rows) for by_key in others.values() for rows in by_key.values()), default=0)
+    states = [{key: dict(entries) for key, entries in first.items()} for _ in range(count)]
+    for name, by_key in others.items():
+        for key, rows in by_key.items():
+            for state, row in zip(states, rows, strict=True):
+                state[key][name] = row
+    return states
 
 
 def _to_bytes(state: Any) -> Tensor:

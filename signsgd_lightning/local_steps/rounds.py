@@ -124,7 +124,7 @@ class LocalSteps:
         return {"rounds": self.outer.t, "outer_momenta": momenta}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` returned; settings stay as they are.
+        """Go on from what `state_dict` returned; settings stay as they are, and an open round ends without a vote.
 
         Raises:
             ValueError: if it is of another model; then nothing was loaded.
@@ -142,7 +142,12 @@ class LocalSteps:
         self.outer.param_groups[0]["step"] = state["rounds"]
         for x, u in zip(anchors, momenta, strict=True):
             self.outer.state[x] = {} if u is None else {OUTER_MOMENTUM.name: u.to(x.device).clone()}
+        self.forget_steps()
         self.vote.verify_next()
+
+    def forget_steps(self) -> None:
+        """End the round without a vote: the next one begins where parameters are then, with what is loaded now."""
+        self.steps, self._begun, self._displaced = 0, False, None
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
@@ -281,7 +286,7 @@ class LocalSteps:
     def _finish(self) -> None:
         """Let parameters go to `x_0`."""
         self._anchors.put_back()
-        self.steps, self._begun, self._displaced = 0, False, None
+        self.forget_steps()
 
     def find_parameters(self) -> bool:
         """Take the parameters of groups that were added since, too; return whether there were any."""

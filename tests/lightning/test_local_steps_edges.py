@@ -1,5 +1,6 @@
 """Between rounds, and where one ends without a vote: other code moves parameters, a state is loaded, a round fails."""
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -7,7 +8,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from signsgd_lightning import RanksDifferError, enable_local_steps
+from signsgd_lightning import (
+    RanksDifferError,
+    Signum,
+    enable_local_steps,
+    enable_majority_vote,
+    gather_state,
+    scatter_state,
+)
 from tests.workers import Workers
 
 
@@ -119,6 +127,37 @@ def test_parameters_that_all_ranks_move_alike_are_where_the_round_begins(workers
             ]
 
 
+def _loaded() -> list[list[float]]:
+    """Load what was saved at the start into the middle of the third round; then after it, optimizer first."""
+    net = _line()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.5)
+    local = enable_local_steps(net, optimizer, sync_every=3)
+    holder: Any = Behind(optimizer)
+    box = [{"net": {"weight": net.weight.detach().clone()}, "optimizer": gather_state(holder)}]
+    dist.broadcast_object_list(box)
+    _step(optimizer, [1.0, 2.0])
+    local.close_round()
+    ends: list[list[float]] = [[box[0]["optimizer"]["local_steps"]["rounds"]]]  # seen through what holds it
+    for first in (0, 1):
+        _step(optimizer, [3.0 + _own(), 3.0])
+        if first == 0:
+            net.load_state_dict(box[0]["net"])
+        scatter_state(optimizer, box[0]["optimizer"])
+        if first == 1:
+            net.load_state_dict(box[0]["net"])
+        ends.append([float(local.steps), float(local.is_open), *net.weight.tolist()[0]])
+        local.close_round()
+        ends.append(net.weight.tolist()[0])
+    _step(optimizer, [1.0, -1.0])
+    local.close_round()
+    return [*ends, net.weight.tolist()[0]]
+
+
+def test_a_state_that_is_loaded_ends_the_open_round(workers: Workers) -> None:
+    for ends in workers.run(2, _loaded):
+        assert ends == [[0], *[[0.0, 0.0, 1.0, 1.0], [1.0, 1.0]] * 2, [0.5, 1.5]]
+
+
 def _grown() -> tuple[str, list[float], list[float]]:
     """A cache grows on rank 1 alone, so that the round fails."""
     net = _line(value=10.0)
@@ -159,3 +198,49 @@ def test_buffers(workers: Workers) -> None:
         assert "rank 0 has «buffer cache: shape (4,), torch.float32» where rank 1 has «buffer cache: shape (5,)" in said
         assert (weight, mean) == ([10.0, 10.0], [0.0, 0.0]), "they are as the round began"
         assert wide == [1 + 1e-10, 123456789.0, 0.5e-10, 1.5]
+
+
+def _signum(votes: bool) -> tuple[Any, Signum]:
+    """Return two parameters, of which the second one's momentum is rank 1's alone, and what steps on them."""
+    net = nn.ParameterList([torch.ones(2), torch.ones(1)])
+    optimizer = Signum(net.parameters(), lr=0.125, betas=(0.5, 0.5))
+    if votes:
+        enable_majority_vote(net, optimizer)
+    else:
+        enable_local_steps(net, optimizer, sync_every=1)
+    return net, optimizer
+
+
+def _crosses(from_vote: bool) -> tuple[list[Any], list[Any], list[str]]:
+    """Return the momenta under one way to train, and those that the other goes on with."""
+    (net, optimizer), said = _signum(from_vote), list[str]()
+    net[0].grad = torch.tensor([1.0, -3.0]) * (1 + _own())
+    net[1].grad = torch.ones(1) if dist.get_rank() == 1 else None
+    optimizer.step()
+    box = [gather_state(optimizer)]
+    dist.broadcast_object_list(box)
+    then, other = _signum(not from_vote)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        scatter_state(other, box[0])
+        said += [str(warning.message) for warning in caught]
+        caught.clear()
+        other.load_state_dict(box[0])  # as torch does it
+        said += [str(warning.message) for warning in caught][:1]
+    own = [optimizer.state.get(p, {}).get("momentum", torch.zeros(1)).tolist() for p in net]
+    scatter_state(other, box[0])
+    return own, [other.state[p]["momentum"].tolist() for p in then], said
+
+
+def _both_ways() -> list[Any]:
+    return [_crosses(True), _crosses(False)]
+
+
+def test_a_momentum_goes_from_a_vote_to_local_steps_and_back(workers: Workers) -> None:
+    for rank, ways in enumerate(workers.run(2, _both_ways)):
+        for own, then, said in ways:
+            assert own == [[0.5 * (1 + rank), -1.5 * (1 + rank)], [0.5 * rank]]
+            assert then == own
+            assert [words[:46] for words in said] == ["this state holds the momenta of several ranks,"], (
+                "torch's own way"
+            )
