@@ -91,8 +91,9 @@ def let_step(
         raise RuntimeError("local steps need a process group: call torch.distributed.init_process_group first")
     check_adversaries(options.adversaries, dist.get_world_size(group), "rank")
     agree_on_model(model, group)
-    broadcast(model, group)
-    return LocalSteps(model, optimizers, options, Flat(PointToPoint(group)), counts_steps)
+    local = LocalSteps(model, optimizers, options, Flat(PointToPoint(group)), counts_steps)
+    broadcast(model, group)  # once the ranks agree on everything: a refusal changes nothing
+    return local
 
 
 def check(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:

@@ -151,21 +151,25 @@ def test_only_an_empty_parameter_has_a_gradient(workers: Workers) -> None:
     assert workers.run(2, _only_the_empty) == [[0.5, 0.5]] * 2
 
 
-def _refused() -> tuple[str, bool, list[float]]:
-    """The ranks have other learning rates, and train without a vote then."""
-    net = nn.Linear(2, 1, bias=False)
-    net.weight.data.fill_(float(dist.get_rank()))
-    optimizer = Signum(net.parameters(), lr=0.1 + dist.get_rank())
-    with pytest.raises(RuntimeError) as error:
+def _refused() -> tuple[list[str], bool, list[float]]:
+    """The ranks have other settings, and train without a vote then."""
+    rank, net = dist.get_rank(), nn.Linear(2, 1, bias=False)
+    net.weight.data.fill_(float(rank))
+    optimizer = Signum(net.parameters(), lr=0.1 + rank)
+    with pytest.raises(RuntimeError) as of_votes:
         enable_majority_vote(net, optimizer)
+    sgd = torch.optim.SGD(net.parameters(), lr=1.0)
+    with pytest.raises(RuntimeError) as of_rounds:
+        enable_local_steps(net, sgd, sync_every=1 + rank)
     net.weight.grad = torch.ones(1, 2)
-    torch.optim.SGD(net.parameters(), lr=1.0).step()
-    return str(error.value), optimizer.vote is None, net.weight.flatten().tolist()
+    sgd.step()
+    return [str(error.value) for error in (of_votes, of_rounds)], optimizer.vote is None, net.weight.flatten().tolist()
 
 
-def test_a_refused_vote_changes_nothing(workers: Workers) -> None:
-    for rank, (message, alone, weights) in enumerate(workers.run(2, _refused)):
-        assert "rank 0 has «group 0: lr=0.1» where rank 1 has «group 0: lr=1.1»" in message
+def test_a_refusal_changes_nothing(workers: Workers) -> None:
+    for rank, ((of_votes, of_rounds), alone, weights) in enumerate(workers.run(2, _refused)):
+        assert "rank 0 has «group 0: lr=0.1» where rank 1 has «group 0: lr=1.1»" in of_votes
+        assert "sync_every=1" in of_rounds
         assert (alone, weights) == (True, [rank - 1.0] * 2)
 
 
