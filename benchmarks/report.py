@@ -30,7 +30,8 @@ PAPERS = tuple(
     f"papers/{name}"
     for name in (
         *("signmuon", "verdict_momentum", "verdict_variants", "cifar10", "densities", "gpt_over_wire", "gpt_two_sites"),
-        *("local_steps", "newcomers", "quadratic_liars", "toy_sparse_noise", "warmup", "whole_gpt", "zeros_and_ties"),
+        *("local_steps", "newcomers", "quadratic_liars", "toy_sparse_noise", "warmup", "whole_gpt", "whole_resnet"),
+        *("zeros_and_ties",),
     )
 )
 SOURCES: dict[str, tuple[str, ...]] = {
@@ -42,7 +43,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "docs/guide/nodes.md": ("nodes",),
     "docs/guide/papers.md": PAPERS,
     "docs/guide/performance.md": ("wire", "kernels", "keras_step", "papers/gpt_over_wire", "scaling"),
-    "docs/guide/settings.md": (*PAPERS[:4], "papers/whole_gpt", TRAININGS, "demo_digits"),
+    "docs/guide/settings.md": (*PAPERS[:4], "papers/whole_gpt", "papers/whole_resnet", TRAININGS, "demo_digits"),
     "docs/guide/sharded.md": ("sharded",),
     "docs/guide/slow_links.md": ("papers/signmuon", "papers/local_steps", "papers/gpt_two_sites", TRAININGS, "wire"),
     "docs/guide/start.md": ("demo_digits", "demo_keras_processes", "demo_keras_mirrored"),
