@@ -44,7 +44,14 @@ def fit(path: Path, lighthouse: str, task: Fit) -> None:
     from torch import nn
     from torch.utils.data import DataLoader, TensorDataset
 
-    from signsgd_lightning import ElasticBatches, ElasticVoteStrategy, Signum, VoteMonitor, signmuon_groups
+    from signsgd_lightning import (
+        ElasticBatches,
+        ElasticVoteStrategy,
+        GeometryMonitor,
+        Signum,
+        VoteMonitor,
+        signmuon_groups,
+    )
 
     torch.set_num_threads(1)
     torch.manual_seed(os.getpid())  # each starts elsewhere
@@ -102,10 +109,11 @@ def fit(path: Path, lighthouse: str, task: Fit) -> None:
             line = {"step": self.step, "bits": bits, "number": vote.number, "workers": vote.workers, "lr": lr}
             line |= {"drawn": drawn[-per_step:], "first": trainer.is_global_zero}
             line["monitor"] = float(trainer.callback_metrics.get("vote/workers", 0))
+            line["geometry"] = [[record[name] for name in ("step", "samples")] for record in geometry.report.records]
             with path.open("a") as log:
                 log.write(json.dumps(line) + "\n")
 
-    folder = path.with_suffix("")
+    folder, geometry = path.with_suffix(""), GeometryMonitor(every_n_steps=4, samples=2, directory=None)
     strategy = ElasticVoteStrategy(
         lighthouse=lighthouse, timeout=timedelta(seconds=TIMEOUT), hostname="127.0.0.1", **task.strategy
     )
@@ -115,7 +123,7 @@ def fit(path: Path, lighthouse: str, task: Fit) -> None:
         devices=1,
         strategy=strategy,
         logger=CSVLogger(folder, flush_logs_every_n_steps=1),
-        callbacks=[VoteMonitor(), Lines(), save],
+        callbacks=[VoteMonitor(), geometry, Lines(), save],
         enable_progress_bar=False,
         enable_model_summary=False,
         log_every_n_steps=1,

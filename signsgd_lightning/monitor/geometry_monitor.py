@@ -17,7 +17,9 @@ from signsgd_core.analysis.geometry import PROBES, Moments, density, sample
 from signsgd_core.analysis.report import GeometryReport, check_monitor
 
 from .. import _compat
+from ..local_steps.rounds import find_local_steps
 from ..optimizer import Signum, see_through
+from ..sharding import refuse_sharded
 from ..vote.agreement import Purpose, meet
 from ..vote.transport import Message, PointToPoint
 
@@ -27,8 +29,10 @@ class GeometryMonitor(Callback):
 
     Each `every_n_steps` steps the gradients of `samples` consecutive ones, as the optimizer gets them, become mean and
     moments of a random choice of coordinates; names and meaning: see `signsgd_core.analysis.geometry`. Under a vote
-    those of all ranks are taken together; elsewhere DDP has averaged them, and they are of all ranks' batches. It works
-    with every optimizer, of several with the first. A gradient that is not finite is left out.
+    those of all ranks are taken together; where workers come and go, or take local steps, each looks at its own.
+    Elsewhere DDP has averaged them, and they are of all ranks' batches. It works with every optimizer, of several with
+    the first. A gradient that is not finite is left out. Sharded models are refused: densities of a shard are not those
+    of the model.
 
     At the end of training `geometry.json` and, with matplotlib, `geometry.png` are written, and the advice of
     `signsgd_core.analysis.advice` is shown. By default it keeps 6.6 MB and took 1.5% of the time of
@@ -46,6 +50,7 @@ class GeometryMonitor(Callback):
 
     Raises:
         ValueError: if a number is outside its range.
+        TypeError: at the start of `fit`, if a parameter is a DTensor.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -68,6 +73,7 @@ class GeometryMonitor(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Choose the coordinates."""
         optimizer = see_through(trainer.optimizers[0])
+        refuse_sharded(optimizer, "GeometryMonitor", _WHOLE)
         self._optimizer, self._steps, self._rows = optimizer, 0, list[Tensor]()
         self._first = trainer.global_step
         self._parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
@@ -77,7 +83,11 @@ class GeometryMonitor(Callback):
             for p, chosen in zip(self._parameters, sample(sizes, self.coordinates), strict=True)
         ]
         vote = optimizer.vote if isinstance(optimizer, Signum) else None
-        self._everyone: PointToPoint | None = None if vote is None else vote.topology.everyone
+        local = find_local_steps(optimizer)
+        watched = local.vote if local else vote
+        self._come_and_go = watched is not None and watched.topology.changes
+        gathers = vote is not None and not self._come_and_go  # those who come and go do not reach this at one step
+        self._everyone: PointToPoint | None = vote.topology.everyone if vote and gathers else None
         workers = self._everyone.world_size if self._everyone else 1
         self.report = GeometryReport(workers, sum(sizes), sum(map(len, self._chosen)))
 
@@ -87,6 +97,8 @@ class GeometryMonitor(Callback):
             return
         if self._steps % self.every_n_steps < self.samples:
             self._rows.append(_taken(self._parameters, self._chosen) / _scale(trainer, optimizer))
+        if self._come_and_go:  # a worker that joins goes on from the others' step, and may take one again
+            self._first = trainer.global_step - self._steps
         self._steps += 1
         if self._steps % self.every_n_steps == 0:
             self._record(trainer, pl_module)
@@ -102,7 +114,7 @@ class GeometryMonitor(Callback):
         self._optimizer = None
 
     def _record(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the figures of the gradients looked at since the last time; all ranks do it at the same step."""
+        """Log the figures of the gradients looked at since the last time; ranks that gather do it at the same step."""
         moments = self._moments()
         self._rows = []
         curvature = float("nan")
@@ -120,7 +132,7 @@ class GeometryMonitor(Callback):
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in known.items()})
 
     def _moments(self) -> Moments | None:
-        """Return the moments of all finite gradients, of all ranks that vote."""
+        """Return the moments of all finite gradients, of all ranks that gather."""
         rows = torch.stack(self._rows) if self._rows else torch.zeros(0, self.report.coordinates)
         finite = rows[rows.isfinite().all(1)].cpu().numpy()
         own = Moments.of(finite) if len(finite) else None
@@ -132,6 +144,12 @@ class GeometryMonitor(Callback):
         meet(everyone, Purpose.MOMENTS, wire)
         rows = everyone.gather(row.to(wire), Message.FIGURES)
         return Moments.unpack(rows.cpu().numpy())
+
+
+_WHOLE = (
+    "a shard's densities are not those of the model. Leave the monitor out, or watch a smaller model of this kind "
+    "under strategy='majority_vote'"
+)
 
 
 def twice_differentiable() -> AbstractContextManager[None]:

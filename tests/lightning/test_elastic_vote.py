@@ -76,6 +76,11 @@ def test_one_is_killed_and_one_joins(task: Fit, workers: Crew, tmp_path: Path) -
         drawn = [tuple(batch) for line in lines for batch in line["drawn"]]
         assert len(drawn) == len(set(drawn))
     assert {line["monitor"] for name in left for line in workers.log(name)} - {0.0} == {2.0, 3.0}
+    for name in left:
+        for line in workers.log(name):
+            assert all(samples == 2 for _, samples in line["geometry"]), "a worker looks at its own gradients"
+    joined = workers.log(left[-1])
+    assert joined[0]["step"] < joined[-1]["geometry"][0][0] <= joined[-1]["geometry"][-1][0] <= end
     written = [row for name in names + left[-1:] for row in _logged(tmp_path / f"worker{name}")]
     assert len(written) == len(set(written)), "a step was logged by two"
     assert max(written) == end - 1

@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from signsgd_lightning import ShardedMajorityVoteStrategy, VoteMonitor
+from signsgd_lightning import GeometryMonitor, ShardedMajorityVoteStrategy, VoteMonitor
 from tests.workers import Workers
 
 from .models import Net, Record, array, record, trainer
@@ -232,6 +232,10 @@ MISTAKES: dict[str, tuple[Any, str]] = {
     "AdamW": (lambda _: _run(_Adam), "a majority vote needs signsgd_lightning.Signum, optimizer 0 is AdamW"),
     "Lightning's checkpoint": (_lightnings, "has no momenta of sharded copies, so it is no checkpoint of Sharded"),
     "a file to be trusted": (_placed, "holds pathlib.PosixPath, which torch loads only from a file that you trust"),
+    "geometry of shards": (
+        lambda _: trainer(strategy=_strategy(), callbacks=[GeometryMonitor()]).fit(Sharded()),
+        "GeometryMonitor takes ordinary tensors, and parameter 0 is a DTensor placed as S(0) over 'data_parallel': a ",
+    ),
     "sizes differ": (
         lambda _: _run(Sharded, data_parallel_size=2 if dist.get_rank() else 4),
         "rank 0 has «replicate_size=1, data_parallel_size=4, tensor_parallel_size=1» where rank 1 has «repl",
