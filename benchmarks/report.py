@@ -30,7 +30,16 @@ PAPERS = tuple(
     f"papers/{name}"
     for name in (
         *("signmuon", "verdict_momentum", "verdict_variants", "cifar10", "densities", "gpt_over_wire", "gpt_two_sites"),
-        *("local_steps", "newcomers", "quadratic_liars", "toy_sparse_noise", "warmup", "whole_gpt", "whole_resnet"),
+        *(
+            "gpt_keras",
+            "local_steps",
+            "newcomers",
+            "quadratic_liars",
+            "toy_sparse_noise",
+            "warmup",
+            "whole_gpt",
+            "whole_resnet",
+        ),
         *("zeros_and_ties",),
     )
 )
