@@ -135,10 +135,13 @@ def judge_rounds(
     Returns:
         How many workers voted in each round, and how many of them had taken steps.
     """
+    living = [workers.step(name) for name, process in enumerate(workers.processes) if process.is_alive()]
+    last = min(filter(None, living), default=10**6)  # in later rounds some are about to write their lines
     rounds: dict[int, list[dict[str, Any]]] = {}
     for name in range(len(workers.processes)):
         for line in workers.log(name):
-            rounds.setdefault(line["step"], []).append(line)
+            if line["step"] <= last:
+                rounds.setdefault(line["step"], []).append(line)
     assert sorted(rounds) == list(range(1, len(rounds) + 1))
     start = [np.array(x, dtype) for x in rounds[1][0]["before"]]
     most = max(lines[0]["workers"] for lines in rounds.values())
