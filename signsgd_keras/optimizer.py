@@ -56,10 +56,13 @@ class Signum(keras.optimizers.Optimizer):  # type: ignore[misc]
 
     **SignMuon.** With `orthogonalize=True` a worker votes on a matrix by the signs of its direction's polar factor,
     near ``U·Vᵀ`` of the singular value decomposition, by Newton–Schulz in float32. Which variables are matrices is
-    decided as in `keras.optimizers.Muon`, when the optimizer is built; `orthogonalized` names them:
+    decided when the optimizer is built, and `orthogonalized` names them. `keras.optimizers.Muon` takes those of two
+    dimensions only; here
 
     - Variables of two to four dimensions are, but for biases and the scales of normalizations and activations. All
       others vote by the signs of the direction itself, at a learning rate of their own.
+    - Of three or four dimensions, vectors such as a class token (1, 1, dim) are not. Nor are tables such as the
+      positions (1, length, dim): all that has a first dimension of 1 and a name that does not end in "kernel".
     - Embeddings and what `exclude_layers` names are not. Usually name your output layer there.
     - A kernel's last dimension has the rows, all dimensions before it are the `fan_in` columns: (in, out) of a `Dense`
       layer, (h, w, in, out) of a convolution, (heads, size, dim) of the output of a `MultiHeadAttention`.
@@ -67,6 +70,8 @@ class Signum(keras.optimizers.Optimizer):  # type: ignore[misc]
       columns. An `EinsumDense` of your own has its rows last.
     - Kernels with "depthwise" in their path are not, nor are those of convolutions with a single filter: they have no
       matrix of more than one row.
+    - Kernels with "transpose" in their path are not: Keras keeps those of transposed convolutions as (h, w, out, in).
+      Where such a layer has another name, name it in `exclude_layers`.
     - A kernel that holds several matrices, as that of a recurrent layer does, is orthogonalized as one.
 
     Args:
@@ -83,7 +88,8 @@ class Signum(keras.optimizers.Optimizer):  # type: ignore[misc]
         warmup_steps: for how many first steps the ballot is the sign of the gradient while the momentum accumulates;
             `"auto"` is C(β2) of `signsgd_core.warmup_steps`.
         weight_decay: λ, decoupled. Float or `None`.
-        clipnorm: Float. If set, the gradient of each variable is clipped to this norm, on each replica by itself.
+        clipnorm: Float. If set, the gradient of each variable is clipped to this norm, on each replica by itself. Under
+            `fit` Keras divides the loss, and so what this and the next two clip, by the number of replicas.
         clipvalue: Float. If set, the gradient is clipped to be no higher than this value.
         global_clipnorm: Float. If set, the gradients of all variables are clipped together to this norm.
         use_ema: Boolean. If `True`, an exponential moving average of the variables is kept.
@@ -334,6 +340,8 @@ class Signum(keras.optimizers.Optimizer):  # type: ignore[misc]
         check_shapes(grads, trainable_variables)
         self.workers.check_step()
         if self.vote is None:
+            if self.gradient_accumulation_steps or (self.use_ema and self.ema_overwrite_frequency):
+                self.workers.check_condition()
             super()._backend_apply_gradients(grads, trainable_variables)
             return
         dense = [self._backend.dense(g, v) for g, v in zip(grads, trainable_variables, strict=True)]

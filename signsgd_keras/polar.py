@@ -22,6 +22,9 @@ Shape = tuple[int, ...]
 _NO_MATRICES = ("alpha", "beta", "bias", "gamma", "scale")
 """Variables of these names are never matrices: attention and recurrent layers have biases of two dimensions."""
 
+_NO_MATRICES_WITHIN = ("depthwise", "transpose")
+"""Nor are those with one of these in their path: Keras keeps a transposed convolution's kernel as (h, w, out, in)."""
+
 _PROJECTIONS = ("query", "key", "value", "gate")
 """Layers within an attention layer whose kernel has the shape (dim, heads, size of a head)."""
 
@@ -129,12 +132,24 @@ def _matrix(name: str, shape: Shape, shapes: Mapping[str, Shape]) -> Matrices | 
         shapes: path -> shape, of all variables.
     """
     *layers, last = name.split("/")
-    is_single_filter = len(shape) > 2 and shape[-1] == 1  # of depthwise kernels, too, whatever the layer's name
-    if not 2 <= len(shape) <= 4 or last in _NO_MATRICES or "depthwise" in name.lower() or is_single_filter:
+    if not 2 <= len(shape) <= 4 or last in _NO_MATRICES or any(kind in name.lower() for kind in _NO_MATRICES_WITHIN):
+        return None
+    if len(shape) > 2 and _is_vector_or_table(last, shape):
         return None
     if _is_projection(layers, shape, shapes):
         return Matrices(1, math.prod(shape[1:]), shape[0])
     return Matrices(1, shape[-1], math.prod(shape[:-1]))
+
+
+def _is_vector_or_table(last: str, shape: Shape) -> bool:
+    """Tell whether a variable of three or four dimensions is less than a matrix, or a table as an embedding is.
+
+    A kernel may have a first dimension of 1, as those of pointwise convolutions have.
+    """
+    is_single_filter = shape[-1] == 1  # of depthwise kernels, too, whatever the layer's name
+    is_vector = math.prod(shape) == max(shape)  # a class token, or the scale of a layer
+    is_table = shape[0] == 1 and not last.endswith("kernel")  # positions, added to a batch
+    return is_single_filter or is_vector or is_table
 
 
 def _is_projection(layers: Sequence[str], shape: Shape, shapes: Mapping[str, Shape]) -> bool:

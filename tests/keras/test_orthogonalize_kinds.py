@@ -37,6 +37,7 @@ def images() -> Any:
             layers.PReLU(name="activation"),
             layers.Conv2D(1, 1, name="single"),
             layers.Reshape((1, 1)),
+            layers.Conv1D(2, 1, name="vector"),
             layers.Conv1D(4, 1, name="query"),
             layers.Dense(2, name="dense"),
             layers.Flatten(),
@@ -84,10 +85,41 @@ def test_a_convolutional_model() -> None:
     assert shapes(model, built(model)) == {
         "conv/kernel": (5, 27),
         "separable/pointwise_kernel": (4, 10),
-        "query/kernel": (4, 1),
+        "query/kernel": (4, 2),
         "dense/kernel": (2, 4),
         "output/kernel": (1, 2),
     }
+
+
+class _Tokens(layers.Layer):  # type: ignore[misc]
+    """What vision transformers add to patches: vectors and tables with leading ones."""
+
+    def build(self, shape: Any) -> None:
+        for name, size in {"class_token": (1, 1, 16), "position": (1, 5, 16), "map": (1, 5, 2, 8)}.items():
+            setattr(self, name, self.add_weight(shape=size, initializer="zeros", name=name))
+
+    def call(self, x: Any) -> Any:
+        return x + self.class_token + self.position + keras.ops.reshape(self.map, (1, 5, 16))
+
+
+@everywhere
+def test_vectors_and_tables_with_leading_ones_are_no_matrices() -> None:
+    parts = [keras.Input((5, 16)), _Tokens(name="tokens"), layers.Conv1D(4, 1, name="conv"), layers.Dense(1, name="d")]
+    model = keras.Sequential(parts, name="net")
+    assert shapes(model, built(model)) == {"conv/kernel": (4, 16), "d/kernel": (1, 4)}
+
+
+@everywhere
+def test_transposed_convolutions_are_no_matrices() -> None:
+    """Keras keeps their kernels as (h, w, out, in)."""
+    parts = [
+        keras.Input((4, 4, 3)),
+        layers.Conv2DTranspose(5, 2),
+        layers.Conv2DTranspose(1, 2, name="myTransposed"),
+        layers.Conv2D(6, 2, name="conv"),
+    ]
+    model = keras.Sequential(parts, name="net")
+    assert shapes(model, built(model)) == {"conv/kernel": (6, 4)}
 
 
 @everywhere
