@@ -66,8 +66,9 @@ class Signum(keras.optimizers.Optimizer):  # type: ignore[misc]
     - Embeddings and what `exclude_layers` names are not. Usually name your output layer there.
     - A kernel's last dimension has the rows, all dimensions before it are the `fan_in` columns: (in, out) of a `Dense`
       layer, (h, w, in, out) of a convolution, (heads, size, dim) of the output of a `MultiHeadAttention`.
-    - The kernels (dim, heads, size) of `query`, `key`, `value` and `gate` beside such an `attention_output` have `dim`
-      columns. An `EinsumDense` of your own has its rows last.
+    - The kernels (dim, heads, size) of layers named `query`, `key`, `value` or `gate` have `dim` columns, also those
+      of an `EinsumDense` of your own. Their bias (heads, size) tells them; without a bias, that `dim` is at least
+      `heads`. Any other `EinsumDense` has its rows last.
     - Kernels with "depthwise" in their path are not, nor are those of convolutions with a single filter: they have no
       matrix of more than one row.
     - Kernels with "transpose" in their path are not: Keras keeps those of transposed convolutions as (h, w, out, in).

@@ -136,7 +136,7 @@ def _matrix(name: str, shape: Shape, shapes: Mapping[str, Shape]) -> Matrices | 
         return None
     if len(shape) > 2 and _is_vector_or_table(last, shape):
         return None
-    if _is_projection(layers, shape, shapes):
+    if last == "kernel" and _is_projection(layers, shape, shapes):
         return Matrices(1, math.prod(shape[1:]), shape[0])
     return Matrices(1, shape[-1], math.prod(shape[:-1]))
 
@@ -153,11 +153,15 @@ def _is_vector_or_table(last: str, shape: Shape) -> bool:
 
 
 def _is_projection(layers: Sequence[str], shape: Shape, shapes: Mapping[str, Shape]) -> bool:
-    """Tell whether a kernel is one of (dim, heads, size), by its layer's name and the attention's output kernel."""
+    """Tell whether a kernel is one of (dim, heads, size), by its own layer alone: others may be frozen.
+
+    The bias of such a layer has the shape (heads, size), that of a convolution of this name one dimension. Where there
+    is none, `dim` is at least `heads`; of other kernels, such as (heads, dim, size), the first is mostly less.
+    """
     if len(shape) != 3 or not layers or layers[-1] not in _PROJECTIONS:
         return False
-    output = shapes.get("/".join([*layers[:-1], "attention_output", "kernel"]), ())
-    return len(output) == 3 and shape[1] > 0 and output[0] % shape[1] == 0  # groups of queries share keys
+    bias = shapes.get("/".join([*layers, "bias"]))
+    return shape[0] >= shape[1] if bias is None else bias == shape[1:]
 
 
 def _divided(x: Tensor, norm: Tensor) -> Tensor:

@@ -181,6 +181,51 @@ def test_attention_steps_as_its_matrices() -> None:
     judge.check([numbers(x) for x in xs], inexact=[6])
 
 
+def _built(layer: Any, *inputs: tuple[int, ...]) -> Any:
+    layer.build(*inputs)
+    return layer
+
+
+def _matrices(layer: Any) -> dict[str, tuple[int, int]]:
+    """The last layer's name -> rows and columns."""
+    found = shapes(layer, built(layer))
+    return {path.split("/")[-2]: matrix for path, matrix in found.items()}
+
+
+@everywhere
+@pytest.mark.parametrize("use_bias", [True, False])
+def test_what_is_frozen_changes_no_layout(use_bias: bool) -> None:
+    attention = layers.MultiHeadAttention(2, 3, use_bias=use_bias, use_gate=True)
+    grouped = layers.GroupQueryAttention(3, 4, 2, use_bias=use_bias)
+    expected: list[dict[str, tuple[int, int]]] = [
+        {"query": (6, 4), "key": (6, 7), "value": (6, 7), "gate": (6, 4), "attention_output": (4, 6)},
+        {"query": (12, 4), "key": (6, 7), "value": (6, 7), "attention_output": (4, 12)},
+    ]
+    for layer, matrices in zip((attention, grouped), expected, strict=True):
+        _built(layer, (1, 5, 4), (1, 5, 7), (1, 5, 7))
+        assert _matrices(layer) == matrices
+        for frozen in ("attention_output", "value", "key"):
+            next(part for part in layer._flatten_layers() if part.name == frozen).trainable = False
+            assert _matrices(layer) == {name: matrices[name] for name in _matrices(layer)}
+            assert frozen not in _matrices(layer)
+
+
+@everywhere
+def test_layers_of_ones_own_with_an_attentions_names() -> None:
+    """The bias (heads, size) tells a projection, where there is none its `dim`; its addition by LoRA is none."""
+    einsum, equation = layers.EinsumDense, "abc,cde->abde"
+    few = _built(einsum(equation, (None, 5, 2), bias_axes="de", name="key"), (1, 6, 3))
+    per_head = _built(einsum("abc,dce->abde", (None, 2, 5), name="query"), (1, 6, 8))
+    lora = _built(einsum(equation, (None, 2, 5), name="value"), (1, 6, 8))
+    lora.enable_lora(3)
+    convolution = _built(layers.Conv1D(8, 3, name="query"), (1, 9, 2))
+    pointwise = _built(layers.Conv1D(8, 1, use_bias=False, name="query"), (1, 9, 2))
+    assert _matrices(few) == {"key": (10, 3)}
+    assert _matrices(per_head) == {"query": (5, 16)}
+    assert [matrix[1:] for matrix in built(lora)._matrices.values] == [(3, 16), (5, 3)]
+    assert (_matrices(convolution), _matrices(pointwise)) == ({"query": (8, 6)}, {"query": (8, 2)})
+
+
 @everywhere
 def test_nothing_to_orthogonalize() -> None:
     model = keras.Sequential([keras.Input((3,)), layers.Dense(2, name="output")])
