@@ -29,7 +29,8 @@ class GeometryMonitor(keras.callbacks.Callback):  # type: ignore[misc]
     moments of a random choice of coordinates; those of all replicas are taken together, each replica's own ones. The
     names and meaning: see `signsgd_core.analysis.geometry`. The logs of an epoch have the latest ones, NaN before
     the first. It works with every optimizer and backend; of a `LossScaleOptimizer` it sees the unscaled gradients, of
-    accumulated gradients the single ones. A gradient that is not finite is left out.
+    accumulated gradients the single ones, while a step is an update, of several batches. A gradient that is not finite
+    is left out.
 
     By default it keeps 6.6 MB a replica and takes well under 2% of the time of a step of 70 ms.
 
@@ -93,7 +94,8 @@ class GeometryMonitor(keras.callbacks.Callback):  # type: ignore[misc]
         """Take stock, where it is time: at a batch's end Keras would wait for its logs each step, for us alone."""
         if self.report is None:
             self._start()
-        self._record(self._before + batch, self.every_n_steps)
+        accumulated = self._optimizer.gradient_accumulation_steps or 1
+        self._record(self._before + batch // accumulated, self.every_n_steps)
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Add the latest figures."""
@@ -115,7 +117,7 @@ class GeometryMonitor(keras.callbacks.Callback):  # type: ignore[misc]
                 show(sentence)
 
     def _steps(self) -> int:
-        return int(self._optimizer.iterations.numpy())
+        return int(ops.convert_to_numpy(self._optimizer.iterations))  # where gradients are accumulated no variable
 
     def _start(self) -> None:
         """Choose coordinates, and let Keras trace its step anew, with what keeps their gradients in it."""

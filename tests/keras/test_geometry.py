@@ -107,6 +107,17 @@ def test_several_steps_at_once() -> None:
 
 
 @everywhere
+def test_where_gradients_are_accumulated_a_step_is_an_update() -> None:
+    """Of 2 batches, in the midst of an epoch, too; of 6 single gradients the first 3 are looked at."""
+    monitor = GeometryMonitor(every_n_steps=3, samples=3, directory=None)
+    fit(compiled(Signum(0.0, gradient_accumulation_steps=2)), monitor)
+    assert [record["step"] for record in records(monitor)] == [3, 6]
+    seen = np.tile(gradients(*data(STEPS * ROWS)), (2, 1))
+    for record, first in zip(records(monitor), (0, 6), strict=True):
+        assert_record(record, seen[first : first + 3])
+
+
+@everywhere
 def test_a_gradient_that_is_not_finite_is_left_out() -> None:
     x, y = data(STEPS * ROWS)
     y[2 * ROWS] = np.nan
