@@ -40,6 +40,7 @@ __all__ = [
     "saved_variables",
     "strategy_of",
     "trainable_variables",
+    "unbuilt_layers",
 ]
 
 
@@ -51,6 +52,11 @@ def strategy_of(optimizer: Any) -> Any:
 def trainable_variables(optimizer: Any) -> list[Any]:
     """Return the model variables that an optimizer was built with; for `vote.verification` and the monitors."""
     return list(optimizer._trainable_variables)
+
+
+def unbuilt_layers(model: Any) -> list[str]:
+    """Return the names of a model and its layers that may have variables to come; for `local_steps.rounds`."""
+    return [layer.name for layer in model._flatten_layers() if not layer.built]
 
 
 def saved_name(store: Any, child: str = "") -> str | None:

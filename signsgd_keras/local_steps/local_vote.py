@@ -52,7 +52,7 @@ class LocalVote(keras.callbacks.Callback):  # type: ignore[misc]
 
     Raises:
         ValueError: if a setting is out of its range; at the start of `fit`, on all workers, if they differ in settings
-            or variables.
+            or variables, or the model is not built; when a round closes, if there are trainable variables since then.
         RuntimeError: if TensorFlow was used before; if a worker is lost, on all others: then the variables are those
             of the round's beginning.
         ReplicasDifferError: if the workers' variables differ after a round.

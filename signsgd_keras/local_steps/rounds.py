@@ -15,6 +15,7 @@ from signsgd_core.analysis.vote_figures import COUNTS
 from signsgd_core.local_steps import widened
 from signsgd_core.wire import DIGEST_BYTES, Digests, digest, find_difference
 
+from .. import _compat
 from ..variables import path
 from ..vote.agreement import agree
 from ..vote.verification import ReplicasDifferError
@@ -42,7 +43,7 @@ class Rounds:
     """The parameters `x_0` after the last round, the outer momentum, and how a round closes.
 
     Args:
-        model: built.
+        model: that all workers train, which `begin` wants to be built.
         exchange: between all workers.
         outer_lr: η.
         outer_momentum: μ.
@@ -61,6 +62,7 @@ class Rounds:
         outer_momentum: float,
         adversaries: dict[int, Adversary],
     ) -> None:
+        self._model, self._unbuilt = model, _compat.unbuilt_layers(model)
         self._trainable, self._exchange = list(model.trainable_variables), exchange
         self._buffers = [v for v in model.non_trainable_variables if keras.backend.is_float_dtype(v.dtype)]
         self._vote = PackedVote(exchange, [int(np.prod(v.shape)) for v in self._trainable])
@@ -80,11 +82,17 @@ class Rounds:
             settings: by name.
 
         Raises:
-            ValueError: if they differ, on all workers, naming the first difference.
+            ValueError: if they differ, naming the first difference, or if variables are yet to come; on all workers.
         """
         trainable = [f"{path(v)}: shape {tuple(v.shape)}, {v.dtype}" for v in self._trainable]
         buffers = [f"{path(v)}: shape {tuple(v.shape)}, {v.dtype}, not trained" for v in self._buffers]
-        agree(self._exchange, settings, trainable + buffers)
+        agree(self._exchange, {**settings, "unbuilt layers": self._unbuilt}, trainable + buffers)
+        if self._unbuilt or not self._trainable:  # Keras would make them in the first step, unseen by the vote
+            lacking = f"is not built ({', '.join(self._unbuilt)})" if self._unbuilt else "has none to train"
+            raise ValueError(
+                f"LocalVote votes on the variables that a model has when fit() starts, and this one {lacking}: call "
+                "the model on one batch first, or give it keras.Input, and leave out layers that it never calls"
+            )
         values = self._exchange.broadcast([*self._start, *self._kept, *self.momenta, np.array([self.t])])
         first, last = len(trainable), len(trainable + buffers)
         self._write(values[:first], values[first:last])
@@ -98,8 +106,10 @@ class Rounds:
             stepped: whether it took steps since the last round; if not, it abstains.
 
         Raises:
+            ValueError: if the model has trainable variables that it did not have at the start.
             RuntimeError: if a worker is lost; then the variables are those of the round's beginning.
         """
+        self._check_variables()
         sent, seconds = self._exchange.sent_bytes, self._exchange.seconds
         try:
             ends = [v.numpy() for v in self._buffers] if stepped else self._kept
@@ -164,6 +174,16 @@ class Rounds:
         ours["moved"] = [_moved(kept, end) for kept, end in zip(self._kept, ends, strict=True)]
         seen = self._exchange.gather(ours.view(np.int32)).view(self._row)[:, 0]
         return seen, self._vote.verdicts(deltas, seen["magnitudes"] > 0, self.t)
+
+    def _check_variables(self) -> None:
+        """Make sure that no trainable variable is left out of the vote."""
+        known = set(map(id, self._trainable))
+        new = [path(v) for v in self._model.trainable_variables if id(v) not in known]
+        if new:
+            raise ValueError(
+                f"{', '.join(new)} was not trained when fit() started, and LocalVote has no part of it: build and "
+                "unfreeze all layers before fit()"
+            )
 
     def _displacement(self, start: Array, variable: Any) -> Array:
         """Return what this worker votes with (L1)."""

@@ -67,6 +67,7 @@ FUNCTIONS: dict[str, tuple[Any, str, str]] = {
         "Signum overrides it to give each replica its own momentum",
     ),
     "LossScaleOptimizer.check_finite": (
+    "Layer._flatten_layers": (keras.layers.Layer, "self, include_self, recursive", "_compat.unbuilt_layers"),
         keras.optimizers.LossScaleOptimizer,
         "self, grads",
         "strategy._Extended, by which workers agree to skip a step",

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,14 @@ def _refused(model: Any, **settings: Any) -> str:
     return "no error"
 
 
+def _unbuilt(first: int) -> Any:
+    """A model whose layers Keras builds in the first step, but for so many."""
+    layers = [keras.layers.Dense(3, name="one"), keras.layers.Dense(1, name="two")]
+    if first:
+        layers[0].build((None, 4))
+    return keras.Sequential(layers, name="net")
+
+
 def _differences() -> list[str]:
     worker, found = rank(), list[str]()
     for name, of_workers in SETTINGS.items():
@@ -56,6 +65,11 @@ def _differences() -> list[str]:
     with strategy().scope():
         mirrored = compiled(adam())
     found.append(_refused(mirrored))
+    found.extend(_refused(compiled(adam(), make=partial(_unbuilt, first))) for first in (0, 1, worker))
+    still = net()
+    still.trainable = False
+    still.compile(adam(), "mse")
+    found.append(_refused(still))
     return [*found, _refused(compiled(adam()))]
 
 
@@ -63,7 +77,7 @@ def test_what_is_refused(cluster: Callable[[int], Cluster]) -> None:
     """By all workers alike; then they train."""
     ours, theirs = cluster(2).run(_differences)
     assert ours == theirs
-    *settings, shape, frozen, averaged, liar, mirrored, trained = ours
+    *settings, shape, frozen, averaged, liar, mirrored, none, half, one, still, trained = ours
     for (name, (first, second)), message in zip(SETTINGS.items(), settings, strict=True):
         assert f"cannot vote: worker 0 has «{name}={first}» where worker 1 has «{name}={second}»" in message
     assert "worker 0 has «net/between/kernel: shape (3, 3), float32» where worker 1 has «net/between/kernel: s" in shape
@@ -71,7 +85,35 @@ def test_what_is_refused(cluster: Callable[[int], Cluster]) -> None:
     assert averaged.startswith("ValueError: use_ema=True would end fit() with each worker's own averages")
     assert liar == "ValueError: adversaries must be workers 0 to 1, got [2]"
     assert mirrored.startswith("ValueError: LocalVote needs a model of this process alone")
+    sentence = "ValueError: LocalVote votes on the variables that a model has when fit() starts, and this one {}: call"
+    assert none.startswith(sentence.format("is not built (net, one, two)"))
+    assert half.startswith(sentence.format("is not built (net, two)"))
+    assert "worker 0 has «unbuilt layers=['net', 'one', 'two']» where worker 1 has «unbuilt layers=['net', 't" in one
+    assert still.startswith(sentence.format("has none to train"))
     assert trained == "no error"
+
+
+def _thaws() -> str:
+    from signsgd_keras import LocalVote
+
+    model = net()
+    model.get_layer("one").trainable = False
+    model.compile(adam(), "mse")
+
+    def thaw(batch: int, logs: Any = None) -> None:
+        model.get_layer("one").trainable = True
+
+    last = keras.callbacks.LambdaCallback(on_train_batch_end=thaw)
+    try:
+        model.fit(given(Case(adam, 2, (3,)), 0), callbacks=[LocalVote(2), last], verbose=0)
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def test_variables_that_come_later(backend: Callable[[str], Cluster]) -> None:
+    (message,) = backend("tensorflow").run(_thaws)
+    assert message.startswith("net/one/kernel, net/one/bias was not trained when fit() started, and LocalVote has no")
 
 
 @pytest.mark.parametrize(
