@@ -13,6 +13,9 @@ Tensor = Any
 Variable = Any
 Array = npt.NDArray[Any]
 
+_VOTE = (tf.distribute.MirroredStrategy, tf.distribute.MultiWorkerMirroredStrategy)
+"""The strategies that can vote."""
+
 
 class Replicas:
     """The replicas that vote: those of one strategy, in this process and in others.
@@ -59,11 +62,22 @@ class Replicas:
                 f"Signum was made under {self.name} and is used under {_name(current)}, where it would step "
                 "without a vote: make model, optimizer and compile() within `with strategy.scope():`"
             )
-        votes = (tf.distribute.MirroredStrategy, tf.distribute.MultiWorkerMirroredStrategy)
-        if tf.distribute.has_strategy() and not isinstance(current, (*votes, tf.distribute.OneDeviceStrategy)):
+        if tf.distribute.has_strategy() and not isinstance(current, (*_VOTE, tf.distribute.OneDeviceStrategy)):
             raise ValueError(
                 f"Signum cannot vote under {self.name}: take tf.distribute.MirroredStrategy on one machine "
                 "or signsgd_keras.MultiWorkerMajorityVoteStrategy on several"
+            )
+
+    def check_condition(self) -> None:
+        """Make sure that a step of one replica may be taken under a condition, as accumulation and averages need it.
+
+        Raises:
+            ValueError: if not: the strategies that can vote would leave the replica's context within it.
+        """
+        if isinstance(self.strategy, _VOTE) and not tf.executing_eagerly():
+            raise ValueError(
+                "gradient_accumulation_steps and ema_overwrite_frequency need several replicas under "
+                f"{self.name}, and it has one: make model and optimizer without a strategy"
             )
 
     def has(self, variable: Variable) -> bool:

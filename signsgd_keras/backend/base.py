@@ -34,6 +34,9 @@ class Workers(Protocol):
     def check_step(self) -> None:
         """Make sure, before each step, that it can be taken; ValueError if not."""
 
+    def check_condition(self) -> None:
+        """Make sure that a step of one worker may be taken under a condition; ValueError if not."""
+
 
 class OneWorker:
     """The only worker, on a backend that has no vote."""
@@ -57,6 +60,9 @@ class OneWorker:
 
     def check_step(self) -> None:
         """Do nothing: it can step anywhere."""
+
+    def check_condition(self) -> None:
+        """Do nothing: it can step under any condition."""
 
 
 class Backend:

@@ -86,6 +86,22 @@ def test_apply_outside_of_run() -> None:
             optimizer.apply([tf.ones(v.shape) for v in model.trainable_variables])
 
 
+@pytest.mark.parametrize(
+    "settings", [{"gradient_accumulation_steps": 2}, {"use_ema": True, "ema_overwrite_frequency": 2}]
+)
+def test_conditions_under_a_strategy_of_one_replica(settings: dict[str, Any]) -> None:
+    """Of Keras' own step, which TensorFlow refuses there in words that name no remedy."""
+    with mirrored(1).scope():
+        model = compiled(Signum(0.125, **settings))
+    before = arrays(model.variables)
+    with refused(
+        "gradient_accumulation_steps and ema_overwrite_frequency need several replicas under MirroredStrategy, and it "
+        "has one: make model and optimizer without a strategy"
+    ):
+        model.fit(*data(12), batch_size=6, verbose=0)
+    assert same(arrays(model.variables), before)
+
+
 def test_replicas_with_gradients_for_different_variables() -> None:
     strategy = mirrored(2)
     with strategy.scope():
