@@ -153,20 +153,19 @@ def group_size(ops: "CollectiveAllReduce") -> int:
     return int(ops._group_size)
 
 
-def all_to_all(ops: "CollectiveAllReduce", device: int, rows: Tensor) -> Tensor:
-    """Send row `i` to replica `i`; row `j` of the result is from replica `j`; for `vote.transport`.
+def all_to_all(ops: "CollectiveAllReduce", rows: Sequence[Tensor]) -> list[Tensor]:
+    """Send row `i` of each device to replica `i`; row `j` of a result is from replica `j`; for `vote.transport`.
 
     Args:
         ops: of all workers.
-        device: index of this worker's device.
-        rows: int32 of shape (replicas, …); bytes are not accepted.
+        rows: of this worker's devices, int32 of shape (replicas, …); bytes are not accepted.
     """
-    return _launch(collective_ops.all_to_all_v2, ops, device, rows)
+    return _launch_all(collective_ops.all_to_all_v2, ops, rows)
 
 
-def all_gather(ops: "CollectiveAllReduce", device: int, rows: Tensor) -> Tensor:
-    """Return the rows of all replicas, int32, one replica's after the other's; for `vote.transport`."""
-    return _launch(collective_ops.all_gather_v2, ops, device, rows)
+def all_gather(ops: "CollectiveAllReduce", rows: Sequence[Tensor]) -> list[Tensor]:
+    """Return on each device the rows of all replicas, int32, one's after the other's; for `vote.transport`."""
+    return _launch_all(collective_ops.all_gather_v2, ops, rows)
 
 
 def gather_now(ops: "CollectiveAllReduce", row: Any) -> Any:
@@ -176,19 +175,21 @@ def gather_now(ops: "CollectiveAllReduce", row: Any) -> Any:
         Shape (workers, …).
     """
     with tf.init_scope():
-        rows = _gatherer(ops)(tf.constant(row))
+        rows = all_gather(ops, [tf.constant(row)[None] for _ in ops._devices])
     return rows[0].numpy()[:: len(rows)]
 
 
+def _launch_all(collective: Any, ops: "CollectiveAllReduce", values: Sequence[Tensor]) -> list[Tensor]:
+    """Launch a collective on all devices of this worker: in eager steps by a function, or the first would block."""
+    if tf.executing_eagerly():
+        return list(_launcher(collective, ops)(list(values)))
+    return [_launch(collective, ops, device, value) for device, value in enumerate(values)]
+
+
 @cache
-def _gatherer(ops: "CollectiveAllReduce") -> Any:
+def _launcher(collective: Any, ops: "CollectiveAllReduce") -> Any:
     """Return one function for all calls: a new one for each would be traced anew and kept."""
-
-    @tf.function  # type: ignore[untyped-decorator]
-    def gather(row: Tensor) -> list[Tensor]:
-        return [all_gather(ops, device, row[None]) for device in range(len(ops._devices))]
-
-    return gather
+    return tf.function(lambda values: _launch_all(collective, ops, values))
 
 
 def _launch(collective: Any, ops: "CollectiveAllReduce", device: int, value: Tensor) -> Tensor:

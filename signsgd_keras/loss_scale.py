@@ -9,6 +9,7 @@ from keras import ops
 from . import _compat, backend, state
 from .checkpoints import origin
 from .optimizer import Signum
+from .variables import is_overwritten
 
 Tensor = Any
 Variable = Any
@@ -112,7 +113,9 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):  # type: ignore[m
             with keras.name_scope(self.name, caller=self):
                 self.build(list(trainable_variables or ()))
         finite, scale = self.check_finite(grads), ops.convert_to_tensor(self.dynamic_scale)
-        unscaled = [None if g is None else ops.divide(g, scale) for g in grads]
+        variables = _compat.trainable_variables(self) if trainable_variables is None else trainable_variables
+        values = {k for k, variable in enumerate(variables) if is_overwritten(variable)}  # what has no scale
+        unscaled = [g if g is None or k in values else ops.divide(g, scale) for k, g in enumerate(grads)]
         self.inner_optimizer.apply(unscaled, trainable_variables)
         self._adapt(finite, scale)
 

@@ -19,6 +19,11 @@ def native(variable: Variable) -> Any:
     return variable.value if isinstance(variable, keras.Variable) else variable
 
 
+def is_overwritten(variable: Variable) -> bool:
+    """Tell whether a variable's "gradient" is its next value, which Keras writes into it: a scale of float8 layers."""
+    return bool(getattr(variable, "overwrite_with_gradient", False))
+
+
 def check_real(variables: Sequence[Variable]) -> None:
     """Make sure that all variables are real: a complex number has no sign.
 

@@ -32,8 +32,8 @@ class Exchange:
     def __init__(self, strategy: Any) -> None:
         self._strategy, ops = strategy, _compat.host_ops(strategy)
         self.workers, self.sent_bytes, self.seconds = _compat.group_size(ops), 0, 0.0
-        self._gather = tf.function(lambda row: _compat.all_gather(ops, 0, row), reduce_retracing=True)
-        self._up = tf.function(lambda rows: _compat.all_to_all(ops, 0, rows), reduce_retracing=True)
+        self._gather = tf.function(lambda row: _compat.all_gather(ops, [row])[0], reduce_retracing=True)
+        self._up = tf.function(lambda rows: _compat.all_to_all(ops, [rows])[0], reduce_retracing=True)
 
     def gather(self, row: Words) -> Words:
         """Return the rows of all workers, int32 of shape (workers, words).

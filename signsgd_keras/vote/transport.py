@@ -102,15 +102,15 @@ class Collectives:
     def up(self, ballots: Sequence[Tensor], header: Header) -> list[list[Tensor]]:
         """Send every shard to its owner behind the header, and compare the headers."""
         replicas, (planes, length) = self._replicas, ballots[0].shape
-        received = []
-        for device, ballot in enumerate(ballots):
+        sent = []
+        for ballot in ballots:
             with tf.device(ballot.device):
                 shards = tf.reshape(words(ballot, tf.int32), [planes, replicas, length // replicas // 4])
                 rows = tf.reshape(tf.transpose(shards, [1, 0, 2]), [replicas, -1])
                 headers = tf.repeat(header.words()[None], replicas, axis=0)
-                received.append(_compat.all_to_all(self._ops, device, tf.concat([headers, rows], axis=1)))
+                sent.append(tf.concat([headers, rows], axis=1))
         owned = []
-        for ballot, rows in zip(ballots, received, strict=True):
+        for ballot, rows in zip(ballots, _compat.all_to_all(self._ops, sent), strict=True):
             with tf.device(ballot.device), tf.control_dependencies(header.check(rows[:, :HEADER_WORDS])):
                 bodies = tf.reshape(rows[:, HEADER_WORDS:], [replicas, planes, length // replicas // 4])
                 owned.append(tf.unstack(unwords(bodies)))
@@ -119,12 +119,12 @@ class Collectives:
     def down(self, verdicts: Sequence[Tensor]) -> list[Tensor]:
         """Gather all verdicts on every device."""
         replicas, (planes, length) = self._replicas, verdicts[0].shape
-        gathered = []
-        for device, verdict in enumerate(verdicts):
+        sent = []
+        for verdict in verdicts:
             with tf.device(verdict.device):
-                gathered.append(_compat.all_gather(self._ops, device, words(verdict, tf.int32)))
+                sent.append(words(verdict, tf.int32))
         copies = []
-        for verdict, rows in zip(verdicts, gathered, strict=True):
+        for verdict, rows in zip(verdicts, _compat.all_gather(self._ops, sent), strict=True):
             with tf.device(verdict.device):
                 rows = tf.transpose(tf.reshape(rows, [replicas, planes, length // 4]), [1, 0, 2])
                 copies.append(unwords(tf.reshape(rows, [planes, replicas * length // 4])))

@@ -45,6 +45,20 @@ def test_a_scale_stays_where_it_can_come_back_from(first: float, value: float, l
     assert float(numbers(scaled.dynamic_scale)) == last
 
 
+@everywhere
+def test_what_overwrites_a_variable_has_no_scale() -> None:
+    """As the scales of float8 layers, which Keras hands over in place of gradients."""
+    x, scale = (keras.Variable(np.ones(3, np.float32)) for _ in range(2))
+    scale.overwrite_with_gradient = True
+    scaled = LossScaleOptimizer(Signum(LR, 0.0, 0.0))
+    for named in ([x, scale], None):
+        value = keras.ops.convert_to_tensor(np.full(3, 0.75, np.float32))
+        scaled.apply([value, value], named)
+        assert numbers(scale).tolist() == [0.75] * 3
+        scale.assign(np.ones(3, np.float32))
+    assert numbers(x).tolist() == [1 - 2 * LR] * 3
+
+
 def test_another_optimizer_is_refused() -> None:
     with pytest.raises(TypeError, match="scales the loss of a Signum, got Adam: take keras.optimizers.LossScaleOpt"):
         LossScaleOptimizer(keras.optimizers.Adam())

@@ -66,6 +66,15 @@ def test_without_the_op_it_votes_all_the_same() -> None:
     assert not same(voted.parameters, replay(whole, LR, betas=(0.5, 0.75)).parameters)  # the sign of the mean
 
 
+def test_eager_steps_by_tensorflows_collectives() -> None:
+    """Launched on one device after the other they would wait for ever."""
+    with plain().scope():
+        model = compiled(Signum(LR, **BETAS), run_eagerly=True)
+    fit(model)
+    voted = replay(shares(mirrored(2), dataset(*data(24), 6)), LR, betas=(0.5, 0.75))
+    assert same(arrays(model.trainable_variables), voted.parameters)
+
+
 def test_one_device_is_one_replica() -> None:
     strategy = tf.distribute.OneDeviceStrategy("CPU:1")
     with strategy.scope():
