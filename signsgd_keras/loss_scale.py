@@ -7,7 +7,7 @@ import numpy as np
 from keras import ops
 
 from . import _compat, backend, state
-from .checkpoints import origin
+from .checkpoints import origin, saving
 from .optimizer import Signum
 from .variables import is_overwritten
 
@@ -151,12 +151,17 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):  # type: ignore[m
     def load_own_variables(self, store: Any) -> None:
         """Read them, also of another number of replicas, or from a file of Keras' own `LossScaleOptimizer`.
 
+        Before this is built, nothing is loaded, with a warning, as Keras does.
+
         Raises:
             ValueError: if the file is another optimizer's, or has another's within.
         """
         for child in ("", "inner_optimizer"):
             origin.check_name(self.inner_optimizer, _compat.saved_name(store, child))
         names = [entry.name for entry in state.LOSS_SCALE]
+        if not self.built:
+            saving.warn_of_skipping(self, len(store.keys()))
+            return
         if set(store.keys()) == set(names):
             saved = dict(zip(names, names, strict=True))
         elif len(store.keys()) == len(self.variables):
@@ -165,7 +170,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):  # type: ignore[m
             if any(np.ndim(store[key]) for key in saved.values()):
                 raise ValueError(_NO_SCALE)
         else:
-            super().load_own_variables(store)  # says what is wrong
+            saving.warn_of_skipping(self, len(store.keys()))
             return
         for entry in state.LOSS_SCALE:
             rows = np.atleast_1d(np.asarray(store[saved[entry.name]]))

@@ -51,20 +51,29 @@ def load(optimizer: Optimizer, store: Any) -> None:
         raise
     saved = len(store.keys()) - (origin.MARK in store.keys())  # noqa: SIM118  Keras' stores are no dicts
     if saved != len(optimizer.variables):
-        why = (
-            "the saved one was built for other variables, or only one of the two has a LossScaleOptimizer around it"
-            if optimizer.built
-            else "it is not built yet: call optimizer.build(model.trainable_variables) before you load"
-        )
-        warnings.warn(
-            f"Skipping variable loading for optimizer '{optimizer.name}', because it has {len(optimizer.variables)} "
-            f"variables whereas the saved optimizer has {saved} variables: {why}",
-            stacklevel=3,
-        )
+        warn_of_skipping(optimizer, saved)
         return
     take(optimizer, [np.asarray(store[str(i)]) for i in range(saved)])
     if not is_known:
         origin.warn_of_unknown(optimizer, _compat.saved_name(store))
+
+
+def warn_of_skipping(optimizer: Any, saved: int) -> None:
+    """Warn that nothing is loaded into an optimizer, and why.
+
+    Args:
+        optimizer: a `Signum`, or a `LossScaleOptimizer`.
+        saved: how many variables the file has of it.
+    """
+    why = (
+        f"it has {len(optimizer.variables)} variables whereas the saved optimizer has {saved} variables: "
+        "the saved one was built for other variables, or only one of the two has a LossScaleOptimizer around it"
+    )
+    if saved == 0:
+        why = "the file has no optimizer state, as that of a model without compile()"
+    elif not optimizer.built:
+        why = "it is not built yet: call optimizer.build(model.trainable_variables) before you load"
+    warnings.warn(f"Skipping variable loading for optimizer '{optimizer.name}', because {why}", stacklevel=4)
 
 
 def take(optimizer: Optimizer, values: Sequence[Array]) -> None:

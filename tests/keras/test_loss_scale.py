@@ -1,5 +1,7 @@
 """`LossScaleOptimizer` with one replica, on every backend."""
 
+from pathlib import Path
+
 import keras
 import numpy as np
 import pytest
@@ -57,6 +59,19 @@ def test_what_overwrites_a_variable_has_no_scale() -> None:
         assert numbers(scale).tolist() == [0.75] * 3
         scale.assign(np.ones(3, np.float32))
     assert numbers(x).tolist() == [1 - 2 * LR] * 3
+
+
+@everywhere
+def test_weights_are_loaded_before_it_is_built(tmp_path: Path) -> None:
+    """With a warning, as into a bare Signum."""
+    first, second = (compiled(LossScaleOptimizer(Signum(LR)), auto_scale_loss=False) for _ in range(2))
+    first.fit(*data(4), verbose=0)
+    first.save_weights(tmp_path / "first.weights.h5")
+    with pytest.warns(UserWarning, match="'loss_scale_optimizer.*', because it is not built yet: call optimizer.build"):
+        second.load_weights(tmp_path / "first.weights.h5")
+    assert_equal(*[[numbers(v) for v in model.trainable_variables] for model in (first, second)])
+    second.fit(*data(4), verbose=0)
+    assert _state(second.optimizer) == [2.0**15, 1, 1]
 
 
 def test_another_optimizer_is_refused() -> None:

@@ -170,6 +170,14 @@ def test_a_file_of_other_variables_is_passed_over_as_keras_does() -> None:
 
 
 @everywhere
+def test_a_file_without_optimizer_state_is_called_that() -> None:
+    """That of a model that was saved without one, whether ours is built or is not."""
+    for optimizer in (trained()[0], Signum()):
+        with pytest.warns(UserWarning, match="Skipping variable loading .* because the file has no optimizer state"):
+            optimizer.load_own_variables(Store())
+
+
+@everywhere
 def test_a_file_of_several_replicas_is_loaded_by_their_mean() -> None:
     """By the rule of `signsgd_core.redistribute`; what was the same on all comes in as it was."""
     optimizer, xs = trained(verdict_momentum=0.5)
