@@ -69,6 +69,15 @@ class ReplicaVariable(keras.Variable):  # type: ignore[misc]
             return super()._serialize_to_tensors()  # type: ignore[no-any-return]
         return {"VARIABLE_VALUE": _compat.read_when_saved(lambda: tf.constant(self.rows()), self.value)}
 
+    def _copy_trackable_to_cpu(self, object_map: Any) -> None:
+        """Copy the value for an asynchronous checkpoint, which has room for that of one replica alone."""
+        if self.replicas.count > 1:
+            raise ValueError(
+                f"an asynchronous tf.train.Checkpoint would keep {self.path} of one of {self.replicas.count} replicas "
+                "and lose those of the others: save it without enable_async"
+            )
+        super()._copy_trackable_to_cpu(object_map)
+
     def _restore_from_tensors(self, restored_tensors: dict[str, Tensor]) -> dict[str, Any]:
         rows = restored_tensors["VARIABLE_VALUE"].numpy()
         if rows.ndim == len(self.shape):

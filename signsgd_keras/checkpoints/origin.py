@@ -21,6 +21,9 @@ _KEPT = (
     "nothing was loaded into the optimizer. To take the model's weights alone, load them before compile() gives it an "
     "optimizer: model.load_weights(…), keras.models.load_model(…, compile=False) or tf.train.Checkpoint(model=model)"
 )
+_UNNAMED = "Variable"
+"""How TensorFlow names what an asynchronous `tf.train.Checkpoint` copied: all alike, which tells no kind."""
+
 _SCALE = frozenset(entry.name for entry in state.LOSS_SCALE)
 
 
@@ -103,15 +106,16 @@ def check_checkpoint(optimizer: Optimizer, path: str) -> None:
         return
     for name, kinds in saved.items():
         known = check_name(optimizer, name)
-        _check_kinds(optimizer, kinds)
+        if _UNNAMED not in kinds:
+            _check_kinds(optimizer, kinds)
         if not known:
             warn_of_unknown(optimizer, name)
 
 
 def has_loss_scale(path: str) -> bool:
-    """Tell whether a `tf.train.Checkpoint` has a loss scale, or no optimizer at all."""
+    """Tell whether a `tf.train.Checkpoint` may have a loss scale, or no optimizer at all."""
     saved = {kind(name) for names in _compat.saved_variables(path) for name in names}
-    return not saved or bool(_SCALE & saved)
+    return not saved or bool({_UNNAMED, *_SCALE} & saved)
 
 
 def check_values(optimizer: Optimizer, values: Sequence[npt.NDArray[Any]]) -> None:

@@ -145,6 +145,28 @@ def test_a_saved_model_has_no_rows(replicas: int, tmp_path: Path) -> None:
     assert same([served.serve(data(4)[0]).numpy()], [saved(data(4)[0]).numpy()])
 
 
+ASYNC = tf.train.CheckpointOptions(enable_async=True)
+
+
+@pytest.mark.parametrize("wrap", [lambda optimizer: optimizer, LossScaleOptimizer])
+def test_an_asynchronous_one_of_one_replica(wrap: Callable[[Signum], Any], tmp_path: Path) -> None:
+    """It names nothing, and is taken with a warning."""
+    saved, other = model(1, wrap), model(1, wrap)
+    fit(saved)
+    asynchronous = checkpoint(saved)
+    path = asynchronous.save(tmp_path / "a", options=ASYNC)
+    asynchronous.sync()
+    with pytest.warns(UserWarning, match="nothing tells which optimizer wrote the state of 'Variable'"):
+        checkpoint(other).restore(path)
+    assert same(state(other), state(saved))
+
+
+def test_an_asynchronous_one_of_several_replicas(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="kernel_momentum of one of 2 replicas and lose those of the others: save it"):
+        checkpoint(model(2)).save(tmp_path / "a", options=ASYNC)
+    assert not list(tmp_path.iterdir())
+
+
 def _worker(folder: Path) -> tuple[list[Array], list[Array]]:
     """Momenta of this worker, and what it has back from the chief's file."""
     from signsgd_keras import Signum

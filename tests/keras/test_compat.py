@@ -59,6 +59,7 @@ FUNCTIONS: dict[str, tuple[Any, str, str]] = {
         "ReplicaVariable, which a SavedModel asks",
     ),
     "Variable._serialize_to_tensors": (keras.Variable, "self", "ReplicaVariable writes the rows of all replicas"),
+    "Variable._copy_trackable_to_cpu": (keras.Variable, "self, object_map", "ReplicaVariable, which may refuse it"),
     "Variable._restore_from_tensors": (keras.Variable, "self, restored_tensors", "ReplicaVariable reads them"),
     "tensor_callable.Callable": (tensor_callable, "tensor_callable, dtype, device", "_compat.read_when_saved"),
     "Optimizer.add_variable_from_reference": (
@@ -66,8 +67,8 @@ FUNCTIONS: dict[str, tuple[Any, str, str]] = {
         "self, reference_variable, name, initializer",
         "Signum overrides it to give each replica its own momentum",
     ),
-    "LossScaleOptimizer.check_finite": (
     "Layer._flatten_layers": (keras.layers.Layer, "self, include_self, recursive", "_compat.unbuilt_layers"),
+    "LossScaleOptimizer.check_finite": (
         keras.optimizers.LossScaleOptimizer,
         "self, grads",
         "strategy._Extended, by which workers agree to skip a step",
