@@ -21,13 +21,13 @@ class Slot(NamedTuple):
 
     Attributes:
         variable: `x`.
-        state: entry's name -> variable, of those `MOMENTA` that it needs.
+        state: entry's name -> variable, of those `MOMENTA` that it needs; None for all of a variable that Keras writes.
         weight_decay: λ, 0 where the variable is excluded from it.
         update: the formulas, with the settings of this variable.
     """
 
     variable: Variable
-    state: Mapping[str, Variable]
+    state: Mapping[str, Variable | None]
     weight_decay: float
     update: Update
 
@@ -44,7 +44,8 @@ class Slot(NamedTuple):
     @property
     def shared(self) -> list[Variable]:
         """Return what must be the same on all replicas: the variable, and of its state what is not private."""
-        return [self.variable, *(self.state[e.name] for e in MOMENTA if e.name in self.state and not e.private)]
+        found = (self.state.get(entry.name) for entry in MOMENTA if not entry.private)
+        return [self.variable, *(variable for variable in found if variable is not None)]
 
     @property
     def size(self) -> int:

@@ -7,6 +7,7 @@ import keras
 from signsgd_core import check_count
 
 from .. import _compat
+from ..variables import is_overwritten
 from ..vote.verification import verify
 from .optimizers import voting_optimizer
 
@@ -15,7 +16,8 @@ class VerifyReplicas(keras.callbacks.Callback):  # type: ignore[misc]
     """Make sure, once in so many optimizer steps, that all replicas hold the same bits.
 
     A digest of 16 bytes for each replica is compared. Only where these differ are there 16 bytes for each variable
-    that is voted on, with its verdict momentum. On several workers all of them need this callback.
+    that is voted on, with its verdict momentum. On several workers all of them need this callback. The scales of float8
+    layers are not compared: Keras lets each replica write its own.
 
     Args:
         every_n_steps: how often, in steps of the optimizer: votes, where gradients are accumulated. With
@@ -46,7 +48,8 @@ class VerifyReplicas(keras.callbacks.Callback):  # type: ignore[misc]
         if steps // self.every_n_steps == self._checks:
             return
         self._checks = steps // self.every_n_steps
-        shared = [optimizer.slot(variable).shared for variable in _compat.trainable_variables(optimizer)]
+        voted = [variable for variable in _compat.trainable_variables(optimizer) if not is_overwritten(variable)]
+        shared = [optimizer.slot(variable).shared for variable in voted]
         verify(optimizer.vote.replicas, optimizer.vote.transport, shared, steps - 1)
 
     def _steps(self) -> int:
