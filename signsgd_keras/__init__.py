@@ -20,17 +20,16 @@ if TYPE_CHECKING:
     from .strategy import MultiWorkerMajorityVoteStrategy
     from .vote import MajorityVote, ReplicasDifferError
 
-__all__ = [
-    "GeometryMonitor",
-    "LocalVote",
-    "LossScaleOptimizer",
-    "MajorityVote",
-    "MultiWorkerMajorityVoteStrategy",
-    "ReplicasDifferError",
-    "Signum",
-    "VerifyReplicas",
-    "VoteMonitor",
-]
+__all__ = ["GeometryMonitor", "LossScaleOptimizer", "Signum"]
+if backend.current().can_vote:  # elsewhere `import *` would raise for them
+    __all__ += [
+        "LocalVote",
+        "MajorityVote",
+        "MultiWorkerMajorityVoteStrategy",
+        "ReplicasDifferError",
+        "VerifyReplicas",
+        "VoteMonitor",
+    ]
 
 _MODULES = {
     "LocalVote": "local_steps.local_vote",

@@ -76,5 +76,15 @@ def test_the_optimizer_imports_no_other_framework(backend_name: str) -> None:
     assert asked == [*names, "module 'signsgd_keras' has no attribute 'Adam'"]
 
 
+@pytest.mark.parametrize("backend_name", ["tensorflow", "jax"])
+def test_all_names_that_can_be_used(backend_name: str) -> None:
+    """On the others, where a vote is refused, no name that votes."""
+    code = "from signsgd_keras import *; print(sorted(name for name in dir() if name[0] != '_'))"
+    voting = ["LocalVote", "MajorityVote", "MultiWorkerMajorityVoteStrategy", "ReplicasDifferError"]
+    names = ["GeometryMonitor", "LossScaleOptimizer", "Signum"]
+    names += [*voting, "VerifyReplicas", "VoteMonitor"] if backend_name == "tensorflow" else []
+    assert printed(code, backend_name) == [repr(sorted(names))]
+
+
 def test_the_torch_side_imports_no_keras() -> None:
     assert printed(TORCH_SIDE, "tensorflow") == ["[]"]
