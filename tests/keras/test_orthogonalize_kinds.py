@@ -91,7 +91,7 @@ def test_a_convolutional_model() -> None:
     }
 
 
-class _Tokens(layers.Layer):  # type: ignore[misc]
+class _Tokens(keras.layers.Layer):  # type: ignore[misc]
     """What vision transformers add to patches: vectors and tables with leading ones."""
 
     def build(self, shape: Any) -> None:
