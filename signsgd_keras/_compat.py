@@ -56,7 +56,8 @@ def trainable_variables(optimizer: Any) -> list[Any]:
 
 def unbuilt_layers(model: Any) -> list[str]:
     """Return the names of a model and its layers that may have variables to come; for `local_steps.rounds`."""
-    return [layer.name for layer in model._flatten_layers() if not layer.built]
+    layers = [layer for layer in model._flatten_layers() if not layer.built]
+    return [layer.name for layer in layers if not getattr(layer.build, "_is_default", False)]  # else it makes none
 
 
 def saved_name(store: Any, child: str = "") -> str | None:
