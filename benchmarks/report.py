@@ -32,6 +32,7 @@ PAPERS = tuple(
         *("signmuon", "verdict_momentum", "verdict_variants", "cifar10", "densities", "gpt_over_wire", "gpt_two_sites"),
         *(
             "gpt_keras",
+            "gpt_liars",
             "local_steps",
             "newcomers",
             "quadratic_liars",
@@ -47,7 +48,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "README.md": ("wire", "papers/signmuon", "papers/whole_gpt", "demo_digits"),
     "docs/guide/checkpoints.md": ("elastic",),
     "docs/guide/elastic.md": ("elastic_vote", "papers/newcomers", "papers/churn"),
-    "docs/guide/faults.md": ("faults", "liars", "papers/quadratic_liars"),
+    "docs/guide/faults.md": ("faults", "liars", "papers/quadratic_liars", "papers/gpt_liars"),
     "docs/guide/keras_machines.md": ("keras_wire",),
     "docs/guide/nodes.md": ("nodes",),
     "docs/guide/papers.md": PAPERS,

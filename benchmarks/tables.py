@@ -65,6 +65,15 @@ KERAS = {
 """What `benchmarks.papers.gpt_keras` calls a row -> what a table does."""
 
 
+LIARS = {
+    "SignMuon, vote": "**SignMuon, vote**",
+    "Signum, vote": "Signum, vote",
+    "AdamW .95, clipped": "AdamW, mean of gradients, fp32",
+    "AdamW .95, median, clipped": "AdamW, median of each coordinate, fp32",
+}
+"""What `benchmarks.papers.gpt_liars` calls a row -> what a table does."""
+
+
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Return the lines of a table."""
     lines = [f"| {' | '.join(cells)} |".replace("|  |", "| |") for cells in (head, *rows)]
@@ -173,6 +182,16 @@ def keras() -> list[str]:
     return markdown(["", "validation loss"], cells)
 
 
+def liars() -> list[str]:
+    """Return what `benchmarks.papers.gpt_liars` measured, three seeds each."""
+    _, *lines = text_rows("papers/gpt_liars", "GPT on bytes")
+    rows = [[LIARS[name], *cells] for name, *cells in lines if name in LIARS]
+    for column in range(1, len(rows[0])):
+        best = min(rows, key=lambda row: float(row[column].split()[0]))
+        best[column] = _bold(best[column], True)
+    return markdown(["of 7 workers send the opposite", "none", "1", "2", "3"], rows)
+
+
 def churn() -> list[str]:
     """Return what `benchmarks.papers.churn` measured, but for the accuracy."""
     head, *rows = text_rows("papers/churn", "digits, perceptron")
@@ -237,6 +256,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "whole": whole,
     "whole, images": whole_images,
     "keras": keras,
+    "liars": liars,
     "newcomers": newcomers,
     "churn": churn,
     "nodes": nodes,
