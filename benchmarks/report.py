@@ -26,24 +26,11 @@ Numbers = npt.NDArray[np.float64]
 ROOT = Path(__file__).parents[1]
 TRAININGS = "papers/trainings"
 """A store of single runs."""
-PAPERS = tuple(
-    f"papers/{name}"
-    for name in (
-        *("signmuon", "verdict_momentum", "verdict_variants", "cifar10", "densities", "gpt_over_wire", "gpt_two_sites"),
-        *(
-            "gpt_keras",
-            "gpt_liars",
-            "local_steps",
-            "newcomers",
-            "quadratic_liars",
-            "toy_sparse_noise",
-            "warmup",
-            "whole_gpt",
-            "whole_resnet",
-        ),
-        *("zeros_and_ties",),
-    )
-)
+_PAPERS = """
+    signmuon verdict_momentum verdict_variants cifar10 densities gpt_over_wire gpt_two_sites gpt_keras gpt_liars
+    local_steps newcomers quadratic_liars toy_sparse_noise warmup whole_gpt whole_resnet zeros_and_ties
+"""
+PAPERS = tuple(f"papers/{name}" for name in _PAPERS.split())
 SOURCES: dict[str, tuple[str, ...]] = {
     "README.md": ("wire", "papers/signmuon", "papers/whole_gpt", "demo_digits"),
     "docs/guide/checkpoints.md": ("elastic",),
