@@ -56,7 +56,6 @@ def train(
         scored: whether the model is scored at these points.
     """
     torch.set_num_threads(1)
-    torch.set_flush_denormal(True)  # weights of dead units decay to such, which slow a CPU down
     torch.manual_seed(job.seed)
     model = task.model().to(task.device)
     models, update = workers_of(model, job)
@@ -141,6 +140,7 @@ _shared: list[Task] = []
 
 
 def _share(task: Task, device: str) -> None:
+    torch.set_flush_denormal(True)  # weights of dead units decay to such, which slow a CPU down
     task.to(device)
     _shared.append(task)
 
