@@ -86,9 +86,9 @@ def test_what_is_refused(cluster: Callable[[int], Cluster]) -> None:
     assert liar == "ValueError: adversaries must be workers 0 to 1, got [2]"
     assert mirrored.startswith("ValueError: LocalVote needs a model of this process alone")
     sentence = "ValueError: LocalVote votes on the variables that a model has when fit() starts, and this one {}: call"
-    assert none.startswith(sentence.format("is not built (one, two)"))
-    assert half.startswith(sentence.format("is not built (two)"))
-    assert "worker 0 has «unbuilt layers=['one', 'two']» where worker 1 has «unbuilt layers=['two" in one
+    assert none.startswith(sentence.format("is not built (net, one, two)"))
+    assert half.startswith(sentence.format("is not built (net, two)"))
+    assert "worker 0 has «unbuilt layers=['net', 'one', 'two']» where worker 1 has «unbuilt layers=['net', 't" in one
     assert still.startswith(sentence.format("has none to train"))
     assert trained == "no error"
 

@@ -1,4 +1,4 @@
-"""Files of an earlier version load, and training goes on bit for bit; `tests/fixtures/keras/write.py` made them."""
+"""Files of an earlier version load, and training goes on; `tests/fixtures/keras/write.py` made them."""
 
 import json
 import shutil
@@ -41,4 +41,5 @@ def test_training_goes_on(name: str, kind: str, tmp_path: Path) -> None:
         np.testing.assert_array_equal(rows, right)
     write.fit(made, seed=1)
     for rows, right in zip(write.state(made), numbers["later"], strict=True):
-        np.testing.assert_array_equal(rows, right)
+        # To the last bit or two: TensorFlow's products round as the processor adds, and another one wrote the file.
+        np.testing.assert_allclose(rows, right, rtol=1e-6)
