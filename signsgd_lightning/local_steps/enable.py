@@ -92,7 +92,7 @@ def let_step(
     check_adversaries(options.adversaries, dist.get_world_size(group), "rank")
     agree_on_model(model, group)
     local = LocalSteps(model, optimizers, options, Flat(PointToPoint(group)), counts_steps)
-    broadcast(model, group)  # once the ranks agree on everything: a refusal changes nothing
+    local.start_from(lambda: broadcast(model, group))  # once the ranks agree on all: a refusal changes nothing
     return local
 
 

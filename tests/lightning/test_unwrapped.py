@@ -124,7 +124,9 @@ class _Strided(nn.Module):
 def _strided() -> tuple[list[Tensor], list[Tensor]]:
     voted, alone = _Strided(dist.get_rank()), _Strided(dist.get_rank())
     enable_majority_vote(voted, Signum(voted.parameters()))
-    enable_local_steps(alone, torch.optim.SGD(alone.parameters(), lr=0.1))
+    local = enable_local_steps(alone, torch.optim.SGD(alone.parameters(), lr=0.1))
+    began, now = local.model_state(), alone.state_dict()
+    assert all(torch.equal(began[name], now[name]) for name in ("kernel", "columns", "scalar"))
     return tuple([t.detach() for t in (*m.parameters(), *m.buffers())] for m in (voted, alone))  # type: ignore[return-value]
 
 
