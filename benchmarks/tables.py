@@ -151,26 +151,20 @@ def local_steps() -> list[str]:
     return markdown(["", "bits a parameter, whole run", "loss"], rows)
 
 
-def whole() -> list[str]:
-    """Return what `benchmarks.papers.whole` measured of the GPT, from the best loss to the worst."""
-    rows = sorted(_whole("gpt"), key=lambda row: row[2])
-    cells = [[name, bits, f"{end:.3f}", f"{last:.3f}"] for name, bits, end, last in rows]
-    cells[0][2] = _bold(cells[0][2], True)
-    return markdown(["", "bits a parameter", "validation loss", "training loss"], cells)
+def whole(kind: str, score: str, shown: str, highest: bool) -> list[str]:
+    """Return what `benchmarks.papers.whole` measured of a task, from the best score to the worst.
 
-
-def whole_images() -> list[str]:
-    """Return what `benchmarks.papers.whole` measured of the ResNet, from the best accuracy to the worst."""
-    rows = sorted(_whole("resnet"), key=lambda row: -row[2])
-    cells = [[name, bits, f"{100 * end:.1f}%", f"{last:.3f}"] for name, bits, end, last in rows]
-    cells[0][2] = _bold(cells[0][2], True)
-    return markdown(["", "bits a parameter", "test accuracy", "training loss"], cells)
-
-
-def _whole(kind: str) -> list[tuple[str, str, float, float]]:
-    """Return each method's name, bits a parameter, score and training loss at the end."""
+    Args:
+        kind: of the task.
+        score: what it is, for the head.
+        shown: its format.
+        highest: whether the highest score is the best.
+    """
     _, *lines = text_rows(f"papers/whole_{kind}", " steps of ")
-    return [(WHOLE[name], bits, float(end), float(last)) for name, _, _, bits, _, _, end, _, last in lines]
+    lines.sort(key=lambda cells: float(cells[6]), reverse=highest)
+    rows = [[WHOLE[c[0]], c[3], format(float(c[6]), shown), f"{float(c[8]):.3f}"] for c in lines]
+    rows[0][2] = _bold(rows[0][2], True)
+    return markdown(["", "bits a parameter", score, "training loss"], rows)
 
 
 def keras() -> list[str]:
@@ -253,8 +247,8 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "wire, local steps": lambda: wire(SLOW, LOCAL),
     "learning": learning,
     "local steps": local_steps,
-    "whole": whole,
-    "whole, images": whole_images,
+    "whole": lambda: whole("gpt", "validation loss", ".3f", highest=False),
+    "whole, images": lambda: whole("resnet", "test accuracy", ".1%", highest=True),
     "keras": keras,
     "liars": liars,
     "newcomers": newcomers,
