@@ -104,7 +104,8 @@ class Cluster:
 def _nurse(end: Connection, address: str) -> None:
     import signsgd_keras  # noqa: F401  what every child would import anyway
 
-    gc.freeze()  # what was imported is not looked through again and again, and stays shared with the processes
+    gc.freeze()  # what was imported stays shared with the processes
+    gc.disable()  # in them as well, see devices.py
     context = multiprocessing.get_context("fork")
     while True:
         try:

@@ -6,12 +6,21 @@ from functools import cache
 from typing import Any
 
 import tensorflow as tf
+from hypothesis import given
+from hypothesis import strategies as st
 
 DEVICES = 8
+
+
+@given(st.none())
+def _collect_now(nothing: None) -> None:
+    """The first test of Hypothesis collects garbage, which takes a minute where a suite's has piled up."""
+
 
 # Destroying a dataset's iterator waits for its threads with Python's lock held. Where the collector did so in the midst
 # of tracing a step, tests stood still for up to minutes.
 gc.disable()
+_collect_now()
 
 if "TF_CONFIG" not in os.environ:  # a worker of a cluster has one device, and may have run something by now
     tf.config.set_logical_device_configuration(

@@ -187,9 +187,9 @@ class Rounds:
 
     def _displacement(self, start: Array, variable: Any) -> Array:
         """Return what this worker votes with (L1)."""
-        delta = np.asarray(start, np.float32) - np.asarray(variable.numpy(), np.float32)
+        delta = widened(start) - widened(variable.numpy())
         sent = self._adversary(delta) if self._adversary else delta
-        values = np.asarray(np.zeros_like(delta) if sent is None else sent, np.float32)
+        values = np.asarray(np.zeros_like(delta) if sent is None else sent, delta.dtype)
         self._vote.add(nonfinite=np.count_nonzero(~np.isfinite(values)))
         return core.finite(values)
 

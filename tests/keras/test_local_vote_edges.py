@@ -40,6 +40,20 @@ def half() -> Any:
     return keras.Sequential([keras.Input((4,)), *layers], name="half")
 
 
+def double() -> Any:
+    import keras
+
+    layers = [keras.layers.Dense(3, name="one", dtype="float64"), keras.layers.Dense(1, name="two", dtype="float64")]
+    return keras.Sequential([keras.Input((4,)), *layers], name="double")
+
+
+def tiny() -> Any:
+    """Steps that only float64 sees."""
+    import keras
+
+    return keras.optimizers.SGD(1e-12)
+
+
 def spoiled() -> Any:
     """A model that trains to NaN on worker 1."""
     import keras
@@ -56,6 +70,7 @@ SEVERAL = {"run_eagerly": False, "steps_per_execution": 2, "jit_compile": True}
 CASES = {
     "layered": Case(adam, 2, (4, 5), layered, vote={"verify_every_n_rounds": 2}, validate=True),
     "half": Case(scaled, 4, (6, 6), half, validate=True),
+    "double": Case(tiny, 2, (4, 4), double, validate=True),
     "nan": Case(adam, 2, (4, 4), spoiled, validate=True),
     "several": Case(adam, 1, (7, 7), vote={"sync_every": 2}, compile=SEVERAL, validate=True),  # one call of callbacks
 }
