@@ -2,11 +2,12 @@
 
 python -m benchmarks.papers.densities --text FILE --images DIR --out benchmarks/results/papers
 
-As in the paper: at some points of a training the weights stand still while many batches pass, whose gradients' mean and
-standard deviation in each coordinate are g and σ; and beyond it the Hessian's diagonal there, of one batch, is L. One
-worker takes the whole batch.
+As in the paper: at some points of a training the weights stand still while many batches of a worker pass, whose
+gradients' mean and standard deviation in each coordinate are g and σ; and beyond it the Hessian's diagonal there, of
+one batch, is L. One worker takes the whole batch; with --whole four share it, in the GPT's trainings of whole.py.
 """
 
+import argparse
 import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -26,11 +27,18 @@ from .common import command_line, heading, publish
 from .methods import Job
 from .tasks import Task, add_arguments, shared_task
 from .training import train
+from .whole import STEPS
 
-RATES = {
+RATES: dict[str, dict[str, float]] = {
     "gpt": {"AdamW": 2e-3, "Signum": 2e-4, "verdict momentum 0.8": 4e-3},
     "resnet": {"SGD": 0.1, "AdamW": 1e-2, "Signum": 1e-3, "verdict momentum 0.8": 4e-3},
 }
+WHOLE = {
+    "AdamW, clipped": (2e-3, None, 0.0),
+    "Muon, clipped": (0.04, 2.5e-3, 0.1),
+    "SignMuon": (0.04, 1e-3, 0.1),
+}
+"""Method -> its learning rate in whole.py, that of what is no hidden matrix, and weight decay."""
 POINTS = (0.0, 0.02, 0.1, 0.3, 0.6, 1.0)
 """Shares of the training."""
 
@@ -39,13 +47,16 @@ SHOWN = ("gradient_density", "noise_density", "noise_ratio", "curvature_density"
 Record = dict[str, float]
 
 
-def look(task: Task, model: nn.Module, step: int, batches: int) -> Record:
-    """Return the figures of gradients at the model's weights; the model stays as it is."""
+def look(task: Task, model: nn.Module, step: int, batches: int, workers: int = 1) -> Record:
+    """Return the figures of a worker's gradients at the model's weights; the model stays as it is."""
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     for norm in norms:
         norm.track_running_stats = False
     source = np.random.default_rng([99, step])
-    tens = ([_gradient(task, model, source) for _ in range(10)] for _ in range(batches // 10))  # for memory's sake
+    size = task.global_batch // workers
+    tens = (
+        [_gradient(task, model, size, source) for _ in range(10)] for _ in range(batches // 10)
+    )  # for memory's sake
     moments = reduce(Moments.merge, (Moments.of(torch.stack(rows).numpy()) for rows in tens))
     with twice_differentiable():
         loss = task.loss(model, task.batch(task.global_batch, source))
@@ -56,8 +67,8 @@ def look(task: Task, model: nn.Module, step: int, batches: int) -> Record:
     return {"step": step, "samples": moments.count, **values}
 
 
-def _gradient(task: Task, model: nn.Module, source: np.random.Generator) -> Tensor:
-    loss = task.loss(model, task.batch(task.global_batch, source))
+def _gradient(task: Task, model: nn.Module, size: int, source: np.random.Generator) -> Tensor:
+    loss = task.loss(model, task.batch(size, source))
     return nn.utils.parameters_to_vector(torch.autograd.grad(loss, list(model.parameters())))
 
 
@@ -67,7 +78,7 @@ def measure(task: Task, job: Job, batches: int) -> list[Record]:
 
     def watch(step: int, model: nn.Module) -> None:
         if step in at:
-            records.append(look(task, model, step, batches))
+            records.append(look(task, model, step, batches, job.workers))
 
     train(task, job, watch=watch)
     return records
@@ -75,7 +86,9 @@ def measure(task: Task, job: Job, batches: int) -> list[Record]:
 
 def table(task: Task, job: Job, records: list[Record]) -> Iterator[str]:
     """Return the lines: the figures through training, and the advice."""
-    yield f"\n{task.name}, {job.method} with lr {job.lr:g}, batches of {task.global_batch}"
+    rates = f"lr {job.lr:g}" if job.other_lr is None else f"lr {job.lr:g} and {job.other_lr:g}"
+    batch = f"batches of {task.global_batch}" + f" among {job.workers} workers" * (job.workers > 1)
+    yield f"\n{task.name}, {job.method} with {rates}, {batch}"
     yield f"{'step':>6}" + "".join(f"{shown:>19}" for shown in SHOWN)
     for record in records:
         yield f"{record['step']:>6}" + "".join(f"{record[f'geometry/{shown}']:>19.4f}" for shown in SHOWN)
@@ -108,23 +121,36 @@ def draw(found: list[tuple[Task, Job, list[Record]]], pyplot: Any) -> Any:
     return figure
 
 
+def beginnings(options: argparse.Namespace) -> Iterator[tuple[Task, Job]]:
+    """Yield the short trainings of both models."""
+    for kind, rates in RATES.items():
+        task, steps = shared_task(kind, options)
+        for method, lr in list(rates.items())[: 1 if options.short else None]:
+            yield task, Job(task.key, method, lr, 0.0, 1, steps)
+
+
+def whole(options: argparse.Namespace) -> Iterator[tuple[Task, Job]]:
+    """Yield the GPT's trainings to the end."""
+    task, _ = shared_task("gpt", options)
+    steps = 2 if options.short else STEPS["gpt"][1]
+    for method, (lr, other_lr, decay) in WHOLE.items():
+        yield task, Job(task.key, method, lr, decay, 4, steps, other_lr=other_lr)
+
+
 def main() -> None:
     parser = command_line("densities", __doc__)
     add_arguments(parser)
+    parser.add_argument("--whole", action="store_true", help="through whole trainings of the GPT")
     parser.add_argument("--batches", type=int, default=400, help="that pass at a point (default: %(default)s)")
     options = parser.parse_args()
-    tasks = {kind: shared_task(kind, options) for kind in RATES}
-    jobs = [
-        (task, Job(task.key, method, lr, 0.0, 1, steps))
-        for kind, (task, steps) in tasks.items()
-        for method, lr in list(RATES[kind].items())[: 1 if options.short else None]
-    ]
+    jobs = list(whole(options) if options.whole else beginnings(options))
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         futures = [pool.submit(measure, task, job, 20 if options.short else options.batches) for task, job in jobs]
         records = [future.result() for future in tqdm(futures, "trainings", leave=False)]
     found = [(task, job, rows) for (task, job), rows in zip(jobs, records, strict=True)]
+    name = "densities_whole" if options.whole else "densities"
     lines = [heading("densities"), *(line for one in found for line in table(*one))]
-    publish("densities", lines, lambda pyplot: draw(found, pyplot), options.out)
+    publish(name, lines, lambda pyplot: draw(found, pyplot), options.out)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ WORKERS, LIARS, STEPS, DECAY = 7, (0, 1, 2, 3), 300, 0.1
 
 def measure(task: Task, options: argparse.Namespace, store: Store) -> dict[str, list[Found]]:
     """Return every method with every number of liars."""
-    steps, most = (2, 2) if options.short else (STEPS, 6)
+    steps, most = (2, 2) if options.short else (STEPS, 10)
     found = dict[str, list[Found]]()
     for method, (lr, other) in START.items():
         job = Job(task.key, method, lr, DECAY, WORKERS, steps, other_lr=other)

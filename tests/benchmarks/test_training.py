@@ -151,6 +151,17 @@ def test_densities(tmp_path: Path) -> None:
         assert 0 < curvature < 1
 
 
+@pytest.mark.nightly
+def test_densities_through_whole_trainings(tmp_path: Path) -> None:
+    printed = _run("benchmarks.papers.densities", "--whole", "--short", "--out", tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["densities_whole.png", "densities_whole.txt"]
+    assert re.findall(r"^GPT on bytes, (.+), batches of 16 among 4 workers$", printed, re.MULTILINE) == [
+        "AdamW, clipped with lr 0.002",
+        "Muon, clipped with lr 0.04 and 0.0025",
+        "SignMuon with lr 0.04 and 0.001",
+    ]
+
+
 def test_looking_at_the_geometry_changes_no_training() -> None:
     task = Images(None, 2, 8, 16)
     job = Job(task.key, "SGD", 0.1, workers=1, steps=3)
