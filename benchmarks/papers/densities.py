@@ -2,9 +2,9 @@
 
 python -m benchmarks.papers.densities --text FILE --images DIR --out benchmarks/results/papers
 
-As in the paper: at some points of a training the weights stand still while many batches of a worker pass, whose
-gradients' mean and standard deviation in each coordinate are g and σ; and beyond it the Hessian's diagonal there, of
-one batch, is L. One worker takes the whole batch; with --whole four share it, in the GPT's trainings of whole.py.
+As in the paper: at some points of a training the weights stand still while many batches pass, whose gradients' mean and
+standard deviation in each coordinate are g and σ; and beyond it the Hessian's diagonal there, of one batch, is L. One
+worker takes the whole batch. With --whole the GPT is trained as long as in whole.py, at the rates there.
 """
 
 import argparse
@@ -35,7 +35,6 @@ RATES: dict[str, dict[str, float]] = {
 }
 WHOLE = {
     "AdamW, clipped": (2e-3, None, 0.0),
-    "Muon, clipped": (0.04, 2.5e-3, 0.1),
     "SignMuon": (0.04, 1e-3, 0.1),
 }
 """Method -> its learning rate in whole.py, that of what is no hidden matrix, and weight decay."""
@@ -47,16 +46,13 @@ SHOWN = ("gradient_density", "noise_density", "noise_ratio", "curvature_density"
 Record = dict[str, float]
 
 
-def look(task: Task, model: nn.Module, step: int, batches: int, workers: int = 1) -> Record:
-    """Return the figures of a worker's gradients at the model's weights; the model stays as it is."""
+def look(task: Task, model: nn.Module, step: int, batches: int) -> Record:
+    """Return the figures of gradients at the model's weights; the model stays as it is."""
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     for norm in norms:
         norm.track_running_stats = False
     source = np.random.default_rng([99, step])
-    size = task.global_batch // workers
-    tens = (
-        [_gradient(task, model, size, source) for _ in range(10)] for _ in range(batches // 10)
-    )  # for memory's sake
+    tens = ([_gradient(task, model, source) for _ in range(10)] for _ in range(batches // 10))  # for memory's sake
     moments = reduce(Moments.merge, (Moments.of(torch.stack(rows).numpy()) for rows in tens))
     with twice_differentiable():
         loss = task.loss(model, task.batch(task.global_batch, source))
@@ -67,8 +63,8 @@ def look(task: Task, model: nn.Module, step: int, batches: int, workers: int = 1
     return {"step": step, "samples": moments.count, **values}
 
 
-def _gradient(task: Task, model: nn.Module, size: int, source: np.random.Generator) -> Tensor:
-    loss = task.loss(model, task.batch(size, source))
+def _gradient(task: Task, model: nn.Module, source: np.random.Generator) -> Tensor:
+    loss = task.loss(model, task.batch(task.global_batch, source))
     return nn.utils.parameters_to_vector(torch.autograd.grad(loss, list(model.parameters())))
 
 
@@ -78,7 +74,7 @@ def measure(task: Task, job: Job, batches: int) -> list[Record]:
 
     def watch(step: int, model: nn.Module) -> None:
         if step in at:
-            records.append(look(task, model, step, batches, job.workers))
+            records.append(look(task, model, step, batches))
 
     train(task, job, watch=watch)
     return records
@@ -87,8 +83,7 @@ def measure(task: Task, job: Job, batches: int) -> list[Record]:
 def table(task: Task, job: Job, records: list[Record]) -> Iterator[str]:
     """Return the lines: the figures through training, and the advice."""
     rates = f"lr {job.lr:g}" if job.other_lr is None else f"lr {job.lr:g} and {job.other_lr:g}"
-    batch = f"batches of {task.global_batch}" + f" among {job.workers} workers" * (job.workers > 1)
-    yield f"\n{task.name}, {job.method} with {rates}, {batch}"
+    yield f"\n{task.name}, {job.method} with {rates}, batches of {task.global_batch}"
     yield f"{'step':>6}" + "".join(f"{shown:>19}" for shown in SHOWN)
     for record in records:
         yield f"{record['step']:>6}" + "".join(f"{record[f'geometry/{shown}']:>19.4f}" for shown in SHOWN)
@@ -134,7 +129,7 @@ def whole(options: argparse.Namespace) -> Iterator[tuple[Task, Job]]:
     task, _ = shared_task("gpt", options)
     steps = 2 if options.short else STEPS["gpt"][1]
     for method, (lr, other_lr, decay) in WHOLE.items():
-        yield task, Job(task.key, method, lr, decay, 4, steps, other_lr=other_lr)
+        yield task, Job(task.key, method, lr, decay, 1, steps, other_lr=other_lr)
 
 
 def main() -> None:
