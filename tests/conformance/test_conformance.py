@@ -54,7 +54,8 @@ def test_every_case_is_exact(case: Case) -> None:
 
 def long(end: FrontEnd, case: Case) -> bool:
     """Whether a front end takes seconds for so many workers, where its cases of fewer guard the same code."""
-    return end.name in ("keras-multi-worker", "keras-mirrored") and case.workers > 3
+    most = {"keras-multi-worker": range(4, 9), "keras-mirrored": range(4, 9), "keras-mirrored-eager": range(4, 8)}
+    return case.workers in most.get(end.name, ())
 
 
 @pytest.mark.parametrize(

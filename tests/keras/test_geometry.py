@@ -170,7 +170,7 @@ def test_a_parameter_without_a_gradient_has_zeros() -> None:
 
 
 @everywhere
-@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("first", [False, pytest.param(True, marks=pytest.mark.nightly)])
 def test_training_is_the_same_and_the_optimizer_as_before(first: bool) -> None:
     """Bit for bit, and also where the step was traced before; a later `fit` is not looked at."""
     x, y = data(STEPS * ROWS)

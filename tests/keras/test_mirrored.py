@@ -33,7 +33,7 @@ def momenta(optimizer: Signum, strategy: tf.distribute.Strategy) -> list[list[Ar
     [
         (3, 22, 6, (0.5, 0.75), {}),  # the last batch leaves nothing to the third replica
         (2, 24, 6, (0.0, 0.0), {"verdict_momentum": 0.5, "weight_decay": 0.25, "zeros": "abstain"}),
-        (4, 30, 8, (0.75, 0.5), {"zeros": "positive", "warmup_steps": 3}),
+        pytest.param(4, 30, 8, (0.75, 0.5), {"zeros": "positive", "warmup_steps": 3}, marks=pytest.mark.nightly),
     ],
 )
 def test_fit_is_the_reference(

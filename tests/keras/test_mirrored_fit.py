@@ -33,7 +33,7 @@ def expected(replicas: int = 2, make: Callable[[], keras.Model] = net, epochs: i
     "settings",
     [
         {"jit_compile": "auto"},
-        {"jit_compile": False},
+        pytest.param({"jit_compile": False}, marks=pytest.mark.nightly),
         {"run_eagerly": True},
         {"steps_per_execution": 3},  # four batches an epoch: three and one
     ],
@@ -70,7 +70,14 @@ INPUTS: dict[str, Callable[[], tuple[Any, ...]]] = {
 }
 
 
-@pytest.mark.parametrize("kind", INPUTS)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "tf.data",
+        "PyDataset of two threads",
+        *(pytest.param(kind, marks=pytest.mark.nightly) for kind in ("tensors", "PyDataset")),
+    ],
+)
 def test_inputs_end_alike(kind: str) -> None:
     options = {"batch_size": 6} if kind == "tensors" else {}
     with mirrored(2).scope():

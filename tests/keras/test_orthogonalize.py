@@ -29,7 +29,9 @@ def signum(**settings: Any) -> Signum:
 
 
 @everywhere
-@pytest.mark.parametrize("settings", FAMILY, ids=str)
+@pytest.mark.parametrize(
+    "settings", [FAMILY[0], pytest.param(FAMILY[1], marks=pytest.mark.nightly), FAMILY[2]], ids=str
+)
 def test_is_the_specifications(settings: dict[str, Any]) -> None:
     """Operation by operation and compiled."""
     for compiled in (None, *COMPILED[keras.backend.backend()]):

@@ -1,4 +1,4 @@
-"""`import signsgd_lightning` needs torch alone; Lightning comes with a strategy or a callback."""
+"""`import signsgd_lightning` needs torch alone; a strategy or a callback brings Lightning, an elastic vote torchft."""
 
 import subprocess
 import sys
@@ -19,7 +19,10 @@ optimizer = signsgd_lightning.Signum([x])
 x.sum().backward()
 optimizer.step()
 signsgd_lightning.enable_majority_vote, signsgd_lightning.gather_state, dir(signsgd_lightning)
-print([name for name in sys.modules if name.partition(".")[0] in ("lightning", "pytorch_lightning", "transformers")])
+OTHERS = ("lightning", "pytorch_lightning", "transformers", "torchft")
+print([name for name in sys.modules if name.partition(".")[0] in OTHERS])
+signsgd_lightning.enable_elastic_vote
+print("torchft" in sys.modules, "lightning" in sys.modules)
 print(signsgd_lightning.MajorityVoteStrategy.__name__, "lightning" in sys.modules)
 """
 
@@ -32,9 +35,10 @@ for name in ("majority_vote", "majority_vote_find_unused_parameters_true"):
 
 WITHOUT = """
 import sys
-sys.modules["lightning"] = sys.modules["transformers"] = None
+for name in ("lightning", "transformers", "torchft"):
+    sys.modules[name] = None
 import signsgd_lightning
-for name in ("VoteMonitor", "MajorityVoteCallback"):
+for name in ("VoteMonitor", "MajorityVoteCallback", "enable_elastic_vote"):
     try:
         getattr(signsgd_lightning, name)
     except ImportError as error:
@@ -48,8 +52,8 @@ def printed(code: str) -> list[str]:
     return ran.stdout.splitlines()
 
 
-def test_lightning_is_imported_when_asked_for() -> None:
-    assert printed(PLAIN) == ["[]", "MajorityVoteStrategy True"]
+def test_others_are_imported_when_asked_for() -> None:
+    assert printed(PLAIN) == ["[]", "True False", "MajorityVoteStrategy True"]
 
 
 @pytest.mark.parametrize(
@@ -68,8 +72,9 @@ def test_the_strategy_and_its_variant_by_name(imports: str) -> None:
     ]
 
 
-def test_without_lightning_and_transformers() -> None:
+def test_without_lightning_transformers_and_torchft() -> None:
     assert printed(WITHOUT) == [
         "VoteMonitor needs Lightning: pip install 'signsgd[lightning]'",
         "MajorityVoteCallback needs transformers: pip install 'signsgd[huggingface]'",
+        "enable_elastic_vote needs torchft: pip install 'signsgd[elastic]'",
     ]

@@ -89,7 +89,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., l
     ("architecture", "chosen", "dtype", "zeros"),
     [
         (90, SETTINGS[4], torch.float32, "abstain"),
-        (80, SETTINGS[1], torch.bfloat16, "alternate"),
+        pytest.param(80, SETTINGS[1], torch.bfloat16, "alternate", marks=pytest.mark.nightly),
         (100, SETTINGS[6], torch.float16, "positive"),
         pytest.param(90, SETTINGS[0], torch.float32, "alternate", marks=pytest.mark.nightly),
         pytest.param(90, SETTINGS[3], torch.float16, "abstain", marks=pytest.mark.nightly),
