@@ -105,7 +105,7 @@ def _nurse(end: Connection, address: str) -> None:
     import signsgd_keras  # noqa: F401  what every child would import anyway
 
     gc.freeze()  # what was imported stays shared with the processes
-    gc.disable()  # in them as well, see devices.py
+    gc.disable()  # in them as well, but between calls: see devices.py
     context = multiprocessing.get_context("fork")
     while True:
         try:
@@ -135,3 +135,4 @@ def _serve(address: str, environment: dict[str, str]) -> None:
         except BaseException:
             answer = (False, traceback.format_exc())
         end.send(answer)
+        gc.collect()  # here nothing is traced
