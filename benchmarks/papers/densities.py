@@ -24,7 +24,7 @@ from signsgd_core.analysis.geometry import Moments, density, figures
 from signsgd_lightning.monitor.geometry_monitor import hessian_diagonal, twice_differentiable
 
 from .common import command_line, heading, publish
-from .methods import Job
+from .methods import CLIPPED, Job
 from .tasks import Task, add_arguments, shared_task
 from .training import train
 from .whole import STEPS
@@ -33,10 +33,7 @@ RATES: dict[str, dict[str, float]] = {
     "gpt": {"AdamW": 2e-3, "Signum": 2e-4, "verdict momentum 0.8": 4e-3},
     "resnet": {"SGD": 0.1, "AdamW": 1e-2, "Signum": 1e-3, "verdict momentum 0.8": 4e-3},
 }
-WHOLE = {
-    "AdamW, clipped": (2e-3, None, 0.0),
-    "SignMuon": (0.04, 1e-3, 0.1),
-}
+WHOLE = {f"AdamW{CLIPPED}": (2e-3, None, 0.0), "SignMuon": (0.04, 1e-3, 0.1)}
 """Method -> its learning rate in whole.py, that of what is no hidden matrix, and weight decay."""
 POINTS = (0.0, 0.02, 0.1, 0.3, 0.6, 1.0)
 """Shares of the training."""

@@ -54,8 +54,8 @@ def test_every_case_is_exact(case: Case) -> None:
 
 def long(end: FrontEnd, case: Case) -> bool:
     """Whether a front end takes seconds for so many workers, where its cases of fewer guard the same code."""
-    most = {"keras-multi-worker": range(4, 9), "keras-mirrored": range(4, 9), "keras-mirrored-eager": range(4, 8)}
-    return case.workers in most.get(end.name, ())
+    slow = {"keras-multi-worker": range(4, 9), "keras-mirrored": range(4, 9), "keras-mirrored-eager": range(4, 8)}
+    return case.workers in slow.get(end.name, ())
 
 
 @pytest.mark.parametrize(

@@ -72,11 +72,7 @@ def _fuzz(steps: int, settings: dict[str, Any]) -> tuple[int, float, list[bytes]
 
 @pytest.mark.parametrize(
     "settings",
-    [
-        pytest.param({}, marks=pytest.mark.nightly),
-        {"betas": (0.9, 0.99), "weight_decay": 0.1},
-        {"betas": (0.0, 0.0), "verdict_momentum": 0.8},
-    ],
+    [{}, {"betas": (0.9, 0.99), "weight_decay": 0.1}, {"betas": (0.0, 0.0), "verdict_momentum": 0.8}],
     ids=["Signum", "Lion", "verdict momentum"],
 )
 @pytest.mark.parametrize("steps", [200, pytest.param(10_000, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])

@@ -72,11 +72,7 @@ INPUTS: dict[str, Callable[[], tuple[Any, ...]]] = {
 
 @pytest.mark.parametrize(
     "kind",
-    [
-        "tf.data",
-        "PyDataset of two threads",
-        *(pytest.param(kind, marks=pytest.mark.nightly) for kind in ("tensors", "PyDataset")),
-    ],
+    [pytest.param(kind, marks=[pytest.mark.nightly] * (kind in ("tensors", "PyDataset"))) for kind in INPUTS],
 )
 def test_inputs_end_alike(kind: str) -> None:
     options = {"batch_size": 6} if kind == "tensors" else {}

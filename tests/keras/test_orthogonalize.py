@@ -30,7 +30,7 @@ def signum(**settings: Any) -> Signum:
 
 @everywhere
 @pytest.mark.parametrize(
-    "settings", [FAMILY[0], pytest.param(FAMILY[1], marks=pytest.mark.nightly), FAMILY[2]], ids=str
+    "settings", [pytest.param(one, marks=[pytest.mark.nightly] * ("warmup_steps" in one)) for one in FAMILY], ids=str
 )
 def test_is_the_specifications(settings: dict[str, Any]) -> None:
     """Operation by operation and compiled."""
