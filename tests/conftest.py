@@ -20,13 +20,14 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 LEFT_OUT = ("nightly", "slow")
 """Markers of tests that run only where ``-m`` names them, whatever else it says."""
 
-STARTS_PROCESSES = {"workers", "nursery", "backend", "cluster", "fresh_cluster"}
+KERAS_PROCESSES = {"nursery", "backend", "cluster", "fresh_cluster"}
+STARTS_PROCESSES = {"workers", *KERAS_PROCESSES}
 """Fixtures."""
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark what starts processes, and leave out what is not asked for."""
+    """Mark what starts processes, leave out what is not asked for, and put together what shares processes."""
     kept, left = list[pytest.Item](), list[pytest.Item]()
     absent = [marker for marker in LEFT_OUT if marker not in config.option.markexpr]
     for item in items:
@@ -35,7 +36,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         (left if any(map(item.get_closest_marker, absent)) else kept).append(item)
     if left:
         config.hook.pytest_deselected(items=left)
-        items[:] = kept
+    items[:] = sorted(kept, key=_neighbours)
+
+
+def _neighbours(item: pytest.Item) -> tuple[bool, bool]:
+    """Torch's processes first and Keras' last: of two that run tests, one then starts the former, one the latter."""
+    names = set(getattr(item, "fixturenames", ()))
+    keras = "keras" in item.nodeid or ("workers" not in names and bool(KERAS_PROCESSES & names))
+    return keras, not STARTS_PROCESSES & names
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Sequence
-from functools import wraps
+from functools import partial, wraps
 from importlib import import_module
 from typing import Any
 
@@ -16,8 +16,8 @@ Array = npt.NDArray[Any]
 Test = Callable[..., None]
 
 
-def everywhere(test: Test) -> Test:
-    """Let a test's body run once on each backend, in the process that has it.
+def everywhere(test: Test, nightly: Sequence[str] = ()) -> Test:
+    """Let a test's body run once on each backend, in the process that has it; on some of them nightly.
 
     Its arguments are those of `pytest.mark.parametrize` and fixtures whose values can be sent.
     """
@@ -25,12 +25,17 @@ def everywhere(test: Test) -> Test:
     def call(name: str, backend: Any, **arguments: Any) -> None:
         backend(name).run(_call, test.__module__, test.__name__, arguments)
 
-    run: Test = pytest.mark.parametrize("name", BACKENDS)(wraps(test)(call))
+    names = [pytest.param(name, marks=[pytest.mark.nightly] * (name in nightly)) for name in BACKENDS]
+    run: Test = pytest.mark.parametrize("name", names)(wraps(test)(call))
 
     asked: Any = run  # what pytest sees
-    names = ("name", "backend", *inspect.signature(test).parameters)
-    asked.__signature__ = inspect.Signature([inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY) for key in names])
+    keys = ("name", "backend", *inspect.signature(test).parameters)
+    asked.__signature__ = inspect.Signature([inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY) for key in keys])
     return run
+
+
+everywhere_jax_nightly = partial(everywhere, nightly=["jax"])
+"""Where JAX, which compiles every operation by itself, takes several times as long, and the rule is no backend's."""
 
 
 def _call(module: str, name: str, arguments: dict[str, Any]) -> None:

@@ -51,7 +51,7 @@ OPTIMIZERS: dict[str, Callable[[], Any]] = {
     [
         ("Adam", 2, None),
         pytest.param("SGD", 3, tf.distribute.ReductionToOneDevice, marks=pytest.mark.nightly),
-        ("SGD", 3, tf.distribute.HierarchicalCopyAllReduce),
+        pytest.param("SGD", 3, tf.distribute.HierarchicalCopyAllReduce, marks=pytest.mark.nightly),
     ],
 )
 def test_other_optimizers_train_exactly_as_without_it(name: str, replicas: int, wrapped: Any) -> None:

@@ -65,7 +65,9 @@ OPTIMIZERS: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", list(OPTIMIZERS))
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.nightly] * (name == "Keras' loss scale")) for name in OPTIMIZERS]
+)
 def test_each_replica_has_its_own_gradients(name: str) -> None:
     scope, optimizer = OPTIMIZERS[name]
     strategy, watching = scope(), monitor()

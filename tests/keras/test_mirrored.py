@@ -147,7 +147,9 @@ CLIPS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("kind", CLIPS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[pytest.mark.nightly] * (kind == "clipvalue")) for kind in CLIPS]
+)
 def test_each_replica_clips_its_own_gradients(kind: str) -> None:
     strategy, every = mirrored(2), 2 if kind == "clipnorm" else 1  # a mean is clipped after it is taken
     with strategy.scope():

@@ -32,7 +32,7 @@ def expected(replicas: int = 2, make: Callable[[], keras.Model] = net, epochs: i
 @pytest.mark.parametrize(
     "settings",
     [
-        {"jit_compile": "auto"},
+        pytest.param({"jit_compile": "auto"}, marks=pytest.mark.nightly),  # as the other tests have it
         pytest.param({"jit_compile": False}, marks=pytest.mark.nightly),
         {"run_eagerly": True},
         {"steps_per_execution": 3},  # four batches an epoch: three and one
@@ -72,7 +72,7 @@ INPUTS: dict[str, Callable[[], tuple[Any, ...]]] = {
 
 @pytest.mark.parametrize(
     "kind",
-    [pytest.param(kind, marks=[pytest.mark.nightly] * (kind in ("tensors", "PyDataset"))) for kind in INPUTS],
+    [pytest.param(kind, marks=[pytest.mark.nightly] * (kind != "PyDataset of two threads")) for kind in INPUTS],
 )
 def test_inputs_end_alike(kind: str) -> None:
     options = {"batch_size": 6} if kind == "tensors" else {}
@@ -94,7 +94,7 @@ def test_batch_norm() -> None:
     assert same(arrays(model.trainable_variables), expected(make=normalized))
 
 
-@pytest.mark.parametrize("kind", ["mixed_float16", "mixed_bfloat16"])
+@pytest.mark.parametrize("kind", ["mixed_float16", pytest.param("mixed_bfloat16", marks=pytest.mark.nightly)])
 def test_mixed_precision(kind: str) -> None:
     """Numbers in eighths are the same in every precision; under float16 Keras scales the loss and undoes it."""
     before = keras.config.dtype_policy()

@@ -154,8 +154,11 @@ def _inputs(kind: str) -> list[Array]:
     return arrays(model.weights)
 
 
-def test_inputs_of_all_kinds_train_the_same(cluster: Callable[[int], Cluster]) -> None:
-    found = [
-        weights for kind in ("NumPy", "tensors", "tf.data", "PyDataset") for weights in cluster(2).run(_inputs, kind)
-    ]
+@pytest.mark.parametrize(
+    "kinds",
+    [("NumPy", "tf.data", "PyDataset"), pytest.param(("NumPy", "tensors"), marks=pytest.mark.nightly)],
+    ids=", ".join,
+)
+def test_inputs_train_the_same(kinds: tuple[str, ...], cluster: Callable[[int], Cluster]) -> None:
+    found = [weights for kind in kinds for weights in cluster(2).run(_inputs, kind)]
     assert all(same(weights, found[0]) for weights in found)

@@ -176,7 +176,7 @@ def _midway(kind: str) -> tuple[str, list[bool]]:
     return "no error", []
 
 
-@pytest.mark.parametrize("kind", ["learning rates", "numbers of steps taken"])
+@pytest.mark.parametrize("kind", [pytest.param("learning rates", marks=pytest.mark.nightly), "numbers of steps taken"])
 def test_midway(kind: str, fresh_cluster: Callable[[int], Cluster]) -> None:
     for message, unchanged in fresh_cluster(2).run(_midway, kind):
         assert f"the workers disagree and cannot vote: their {kind} differ; worker by worker, as bits:" in message

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,13 @@ def _from(name: str, kind: str, folder: Path) -> Any:
     return made
 
 
-@pytest.mark.parametrize("kind", ["keras", "weights.h5", "tf.train.Checkpoint"])
-@pytest.mark.parametrize("name", write.CASES)
+CASES = list(product(write.CASES, ("keras", "weights.h5", "tf.train.Checkpoint")))
+COVERING = {("replicas", "keras"), ("scaled", "weights.h5"), ("replicas", "tf.train.Checkpoint"), ("alone", "keras")}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [pytest.param(*case, marks=[pytest.mark.nightly] * (case not in COVERING)) for case in CASES]
+)
 def test_training_goes_on(name: str, kind: str, tmp_path: Path) -> None:
     shutil.unpack_archive(FOLDER / f"{name}.tar.gz", tmp_path)
     numbers = json.loads((tmp_path / "numbers.json").read_text())

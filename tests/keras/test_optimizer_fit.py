@@ -11,7 +11,7 @@ import pytest
 
 from signsgd_keras import Signum
 
-from .backends import Array, assert_equal, everywhere, numbers
+from .backends import Array, assert_equal, everywhere, everywhere_jax_nightly, numbers
 
 
 def data(rows: int = 64) -> tuple[Array, Array]:
@@ -51,7 +51,7 @@ FAMILY: tuple[dict[str, Any], ...] = (
 )
 
 
-@everywhere
+@everywhere_jax_nightly
 def test_the_whole_family_learns() -> None:
     for settings in FAMILY:
         history = losses(model_of(Signum(learning_rate=0.02, **settings)), epochs=8)
@@ -76,7 +76,7 @@ def test_every_way_to_compile() -> None:
         assert numbers(model.optimizer.iterations) == 24
 
 
-@everywhere
+@everywhere_jax_nightly
 def test_fit_again_and_again_is_one_long_fit() -> None:
     """`fit`, `train_on_batch` and `evaluate` go on with one state."""
     x, y = data()

@@ -96,7 +96,7 @@ def fresh(nursery: Callable[[str], Nursery]) -> Iterator[Callable[[str], Cluster
     ("name", "precision"),
     [
         *((name, "float32") for name in BACKENDS),
-        ("tensorflow", "mixed_float16"),
+        pytest.param("tensorflow", "mixed_float16", marks=pytest.mark.nightly),
         pytest.param("jax", "bfloat16", marks=pytest.mark.nightly),
         pytest.param("torch", "bfloat16", marks=pytest.mark.nightly),
     ],

@@ -10,7 +10,7 @@ import pytest
 from signsgd_core import NS_COEFFICIENTS, TILE, polar
 from signsgd_keras import Signum
 
-from .backends import Array, assert_equal, eighths, everywhere, numbers, train, variables
+from .backends import Array, assert_equal, eighths, everywhere, everywhere_jax_nightly, numbers, train, variables
 from .orthogonal import LR, MATRICES, RATIO, SETTINGS, SHAPES, Judge, gradients, parameters
 from .test_optimizer import COMPILED
 from .test_optimizer_fit import losses, model_of, policy
@@ -49,7 +49,7 @@ def test_is_the_specifications(settings: dict[str, Any]) -> None:
         assert names == [f"x{k}" for k in MATRICES]
 
 
-@everywhere
+@everywhere_jax_nightly
 def test_accumulation_and_an_average_are_as_without() -> None:
     optimizer, xs, judge = signum(gradient_accumulation_steps=2, use_ema=True), variables(parameters()), Judge()
     steps = gradients(6)
@@ -195,7 +195,7 @@ def test_the_configuration_keeps_the_proportion() -> None:
     assert copy.get_config() == {**original.get_config(), "learning_rate": copy.get_config()["learning_rate"]}
 
 
-@everywhere
+@everywhere_jax_nightly
 @pytest.mark.parametrize(
     "precision",
     [

@@ -7,7 +7,7 @@ import pytest
 
 from signsgd_keras import Signum
 
-from .backends import Array, eighths, everywhere, numbers, train
+from .backends import Array, eighths, everywhere, everywhere_jax_nightly, numbers, train
 from .models import weights
 from .orthogonal import SETTINGS, Judge
 
@@ -59,7 +59,7 @@ def shapes(model: Any, optimizer: Signum) -> dict[str, tuple[int, int]]:
     return {path.removeprefix("net/"): polar.matrix[1:] for path, polar in polars.items() if polar is not None}
 
 
-@everywhere
+@everywhere_jax_nightly
 def test_a_transformer() -> None:
     model = transformer()
     optimizer = built(model, exclude_layers=["(^|/)output/"])
@@ -79,7 +79,7 @@ def test_a_transformer() -> None:
     assert optimizer.orthogonalized == [v.path for v in model.trainable_variables if optimizer.slot(v).update.polar]
 
 
-@everywhere
+@everywhere_jax_nightly
 def test_a_convolutional_model() -> None:
     model = images()
     assert shapes(model, built(model)) == {
@@ -109,7 +109,7 @@ def test_vectors_and_tables_with_leading_ones_are_no_matrices() -> None:
     assert shapes(model, built(model)) == {"conv/kernel": (4, 16), "d/kernel": (1, 4)}
 
 
-@everywhere
+@everywhere_jax_nightly
 def test_transposed_convolutions_are_no_matrices() -> None:
     """Keras keeps their kernels as (h, w, out, in)."""
     parts = [
@@ -210,7 +210,7 @@ def test_what_is_frozen_changes_no_layout(use_bias: bool) -> None:
             assert frozen not in _matrices(layer)
 
 
-@everywhere
+@everywhere_jax_nightly
 def test_layers_of_ones_own_with_an_attentions_names() -> None:
     """The bias (heads, size) tells a projection, where there is none its `dim`; its addition by LoRA is none."""
     einsum, equation = layers.EinsumDense, "abc,cde->abde"

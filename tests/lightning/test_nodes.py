@@ -95,7 +95,7 @@ def _train_all() -> list[Any]:
     return [train(**settings) for settings in SETTINGS.values()]
 
 
-@pytest.mark.parametrize(("ranks", "ranks_per_node"), [(4, 2), (6, 2), (6, 3)])
+@pytest.mark.parametrize(("ranks", "ranks_per_node"), [(4, 2), pytest.param(6, 2, marks=pytest.mark.nightly), (6, 3)])
 def test_every_vote_is_the_references(ranks: int, ranks_per_node: int, workers: Workers) -> None:
     runs = workers.run(ranks, _train_all, ranks_per_node=ranks_per_node)
     for settings, *ends in zip(SETTINGS.values(), *runs, strict=True):

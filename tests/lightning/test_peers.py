@@ -91,10 +91,10 @@ def _blame(suspects: tuple[int | None, ...], victim: int, signal_number: int) ->
     ("victim", "signal_number", "suspects"),
     [
         (0, signal.SIGSTOP, (None, 2, 3, 0)),  # the store is lost with it
-        (0, signal.SIGKILL, (None, None, 1, 1)),
+        pytest.param(0, signal.SIGKILL, (None, None, 1, 1), marks=pytest.mark.nightly),
         (2, signal.SIGSTOP, (1, 3, None, 2)),  # the blame is followed
         (2, signal.SIGKILL, (1, 0, None, 0)),  # it leads in a circle
-        (2, signal.SIGSTOP, (None, None, None, 2)),
+        pytest.param(2, signal.SIGSTOP, (None, None, None, 2), marks=pytest.mark.nightly),
         (2, signal.SIGKILL, (None, None, None, None)),
     ],
 )

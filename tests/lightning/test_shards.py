@@ -20,6 +20,7 @@ from .models import Net, trainer
 from .test_checkpoint import SETTINGS, Scheduled, _momenta, _same
 
 NAMES = ("signum", "lion-warmup", "both-momenta-accumulated", "bf16-momentum", "verdict-momentum")
+COVERING = ("both-momenta-accumulated", "bf16-momentum")
 
 
 def _train(
@@ -34,7 +35,7 @@ def _train(
     return [p.detach().float().numpy().copy() for p in model.parameters()], _momenta(run.optimizers[0])
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.nightly] * (n not in COVERING)) for n in NAMES])
 def test_resumed_is_uninterrupted(name: str, tmp_path: Path, workers: Workers) -> None:
     signum, settings = SETTINGS[name]
     straight = workers.run(2, _train, str(tmp_path / "a"), "full", signum, settings, 4)

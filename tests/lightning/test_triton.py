@@ -27,7 +27,7 @@ GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
     [
         ("1", "not nightly"),
         pytest.param("1", "nightly", marks=pytest.mark.nightly),
-        pytest.param("0", "not nightly", marks=[pytest.mark.cuda, GPU]),
+        pytest.param("0", "nightly or not nightly", marks=[pytest.mark.cuda, GPU]),
     ],
 )
 def test_equal_to_numpy(interpret: str, which: str) -> None:
@@ -90,7 +90,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., l
     [
         (90, SETTINGS[4], torch.float32, "abstain"),
         pytest.param(80, SETTINGS[1], torch.bfloat16, "alternate", marks=pytest.mark.nightly),
-        (100, SETTINGS[6], torch.float16, "positive"),
+        pytest.param(100, SETTINGS[6], torch.float16, "positive", marks=pytest.mark.nightly),
         pytest.param(90, SETTINGS[0], torch.float32, "alternate", marks=pytest.mark.nightly),
         pytest.param(90, SETTINGS[3], torch.float16, "abstain", marks=pytest.mark.nightly),
     ],

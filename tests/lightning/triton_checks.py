@@ -27,7 +27,11 @@ from .test_kernels import DTYPES, SETTINGS, ZEROS, bits, finite, group, numbers,
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 LOOPS: list[Any] = [triton_loops.cast, triton_loops.apply, triton_loops.alone, triton_tally.verdict]
-PAIRS = [(chosen, DTYPES[(k + j) % 4], ZEROS[(k + j) % 3]) for k, chosen in enumerate(SETTINGS) for j in (0, 1)]
+PAIRS = [
+    pytest.param(chosen, DTYPES[(k + j) % 4], ZEROS[(k + j) % 3], marks=[pytest.mark.nightly] * j)
+    for k, chosen in enumerate(SETTINGS)
+    for j in (0, 1)
+]
 
 
 @pytest.fixture
