@@ -1,10 +1,11 @@
 """README and docs say what the result files say."""
 
+import json
 import re
 
 import pytest
 
-from benchmarks import report, tables
+from benchmarks import report, scaling, tables
 
 PAGES = {str(path.relative_to(report.ROOT)): path.read_text() for path in report.pages()}
 
@@ -48,6 +49,13 @@ def test_a_number_without_a_result_is_found(line: str, found: list[str]) -> None
     assert list(report.strays("docs/guide/nodes.md", f"above\n{line}")) == [
         f"docs/guide/nodes.md:2: {number}" for number in found
     ]
+
+
+def test_the_cost_model_is_of_the_wire_as_it_was_last_measured() -> None:
+    cells = json.loads((tables.RESULTS / "wire.json").read_text())["cells"]
+    said = (tables.RESULTS / "scaling.txt").read_text()
+    again = "python -m benchmarks.scaling benchmarks/results/wire.json --out benchmarks/results"
+    assert said.endswith("\n".join(scaling.table(*scaling.compare(cells, cores=2))) + "\n"), f"run {again}"
 
 
 def test_a_page_without_results_has_no_figures() -> None:
