@@ -50,7 +50,7 @@ class Update:
 
     def _direction(self, gradient: Tensor, momentum: Variable | None, step: Tensor) -> Tensor:
         """Take a gradient into the momentum and return the direction: steps 1-3."""
-        g = self.finite(ops.cast(gradient, "float32"))
+        g = self.backend.finite(ops.cast(gradient, "float32"))
         if momentum is None:
             return g
         c = core.direction(momentum, g, self.beta_1)
@@ -59,16 +59,6 @@ class Update:
         if self.warmup == 0:
             return c
         return ops.cond(ops.less(step, self.warmup), lambda: g, lambda: c)
-
-    def finite(self, gradient: Tensor) -> Tensor:
-        """Return the gradient with every NaN and ±Inf replaced by 0 (step 1)."""
-
-        def replaced() -> Tensor:
-            return ops.where(ops.isfinite(gradient), gradient, ops.zeros_like(gradient))
-
-        if self.backend.is_compiled():
-            return replaced()  # the compiler makes it part of what follows
-        return ops.cond(ops.isfinite(ops.sum(gradient)), lambda: gradient, replaced)  # reads once where all is well
 
     def move(
         self, x: Variable, verdict: Tensor, verdict_momentum: Variable | None, learning_rate: Tensor, decay: float

@@ -117,6 +117,16 @@ class Backend:
         """Tell whether a compiler sees the step as a whole."""
         return False
 
+    def finite(self, gradient: Tensor) -> Tensor:
+        """Return a gradient with every NaN and ±Inf replaced by 0 (step 1)."""
+
+        def replaced() -> Tensor:
+            return ops.where(ops.isfinite(gradient), gradient, ops.zeros_like(gradient))
+
+        if self.is_compiled():
+            return replaced()  # the compiler makes it part of what follows
+        return ops.cond(ops.isfinite(ops.sum(gradient)), lambda: gradient, replaced)  # reads once where all is well
+
     def write(self, target: Variable, value: Tensor) -> None:
         """Set a variable, or a tile of one."""
         target.assign(value)

@@ -11,6 +11,7 @@ from keras import ops
 from .. import _compat
 from ..replica_variable import ReplicaVariable
 from ..replicas import Replicas
+from ..traced import traced_once
 from ..variables import native
 from .base import Backend, GradientRows, Inherit, Product
 
@@ -57,6 +58,12 @@ class TensorFlow(Backend):
         """Tell whether XLA compiles the step."""
         return _compat.in_xla()
 
+    def finite(self, gradient: Tensor) -> Tensor:
+        """Return a gradient with every NaN and ±Inf replaced by 0 (step 1)."""
+        if self.is_compiled():
+            return super().finite(gradient)
+        return tf.reshape(_finite(tf.reshape(gradient, [-1])), gradient.shape)
+
     def descend(self, target: Variable, direction: Tensor, rate: Tensor) -> None:
         """Take ``rate·direction`` from a variable, in one pass over memory."""
         tf.raw_ops.ResourceApplyGradientDescent(var=native(target).handle, alpha=rate, delta=direction)
@@ -74,6 +81,12 @@ class TensorFlow(Backend):
             gradients = inner.gradient(scalar, values, unconnected_gradients=zeros)
             gradients = [self.dense(*pair) for pair in zip(gradients, variables, strict=True)]
         return lambda z: outer.gradient(gradients, values, z, zeros)
+
+
+@traced_once(tf.TensorSpec([None], tf.float32))
+def _finite(gradient: Tensor) -> Tensor:
+    well = tf.math.is_finite(tf.reduce_sum(gradient))
+    return tf.cond(well, lambda: gradient, lambda: tf.where(tf.math.is_finite(gradient), gradient, 0.0))
 
 
 class _Rows(GradientRows):

@@ -9,6 +9,8 @@ import tensorflow as tf
 import signsgd_core as core
 from signsgd_core import Zeros
 
+from ..traced import traced_once
+
 Tensor = Any
 Words = list[Tensor]
 """A ballot as int64 words, one tensor a plane."""
@@ -41,13 +43,9 @@ def pack(directions: Tensor, bit: Any) -> Tensor:
                [13]], dtype=uint8)
     """
     c = tf.reshape(directions, [-1])
-    if bit is None:
-        return tf.stack([_packbits(c < 0), _packbits(tf.not_equal(c, 0))])
-    if isinstance(bit, int):
-        negative = c <= 0 if bit else c < 0
-    else:
-        negative = tf.cond(tf.equal(bit, 1), lambda: c <= 0, lambda: c < 0)
-    return _packbits(negative)[None]
+    ballot = _signs_and_votes(c) if bit is None else _signs(c, tf.cast(bit, tf.uint8))
+    ballot.set_shape([1 + (bit is None), -(-c.shape[0] // 8)])
+    return ballot
 
 
 def unpack(ballot: Tensor, length: int) -> Tensor:
@@ -64,10 +62,9 @@ def unpack(ballot: Tensor, length: int) -> Tensor:
         >>> unpack(tf.constant([[9], [13]], tf.uint8), 4).numpy()
         array([-1.,  0.,  1., -1.], dtype=float32)
     """
-    signs = _look_up(_SIGNS, ballot[0])
-    if ballot.shape[0] == 2:
-        signs *= _look_up(_VOTES, ballot[1])
-    return signs[:length]
+    numbers = (_ones if ballot.shape[0] == 1 else _ones_and_zeros)(ballot, length)
+    numbers.set_shape([length])
+    return numbers
 
 
 def words(ballot: Tensor, dtype: Any) -> Tensor:
@@ -109,8 +106,28 @@ def verdict(ballots: Sequence[Words], zeros: Zeros, parity: Tensor) -> Tensor:
     return unwords(tf.stack(core.verdict(ballots, zeros, tf.cast(parity, tf.int64))))
 
 
+@traced_once(tf.TensorSpec([None], tf.float32))
+def _signs_and_votes(c: Tensor) -> Tensor:
+    return tf.stack([_packbits(c < 0), _packbits(tf.not_equal(c, 0))])
+
+
+@traced_once(tf.TensorSpec([None], tf.float32), tf.TensorSpec([], tf.uint8))
+def _signs(c: Tensor, bit: Tensor) -> Tensor:
+    return _packbits(tf.cond(tf.equal(bit, 1), lambda: c <= 0, lambda: c < 0))[None]
+
+
+@traced_once(tf.TensorSpec([1, None], tf.uint8), tf.TensorSpec([], tf.int64))
+def _ones(ballot: Tensor, length: Tensor) -> Tensor:
+    return _look_up(_SIGNS, ballot[0])[:length]
+
+
+@traced_once(tf.TensorSpec([2, None], tf.uint8), tf.TensorSpec([], tf.int64))
+def _ones_and_zeros(ballot: Tensor, length: Tensor) -> Tensor:
+    return (_look_up(_SIGNS, ballot[0]) * _look_up(_VOTES, ballot[1]))[:length]
+
+
 def _packbits(bits: Tensor) -> Tensor:
-    padded = tf.pad(tf.cast(bits, tf.uint8), [[0, -bits.shape[0] % 8]])
+    padded = tf.pad(tf.cast(bits, tf.uint8), [[0, -tf.size(bits, tf.int64) % 8]])
     eights = tf.bitcast(tf.reshape(padded, [-1, 8]), tf.uint64)
     gathered = eights * tf.constant(_GATHER, tf.uint64)
     return tf.cast(tf.bitwise.right_shift(gathered, tf.constant(56, tf.uint64)), tf.uint8)

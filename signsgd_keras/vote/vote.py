@@ -127,7 +127,8 @@ class Vote:
                 )
             step([one.gradients for one in brought], found[0])
 
-        context.merge_call(together, args=(_Brought(gradients, numbers),))
+        # AutoGraph would rewrite all of the package where a loop of one's own is a tf.function.
+        context.merge_call(tf.autograph.experimental.do_not_convert(together), args=(_Brought(gradients, numbers),))
 
     def step(self, given: StepInput) -> None:
         """Take one step of the variables by the majority's verdict, in cross-replica context."""

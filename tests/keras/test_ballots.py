@@ -76,6 +76,19 @@ def test_unused_bits_are_zero() -> None:
                 assert (pack(tf.fill([length], value), bit).numpy() >> length == 0).all()
 
 
+def test_a_graph_holds_them_once() -> None:
+    """Of many variables each would else add its operations, which takes Python long."""
+
+    def three(*vectors: tf.Tensor) -> list[tf.Tensor]:
+        return [unpack(pack(c, tf.constant(1, tf.uint8)), c.shape[0]) for c in vectors]
+
+    traced = tf.function(three).get_concrete_function(*(tf.TensorSpec([size]) for size in (8, 20, 1000)))
+    called = [op.get_attr("f").name for op in traced.graph.get_operations() if op.type == "PartitionedCall"]
+    assert len(called) == 6
+    assert len(set(called)) == 2
+    assert [tuple(output.shape) for output in traced.outputs] == [(8,), (20,), (1000,)]
+
+
 def test_inside_xla() -> None:
     """Where a step is compiled as a whole."""
     values = values_of(1000)
