@@ -13,10 +13,12 @@ import torch
 from torch import nn
 from torch.distributed._serialization import _streaming_save
 
-from signsgd_lightning import ElasticBatches, Signum, enable_elastic_vote
+from signsgd_lightning import Signum
 from tests.lightning.test_imports import printed
 
 pytest.importorskip("torchft", reason="the extra `elastic` is not installed")
+
+from signsgd_lightning import ElasticBatches, enable_elastic_vote
 
 NOWHERE = "http://127.0.0.1:9"
 
