@@ -16,7 +16,8 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from signsgd_lightning import Signum, VoteStatistics, enable_majority_vote
+from signsgd_lightning import Signum, enable_majority_vote
+from signsgd_lightning.vote.observers import VoteStatistics
 
 ROUNDS, STEPS = 7, 50  # of 50 steps, after which Lightning logs by default
 
