@@ -28,15 +28,7 @@ from signsgd_lightning.kernels import DEVICE, Kernel, NativeKernel, NumpyKernel,
 from signsgd_lightning.views import FlatView, lay_out
 
 WORKERS = 8
-GROUP: dict[str, Any] = {
-    "lr": 1e-3,
-    "betas": (0.9, 0.9),
-    "weight_decay": 0.1,
-    "verdict_momentum": 0.0,
-    "warmup_steps": 0,
-    "maximize": False,
-    "step": 0,
-}
+SETTINGS: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.9), "weight_decay": 0.1}
 BYTES = {
     "copy": 8.0,
     "gradient to ballot, no momentum": 4.125,
@@ -69,7 +61,8 @@ def parts(kernel: Kernel, size: int, device: torch.device) -> Jobs:
     for name, chosen in kinds.items():
         p = nn.Parameter(torch.randn(size, device=device))
         p.grad = torch.randn_like(p)
-        views[name] = [FlatView(p, GROUP | chosen, {p: {}}, True)]
+        group = Signum([p], **SETTINGS | chosen).param_groups[0] | {"step": 0}
+        views[name] = [FlatView(p, group, {p: {}}, True)]
         lay_out(views[name])
     ballot = torch.zeros(1, -(-size // 64) * 8, dtype=torch.uint8, device=device)
     ballots = torch.randint(0, 256, (WORKERS, *ballot.shape), dtype=torch.uint8, device=device)
