@@ -232,8 +232,8 @@ def measure_steps(context: Any, size: int, rounds: int) -> dict[str, float]:
     return {name: median(map(max, zip(*(t[name] for t in times.values()), strict=True))) for name in times[0]}
 
 
-def measure_changes(context: Any, scheme: str, size: int, kills: int) -> tuple[float, float]:
-    """Return the median seconds from a kill to the others' next step, and from a start to the newcomer's first."""
+def measure_changes(context: Any, scheme: str, size: int, kills: int) -> tuple[list[float], float]:
+    """Return the seconds from each kill to the next step, and the median from a start to the newcomer's first."""
     lighthouse, results = Lighthouse(context), context.Queue()
     workers: list[Any] = []
 
@@ -274,7 +274,7 @@ def measure_changes(context: Any, scheme: str, size: int, kills: int) -> tuple[f
             new.append(end - begin)
     finally:
         end_all(workers, [lighthouse])
-    return median(lost), median(new)
+    return lost, median(new)
 
 
 def end_all(workers: list[Any], lighthouses: list[Lighthouse]) -> None:
@@ -286,7 +286,7 @@ def end_all(workers: list[Any], lighthouses: list[Lighthouse]) -> None:
         lighthouse.stop()
 
 
-def table(size: int, steps: dict[str, float], changes: dict[str, tuple[float, float]]) -> list[str]:
+def table(size: int, steps: dict[str, float], changes: dict[str, tuple[list[float], float]]) -> list[str]:
     """Return the lines of one size; without steps those of changes."""
     (lost, new), (peer_lost, peer_new) = changes[ELASTIC], changes[PEER]
     lines = ["", f"{f'{size:,} parameters, medians':<36}{FIXED:>14}{ELASTIC:>14}{PEER:>15}"]
@@ -300,9 +300,15 @@ def table(size: int, steps: dict[str, float], changes: dict[str, tuple[float, fl
         ]
     return [
         *lines,
-        f"{'a kill to the next step, s':<36}{'':>14}{lost:>14.2f}{peer_lost:>15.2f}",
+        f"{'a kill to the next step, s':<36}{'':>14}{median(lost):>14.2f}{median(peer_lost):>15.2f}",
+        f"{f'  least and most of {len(lost)}':<36}{'':>14}{span(lost):>14}{span(peer_lost):>15}",
         f"{'a start to the first step, s':<36}{'':>14}{new:>14.2f}{peer_new:>15.2f}",
     ]
+
+
+def span(seconds: list[float]) -> str:
+    """Return the least and the most."""
+    return f"{min(seconds):.2f} {max(seconds):.2f}"
 
 
 def main() -> None:
@@ -313,7 +319,7 @@ def main() -> None:
         "--changes", type=int, nargs="*", default=[100_000_000], help="parameters, for lost and new workers alone"
     )
     parser.add_argument("--rounds", type=int, default=15, help="of steps")
-    parser.add_argument("--kills", type=int, default=3, help="of a worker, for each scheme")
+    parser.add_argument("--kills", type=int, default=9, help="of a worker, for each scheme")
     parser.add_argument("--out", type=Path, help="folder for the table (default: save nothing)")
     options = parser.parse_args()
     context = multiprocessing.get_context("forkserver")
