@@ -232,8 +232,8 @@ def measure_steps(context: Any, size: int, rounds: int) -> dict[str, float]:
     return {name: median(map(max, zip(*(t[name] for t in times.values()), strict=True))) for name in times[0]}
 
 
-def measure_changes(context: Any, scheme: str, size: int, kills: int) -> tuple[list[float], float]:
-    """Return the seconds from each kill to the next step, and the median from a start to the newcomer's first."""
+def measure_changes(context: Any, scheme: str, size: int, kills: int) -> tuple[list[float], list[float]]:
+    """Return the seconds from each kill to the others' next step, and from each start to the newcomer's first."""
     lighthouse, results = Lighthouse(context), context.Queue()
     workers: list[Any] = []
 
@@ -274,7 +274,7 @@ def measure_changes(context: Any, scheme: str, size: int, kills: int) -> tuple[l
             new.append(end - begin)
     finally:
         end_all(workers, [lighthouse])
-    return lost, median(new)
+    return lost, new
 
 
 def end_all(workers: list[Any], lighthouses: list[Lighthouse]) -> None:
@@ -286,7 +286,7 @@ def end_all(workers: list[Any], lighthouses: list[Lighthouse]) -> None:
         lighthouse.stop()
 
 
-def table(size: int, steps: dict[str, float], changes: dict[str, tuple[list[float], float]]) -> list[str]:
+def table(size: int, steps: dict[str, float], changes: dict[str, tuple[list[float], list[float]]]) -> list[str]:
     """Return the lines of one size; without steps those of changes."""
     (lost, new), (peer_lost, peer_new) = changes[ELASTIC], changes[PEER]
     lines = ["", f"{f'{size:,} parameters, medians':<36}{FIXED:>14}{ELASTIC:>14}{PEER:>15}"]
@@ -302,7 +302,7 @@ def table(size: int, steps: dict[str, float], changes: dict[str, tuple[list[floa
         *lines,
         f"{'a kill to the next step, s':<36}{'':>14}{median(lost):>14.2f}{median(peer_lost):>15.2f}",
         f"{f'  least and most of {len(lost)}':<36}{'':>14}{span(lost):>14}{span(peer_lost):>15}",
-        f"{'a start to the first step, s':<36}{'':>14}{new:>14.2f}{peer_new:>15.2f}",
+        f"{'a start to the first step, s':<36}{'':>14}{median(new):>14.2f}{median(peer_new):>15.2f}",
     ]
 
 

@@ -61,8 +61,7 @@ def parts(kernel: Kernel, size: int, device: torch.device) -> Jobs:
     for name, chosen in kinds.items():
         p = nn.Parameter(torch.randn(size, device=device))
         p.grad = torch.randn_like(p)
-        group = Signum([p], **SETTINGS | chosen).param_groups[0] | {"step": 0}
-        views[name] = [FlatView(p, group, {p: {}}, True)]
+        views[name] = [FlatView(p, Signum([p], **SETTINGS | chosen).param_groups[0], {p: {}}, True)]
         lay_out(views[name])
     ballot = torch.zeros(1, -(-size // 64) * 8, dtype=torch.uint8, device=device)
     ballots = torch.randint(0, 256, (WORKERS, *ballot.shape), dtype=torch.uint8, device=device)

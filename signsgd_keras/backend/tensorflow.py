@@ -25,6 +25,10 @@ class TensorFlow(Backend):
 
     can_vote = True
 
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self._finite = traced_once(tf.TensorSpec([None], tf.float32))(super().finite)
+
     def workers(self, optimizer: Any) -> Replicas:
         """Return the replicas of the strategy in whose scope the optimizer was made."""
         return Replicas(_compat.strategy_of(optimizer))
@@ -62,7 +66,7 @@ class TensorFlow(Backend):
         """Return a gradient with every NaN and ±Inf replaced by 0 (step 1)."""
         if self.is_compiled():
             return super().finite(gradient)
-        return tf.reshape(_finite(tf.reshape(gradient, [-1])), gradient.shape)
+        return tf.reshape(self._finite(tf.reshape(gradient, [-1])), gradient.shape)
 
     def descend(self, target: Variable, direction: Tensor, rate: Tensor) -> None:
         """Take ``rate·direction`` from a variable, in one pass over memory."""
@@ -81,12 +85,6 @@ class TensorFlow(Backend):
             gradients = inner.gradient(scalar, values, unconnected_gradients=zeros)
             gradients = [self.dense(*pair) for pair in zip(gradients, variables, strict=True)]
         return lambda z: outer.gradient(gradients, values, z, zeros)
-
-
-@traced_once(tf.TensorSpec([None], tf.float32))
-def _finite(gradient: Tensor) -> Tensor:
-    well = tf.math.is_finite(tf.reduce_sum(gradient))
-    return tf.cond(well, lambda: gradient, lambda: tf.where(tf.math.is_finite(gradient), gradient, 0.0))
 
 
 class _Rows(GradientRows):

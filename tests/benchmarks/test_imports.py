@@ -14,4 +14,4 @@ MODULES = sorted(".".join(path.relative_to(ROOT).with_suffix("").parts) for path
 @pytest.mark.parametrize("name", MODULES)
 def test_it_imports(name: str) -> None:
     with mock.patch.dict(os.environ):  # some set variables for processes that they start
-        import_module(name)
+        assert import_module(name).__doc__, "--help begins with its first line"

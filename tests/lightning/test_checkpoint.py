@@ -29,6 +29,10 @@ SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 """Name -> settings of `Signum`, settings of the Trainer."""
 
+COVERING = ("both-momenta-accumulated", "bf16-momentum")
+FEWER = [pytest.param(n, marks=[pytest.mark.nightly] * (n not in COVERING)) for n in SETTINGS if n != "bf16"]
+"""Names for checkpoints of other kinds; nightly where the two that run always cover what is kept."""
+
 
 class Scheduled(Net):
     """`Net` with a schedule, so that a checkpoint has one to restore."""

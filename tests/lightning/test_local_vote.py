@@ -1,5 +1,6 @@
 """`strategy="local_vote"` under real Trainers: rounds `==` the reference, checkpoints, validation."""
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -134,10 +135,8 @@ class Rounds(Callback):
 @pytest.mark.parametrize(
     ("inner", "kind"),
     [
-        ("AdamW", "full"),
-        ("LBFGS", "sharded"),
-        *(pytest.param(*c, marks=pytest.mark.nightly) for c in (("AdamW", "sharded"), ("LBFGS", "full"))),
-        *(pytest.param("SGD", kind, marks=pytest.mark.nightly) for kind in ("full", "sharded")),
+        pytest.param(*case, marks=[pytest.mark.nightly] * (case not in {("AdamW", "full"), ("LBFGS", "sharded")}))
+        for case in product(("AdamW", "SGD", "LBFGS"), ("full", "sharded"))
     ],
 )
 def test_resumed_is_uninterrupted(kind: str, inner: str, tmp_path: Path, workers: Workers) -> None:

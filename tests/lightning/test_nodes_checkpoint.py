@@ -19,10 +19,8 @@ from signsgd_lightning.vote.nodes import cut
 from tests.workers import Workers
 
 from .models import Array, Net, trainer
-from .test_checkpoint import SETTINGS, Scheduled, _momenta, _same
+from .test_checkpoint import FEWER, SETTINGS, Scheduled, _momenta, _same
 
-NAMES = ("signum", "bf16-momentum", "lion-warmup", "both-momenta-accumulated", "verdict-momentum")
-COVERING = ("both-momenta-accumulated", "bf16-momentum")
 Layout = tuple[int, int | None]
 """Ranks, and ranks per node; None where every rank votes."""
 
@@ -54,7 +52,7 @@ def _whole(ends: list[Any], layout: Layout) -> Array:
     return np.stack([np.concatenate(flat[first : first + local]) for first in range(0, len(flat), local)])
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.nightly] * (n not in COVERING)) for n in NAMES])
+@pytest.mark.parametrize("name", FEWER)
 def test_resumed_is_uninterrupted(name: str, tmp_path: Path, workers: Workers) -> None:
     signum, settings = SETTINGS[name]
     straight = _run(workers, (4, 2), tmp_path / "a", signum, settings, 4)

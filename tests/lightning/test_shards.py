@@ -17,10 +17,7 @@ from signsgd_lightning.checkpoint.loading import SHARDS
 from tests.workers import Workers
 
 from .models import Net, trainer
-from .test_checkpoint import SETTINGS, Scheduled, _momenta, _same
-
-NAMES = ("signum", "lion-warmup", "both-momenta-accumulated", "bf16-momentum", "verdict-momentum")
-COVERING = ("both-momenta-accumulated", "bf16-momentum")
+from .test_checkpoint import FEWER, SETTINGS, Scheduled, _momenta, _same
 
 
 def _train(
@@ -35,7 +32,7 @@ def _train(
     return [p.detach().float().numpy().copy() for p in model.parameters()], _momenta(run.optimizers[0])
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.nightly] * (n not in COVERING)) for n in NAMES])
+@pytest.mark.parametrize("name", FEWER)
 def test_resumed_is_uninterrupted(name: str, tmp_path: Path, workers: Workers) -> None:
     signum, settings = SETTINGS[name]
     straight = workers.run(2, _train, str(tmp_path / "a"), "full", signum, settings, 4)
