@@ -13,7 +13,7 @@ import numpy.typing as npt
 Array = Any
 """An array of any framework that has arithmetic operators."""
 
-_WARMUP_SEARCH_LIMIT = 10_000_000
+_WARMUP_SEARCH_LIMIT = 1_000_000
 
 
 def finite(gradient: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -97,7 +97,7 @@ def warmup_steps(beta: float) -> int:
     (Theorem 3 of arXiv 1802.04434). It is not a learning-rate warmup.
 
     Raises:
-        ValueError: if `beta` does not lie in [0, 1), or C(β) would pass ten million.
+        ValueError: if `beta` does not lie in [0, 1), or C(β) would pass one million.
 
     Example:
         >>> [warmup_steps(beta) for beta in (0.5, 0.8, 0.9, 0.95, 0.99)]

@@ -18,9 +18,9 @@ from ..state import OUTER_MOMENTUM
 from ..views import FlatView
 from ..vote import RanksDifferError, StepInput, Vote, VoteOptions
 from ..vote.agreement import Purpose
-from ..vote.observers import verify
 from ..vote.topology import Flat, Verdict
 from ..vote.transport import Message
+from ..vote.verification import verify
 from ..vote.vote import Ballot
 from .anchors import Anchors
 from .buffers import Buffers

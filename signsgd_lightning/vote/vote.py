@@ -13,12 +13,13 @@ from signsgd_core.wire import WIRE_VERSION
 from .. import kernels
 from ..views import FlatView
 from .agreement import Purpose, agree, describe, meet
-from .observers import Observer, Verification, note_for, verify_first
+from .observers import Observer, note_for
 from .options import VoteOptions
 from .round import Round
 from .schedule import AtStep, Schedule
 from .topology import Share, Topology, Verdict
 from .transport import Message
+from .verification import Verification, verify_first
 
 
 class StepInput(NamedTuple):

@@ -26,7 +26,7 @@ from signsgd_lightning import (
     gather_state,
 )
 from signsgd_lightning.checkpoint.sharded import load_shards, save_shards
-from signsgd_lightning.vote.observers import Verification
+from signsgd_lightning.vote.verification import Verification
 from tests.lightning.models import Net, trainer
 from tests.workers import Workers, fresh_workers
 

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,12 @@ def trained(optimizer: Any) -> Any:
     return model
 
 
+@cache
+def trained_by(name: str) -> Any:
+    """One model for all tests, which only save it."""
+    return trained(THEIRS[name][0]())
+
+
 def built(optimizer: Any) -> Any:
     model = compiled(optimizer)
     model.optimizer.build(model.trainable_variables)
@@ -66,8 +73,7 @@ WAYS: dict[str, Callable[[Path, Any, Any], Any]] = {
 @pytest.mark.parametrize("name", THEIRS)
 @pytest.mark.parametrize("way", WAYS)
 def test_another_optimizers_state_is_refused_by_its_name(way: str, name: str, tmp_path: Path) -> None:
-    make, settings = THEIRS[name]
-    saved, model = trained(make()), built(Signum(0.125, **settings))
+    saved, model = trained_by(name), built(Signum(0.125, **THEIRS[name][1]))
     before = state(model.optimizer)
     assert len(before) == len(saved.optimizer.variables)
     sentence = f"looks like that of keras.optimizers.{name}, whose numbers mean nothing to Signum: {ALONE}"

@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[2]
 OPTIONS = Namespace(bandwidth=1e6, latency=500.0, workers=4, parameters=1_000_000)
 
 
+@pytest.mark.multiprocess
 def test_it_answers_and_saves_a_plot(tmp_path: Path) -> None:
     """A step is at least what was given, and the bytes' own time: 6 MB at 10 Mbit/s for DDP."""
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])

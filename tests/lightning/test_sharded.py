@@ -13,7 +13,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from signsgd_lightning import RanksDifferError, Signum, enable_majority_vote
 from signsgd_lightning.sharding import local
-from signsgd_lightning.vote.observers import Verification
+from signsgd_lightning.vote.verification import Verification
 from tests.workers import Workers
 
 from .models import Record, judge
