@@ -28,7 +28,7 @@ TRAININGS = "papers/trainings"
 """A store of single runs."""
 _PAPERS = """
     signmuon verdict_momentum verdict_variants cifar10 densities densities_whole gpt_over_wire gpt_two_sites gpt_keras
-    gpt_liars local_steps newcomers quadratic_liars toy_sparse_noise warmup whole_gpt whole_resnet zeros_and_ties
+    gpt_liars local_steps_gpt newcomers quadratic_liars toy_sparse_noise warmup whole_gpt whole_resnet zeros_and_ties
 """
 PAPERS = tuple(f"papers/{name}" for name in _PAPERS.split())
 SOURCES: dict[str, tuple[str, ...]] = {
@@ -42,7 +42,13 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "docs/guide/performance.md": ("wire", "kernels", "keras_step", "papers/gpt_over_wire", "scaling"),
     "docs/guide/settings.md": (*PAPERS[:4], "papers/whole_gpt", "papers/whole_resnet", TRAININGS, "demo_digits"),
     "docs/guide/sharded.md": ("sharded",),
-    "docs/guide/slow_links.md": ("papers/signmuon", "papers/local_steps", "papers/gpt_two_sites", TRAININGS, "wire"),
+    "docs/guide/slow_links.md": (
+        "papers/signmuon",
+        "papers/local_steps_gpt",
+        "papers/gpt_two_sites",
+        TRAININGS,
+        "wire",
+    ),
     "docs/guide/start.md": ("demo_digits", "demo_keras_processes", "demo_keras_mirrored"),
     "benchmarks/papers/README.md": (*PAPERS, TRAININGS),
 }

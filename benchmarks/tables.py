@@ -140,7 +140,7 @@ def learning() -> list[str]:
 
 def local_rows() -> list[list[str]]:
     """Return the rows of what `benchmarks.papers.local_steps` measured of the GPT."""
-    return text_rows("papers/local_steps", "GPT on bytes")[1:]
+    return text_rows("papers/local_steps_gpt", "GPT on bytes")[1:]
 
 
 def local_steps() -> list[str]:

@@ -4,13 +4,14 @@ python -m benchmarks.papers.local_steps --text FILE --images DIR --out benchmark
 
 The inner learning rates are about the best that signmuon.py found of the same optimizer; every row of local steps has
 as many tuning runs: three inner rates, two outer settings. The two best have two more seeds, and the better mean
-counts. Then the vote with other numbers of workers. What was trained is kept in trainings.json: started again, it goes
-on where it was.
+counts. Then the vote with other numbers of workers. Each task has a result file of its own. What was trained is kept in
+trainings.json: started again, it goes on where it was.
 """
 
 import argparse
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 from .common import command_line, heading, publish
@@ -45,6 +46,15 @@ class Found(NamedTuple):
     tried: int
 
 
+class Table(NamedTuple):
+    """What was trained of one task: each way at its best, and the votes with other numbers of workers, one seed."""
+
+    task: Task
+    steps: int
+    found: list[Found]
+    others: list[Row]
+
+
 def base(task: Task, kind: str, method: str, steps: int, workers: int = MANY) -> Job:
     """Return the job of an optimizer that exchanges at every step."""
     lr, other_lr = BEST[kind][method]
@@ -74,54 +84,53 @@ def better_of_two(task: Task, store: Store, jobs: list[Job]) -> Row:
     return max(first, second, key=lambda row: sign * row.mean)
 
 
-def measure(kind: str, options: argparse.Namespace, store: Store) -> tuple[Task, int, list[Found], list[Row]]:
+def measure(kind: str, options: argparse.Namespace, store: Store) -> Table:
     """Train what the options ask for of one task."""
     task, steps = shared_task(kind, options)
     found = []
     for method in BEST[kind]:
         jobs = [base(task, kind, method, steps)._replace(seed=seed) for seed in SEEDS]
         found.append(Found(method, 1, Row(jobs[0], store.run(task, jobs, f"{task.key}, {method}")), 1))
-    for method, sync_every, outer in itertools.product(options.inner, options.every, OUTER):
+    for method, sync_every, outer in itertools.product(options.inner, options.every, options.outer):
         jobs = candidates(base(task, kind, method, steps), outer, sync_every)
         found.append(Found(f"{method}, {outer}", sync_every, better_of_two(task, store, jobs), len(jobs)))
     votes = [one.row.job for one in found if one.row.job.exchange == "vote"]
     jobs = [job._replace(workers=workers) for job in votes for workers in options.workers]
-    return task, steps, found, [Row(job, store.run(task, [job], f"{task.key}, {job.workers} workers")) for job in jobs]
+    others = [Row(job, store.run(task, [job], f"{task.key}, {job.workers} workers")) for job in jobs]
+    return Table(task, steps, found, others)
 
 
-def table(kinds: Sequence[tuple[Task, int, list[Found], list[Row]]]) -> Iterator[str]:
+def table(measured: Table) -> Iterator[str]:
     """Return the lines."""
-    for task, steps, found, others in kinds:
-        yield f"\n{task.name}, {steps} steps of {task.global_batch} examples, {MANY} workers: {task.measured}"
-        yield f"  {'optimizer, exchange':<28}{'H':>4}{'lr':>9}{'η':>6}{'μ':>6}{'runs':>5}{'bits':>9}{'mean':>9}{'±':>8}"
-        for name, sync_every, row, tried in found:
-            outer = "".join(
-                f"{'' if x is None else format(x, 'g'):>6}" for x in (row.job.outer_lr, row.job.outer_momentum)
-            )
-            yield (
-                f"  {name:<28}{sync_every:>4}{row.job.lr:>9.3g}{outer}{tried:>5}{row.job.bits:>9,.0f}"
-                f"{row.mean:>9.4f}{row.spread:>8.4f}"
-            )
-        if others:
-            yield "  the votes with other numbers of workers, same global batch and rates, one seed:"
-        for row in others:
-            yield f"  {row.job.method:<28}{row.job.sync_every:>4}   {row.job.workers} workers{row.scores[0]:>9.4f}"
+    task, steps, found, others = measured
+    yield f"\n{task.name}, {steps} steps of {task.global_batch} examples, {MANY} workers: {task.measured}"
+    yield f"  {'optimizer, exchange':<28}{'H':>4}{'lr':>9}{'η':>6}{'μ':>6}{'runs':>5}{'bits':>9}{'mean':>9}{'±':>8}"
+    for name, sync_every, row, tried in found:
+        outer = "".join(f"{'' if x is None else format(x, 'g'):>6}" for x in (row.job.outer_lr, row.job.outer_momentum))
+        yield (
+            f"  {name:<28}{sync_every:>4}{row.job.lr:>9.3g}{outer}{tried:>5}{row.job.bits:>9,.0f}"
+            f"{row.mean:>9.4f}{row.spread:>8.4f}"
+        )
+    if others:
+        yield "  the votes with other numbers of workers, same global batch and rates, one seed:"
+    for row in others:
+        yield f"  {row.job.method:<28}{row.job.sync_every:>4}   {row.job.workers} workers{row.scores[0]:>9.4f}"
     yield "\nruns: of tuning, one seed; bits: that a worker sends for each parameter in the whole run; then mean and"
     yield f"standard deviation of {len(SEEDS)} seeds. DiLoCo: the mean with Nesterov's momentum."
 
 
-def draw(kinds: Sequence[tuple[Task, int, list[Found], list[Row]]], pyplot: Any) -> Any:
+def draw(measured: Table, pyplot: Any) -> Any:
     """Return a figure: scores against bits."""
-    figure, panels = pyplot.subplots(1, len(kinds), figsize=(7 * len(kinds), 5), layout="constrained", squeeze=False)
-    for (task, steps, found, _), axes in zip(kinds, panels[0], strict=True):
-        for name in dict.fromkeys(one.name for one in found):
-            same = [one for one in found if one.name == name]
-            bits, means = [one.row.job.bits for one in same], [one.row.mean for one in same]
-            axes.errorbar(bits, means, yerr=[one.row.spread for one in same], marker="o", capsize=3, label=name)
-        axes.set(xscale="log", xlabel="bits that a worker sends for each parameter", ylabel=task.measured)
-        axes.set(title=f"{task.name}, {steps} steps, {MANY} workers; {task.better} is better")
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+    figure, axes = pyplot.subplots(figsize=(7, 5), layout="constrained")
+    task, steps, found, _ = measured
+    for name in dict.fromkeys(one.name for one in found):
+        same = [one for one in found if one.name == name]
+        bits, means = [one.row.job.bits for one in same], [one.row.mean for one in same]
+        axes.errorbar(bits, means, yerr=[one.row.spread for one in same], marker="o", capsize=3, label=name)
+    axes.set(xscale="log", xlabel="bits that a worker sends for each parameter", ylabel=task.measured)
+    axes.set(title=f"{task.name}, {steps} steps, {MANY} workers; {task.better} is better")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
     return figure
 
 
@@ -130,14 +139,17 @@ def main() -> None:
     add_arguments(parser)
     parser.add_argument("--tasks", nargs="+", choices=list(BEST), default=list(BEST))
     parser.add_argument("--inner", nargs="+", choices=[ADAMW, MUON], default=[MUON, ADAMW])
+    parser.add_argument("--outer", nargs="+", choices=list(OUTER), default=list(OUTER), help="what is exchanged")
     parser.add_argument("--every", nargs="+", type=int, default=list(EVERY), help="H (default: %(default)s)")
     parser.add_argument("--workers", nargs="*", type=int, default=list(OTHERS), help="besides 4 (default: %(default)s)")
     parser.add_argument("--processes", type=int, help="trainings at a time (default: one a core)")
     add_device(parser)
     options = parser.parse_args()
     store = Store(options.out, options.device, options.processes)
-    kinds = [measure(kind, options, store) for kind in options.tasks]
-    publish("local_steps", [heading("local_steps"), *table(kinds)], lambda pyplot: draw(kinds, pyplot), options.out)
+    for kind in options.tasks:
+        measured = measure(kind, options, store)
+        lines = [heading("local_steps"), *table(measured)]
+        publish(f"local_steps_{kind}", lines, partial(draw, measured), options.out)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from benchmarks.network import available
 from benchmarks.papers.densities import look
 from benchmarks.papers.gpt_over_wire import APART, DDP, OURS, Way, cost, level
 from benchmarks.papers.gpt_worker import EXACT
+from benchmarks.papers.local_steps import MUON
 from benchmarks.papers.methods import PER_LAYER, VOTED, Job
 from benchmarks.papers.tasks import Images, Task, Text
 from benchmarks.papers.training import Run, Store, best, schedule, train
@@ -159,6 +160,25 @@ def test_densities_through_whole_trainings(tmp_path: Path) -> None:
         "AdamW, clipped with lr 0.002",
         "SignMuon with lr 0.04 and 0.001",
     ]
+
+
+TRAINED = {
+    "signmuon": (["--methods", "SignMuon", "Signum"], r"^  (SignMuon|Signum) .+ \d\.\d{4}", 2 * 2 * 4 + 1),
+    "local_steps": (["--every", "2", "--workers", "2", "--inner", MUON], rf"^  {MUON}, (vote|mean|DiLoCo) +2 ", 2 * 3),
+    "whole": (["--methods", "SignMuon", "local steps"], rf"^  (SignMuon|{MUON}, vote every 16) ", 2 * 2),
+}
+"""Script -> options, how its rows begin, and how many there are of both tasks."""
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("script", TRAINED)
+def test_methods_side_by_side(script: str, tmp_path: Path) -> None:
+    options, row, rows = TRAINED[script]
+    printed = _run(f"benchmarks.papers.{script}", "--short", "--out", tmp_path, *options)
+    names = [script] if script == "signmuon" else [f"{script}_gpt", f"{script}_resnet"]
+    files = [f"{name}.{kind}" for name in names for kind in ("png", "txt")]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*files, "trainings.json"])
+    assert len(re.findall(row, printed, re.MULTILINE)) == rows, printed
 
 
 def test_looking_at_the_geometry_changes_no_training() -> None:
