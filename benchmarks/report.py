@@ -32,7 +32,7 @@ _PAPERS = """
 """
 PAPERS = tuple(f"papers/{name}" for name in _PAPERS.split())
 SOURCES: dict[str, tuple[str, ...]] = {
-    "README.md": ("wire", "papers/signmuon", "papers/whole_gpt", "demo_digits"),
+    "README.md": ("wire", "papers/signmuon", "papers/whole_gpt", "papers/whole_resnet", "demo_digits"),
     "docs/guide/checkpoints.md": ("elastic",),
     "docs/guide/elastic.md": ("elastic_vote", "papers/newcomers", "papers/churn"),
     "docs/guide/faults.md": ("faults", "liars", "papers/quadratic_liars", "papers/gpt_liars"),
