@@ -138,6 +138,20 @@ def learning() -> list[str]:
     return markdown(head, rows)
 
 
+def workers() -> list[str]:
+    """Return the scores of the votes by number of workers: with four the mean of three seeds, else one seed."""
+    shown = {"SignMuon": "**SignMuon**", "verdict momentum 0.8": "verdict momentum 0.8", "Signum": "Signum"}
+    rows = []
+    for task, title, format_ in (("GPT on bytes", "GPT, loss", ".3f"), ("ResNet on images", "ResNet, accuracy", ".1%")):
+        cells = text_rows("papers/signmuon", task)
+        scores = {(row[0], row[2]): row[1] for row in cells if row[-1].endswith(" workers")}
+        scores |= {(name, "4 workers"): row[-3] for name, row in _first(cells).items() if name in shown}
+        for name, label in shown.items():
+            own = [format(float(scores[name, f"{count} workers"]), format_) for count in (1, 3, 4, 8)]
+            rows.append([f"{title}: {label}", *own])
+    return markdown(["workers", "1", "3", "4", "8"], rows)
+
+
 def local_rows() -> list[list[str]]:
     """Return the rows of what `benchmarks.papers.local_steps` measured of the GPT."""
     return text_rows("papers/local_steps_gpt", "GPT on bytes")[1:]
@@ -246,6 +260,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "wire, all schemes": lambda: wire({**RATES, "1 Gbit/s, 20 ms round trip": (1e9, 0.02)}, list(SCHEMES), "4 workers"),
     "wire, local steps": lambda: wire(SLOW, LOCAL),
     "learning": learning,
+    "workers": workers,
     "local steps": local_steps,
     "whole": lambda: whole("gpt", "validation loss", ".3f", highest=False),
     "whole, images": lambda: whole("resnet", "test accuracy", ".1%", highest=True),
