@@ -28,7 +28,8 @@ TRAININGS = "papers/trainings"
 """A store of single runs."""
 _PAPERS = """
     signmuon verdict_momentum verdict_variants cifar10 densities densities_whole gpt_over_wire gpt_two_sites gpt_keras
-    gpt_liars local_steps_gpt newcomers quadratic_liars toy_sparse_noise warmup whole_gpt whole_resnet zeros_and_ties
+    gpt_liars local_steps_gpt local_steps_resnet newcomers quadratic_liars toy_sparse_noise warmup whole_gpt
+    whole_resnet zeros_and_ties
 """
 PAPERS = tuple(f"papers/{name}" for name in _PAPERS.split())
 SOURCES: dict[str, tuple[str, ...]] = {

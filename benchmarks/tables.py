@@ -133,8 +133,10 @@ def learning() -> list[str]:
         loss_bits, *loss, _ = min((gpt[method][-4:] for method in methods), key=lambda cells: float(cells[1]))
         bits, *score, _ = max((resnet[method][-4:] for method in methods), key=lambda cells: float(cells[1]))
         rows.append([label, loss_bits, _mean(loss), bits, f"{_mean(score, 100, 1)}%"])
-    local = next(row[-3:] for row in local_rows() if row[:2] == ["Muon, clipped, vote", "16"])
-    rows.append(["**local steps**, `sync_every=16`, Muon inside", local[0], _mean(local[1:]), "", "not run"])
+    loss_bits, *loss = _local(text_rows("papers/local_steps_gpt", "GPT on bytes"))
+    bits, *score = _local(text_rows("papers/local_steps_resnet", "ResNet on images"))
+    label = "**local steps**, `sync_every=16`, Muon inside"
+    rows.append([label, loss_bits, _mean(loss), bits, f"{_mean(score, 100, 1)}%"])
     return markdown(head, rows)
 
 
@@ -152,16 +154,12 @@ def workers() -> list[str]:
     return markdown(["workers", "1", "3", "4", "8"], rows)
 
 
-def local_rows() -> list[list[str]]:
-    """Return the rows of what `benchmarks.papers.local_steps` measured of the GPT."""
-    return text_rows("papers/local_steps_gpt", "GPT on bytes")[1:]
-
-
 def local_steps() -> list[str]:
     """Return what `benchmarks.papers` measured of the GPT with Muon inside, three seeds each."""
     every_step = _first(text_rows("papers/signmuon", "GPT on bytes"))
     rows = [[label, every_step[name][-4], _mean(every_step[name][-3:-1])] for name, label in EVERY_STEP.items()]
-    rows += [[INNER[r[0]].format(r[1]), r[-3], _mean(r[-2:])] for r in local_rows() if r[0] in INNER]
+    local = text_rows("papers/local_steps_gpt", "GPT on bytes")
+    rows += [[INNER[r[0]].format(r[1]), r[-3], _mean(r[-2:])] for r in local if r[0] in INNER]
     return markdown(["", "bits a parameter, whole run", "loss"], rows)
 
 
@@ -229,6 +227,11 @@ def nodes() -> list[str]:
         for name in names
     ]
     return markdown(["milliseconds a step", "100 Mbit/s", "1 Gbit/s", "MB sent by a node"], rows)
+
+
+def _local(rows: Sequence[Sequence[str]]) -> Sequence[str]:
+    """Return bits, mean and spread of a vote every 16 steps with Muon inside."""
+    return next(row[-3:] for row in rows if row[:2] == ["Muon, clipped, vote", "16"])
 
 
 def _first(rows: Sequence[Sequence[str]]) -> dict[str, Sequence[str]]:
