@@ -53,7 +53,7 @@ WHOLE = {
     "verdict momentum 0.8": "verdict momentum 0.8, vote",
     "Muon, clipped, vote every 16": "**local steps**, `sync_every=16`, Muon inside",
 }
-"""What `benchmarks.papers.whole` calls a row -> what a table does."""
+"""What `benchmarks.papers.whole` calls a row, and `signmuon` a vote -> what a table does."""
 
 
 KERAS = {
@@ -142,15 +142,15 @@ def learning() -> list[str]:
 
 def workers() -> list[str]:
     """Return the scores of the votes by number of workers: with four the mean of three seeds, else one seed."""
-    shown = {"SignMuon": "**SignMuon**", "verdict momentum 0.8": "verdict momentum 0.8", "Signum": "Signum"}
+    votes = ("SignMuon", "verdict momentum 0.8", "Signum")
     rows = []
     for task, title, format_ in (("GPT on bytes", "GPT, loss", ".3f"), ("ResNet on images", "ResNet, accuracy", ".1%")):
         cells = text_rows("papers/signmuon", task)
         scores = {(row[0], row[2]): row[1] for row in cells if row[-1].endswith(" workers")}
-        scores |= {(name, "4 workers"): row[-3] for name, row in _first(cells).items() if name in shown}
-        for name, label in shown.items():
+        scores |= {(name, "4 workers"): row[-3] for name, row in _first(cells).items() if name in votes}
+        for name in votes:
             own = [format(float(scores[name, f"{count} workers"]), format_) for count in (1, 3, 4, 8)]
-            rows.append([f"{title}: {label}", *own])
+            rows.append([f"{title}: {WHOLE[name]}", *own])
     return markdown(["workers", "1", "3", "4", "8"], rows)
 
 

@@ -92,7 +92,7 @@ def test_a_rate_and_a_count_alone_are_refused_too(tmp_path: Path) -> None:
 
 
 def test_the_weights_alone_as_the_sentence_says(tmp_path: Path) -> None:
-    saved = trained(keras.optimizers.Adam(0.25))
+    saved = trained_by("Adam")
     saved.save_weights(tmp_path / "a.weights.h5")
     saved.save(tmp_path / "a.keras")
     checkpoint = tf.train.Checkpoint(model=saved, optimizer=saved.optimizer).save(tmp_path / "a")
@@ -108,7 +108,7 @@ def test_the_weights_alone_as_the_sentence_says(tmp_path: Path) -> None:
 @everywhere
 def test_a_store_that_does_not_tell_is_taken_with_a_warning() -> None:
     """As any store but Keras' h5 files, of Lion as of an earlier Signum."""
-    saved, model, store = trained(keras.optimizers.Lion(0.25)), built(Signum(0.125, **ONE)), dict[str, Any]()
+    saved, model, store = trained_by("Lion"), built(Signum(0.125, **ONE)), dict[str, Any]()
     saved.optimizer.save_own_variables(store)
     with pytest.warns(UserWarning, match="nothing tells which optimizer wrote the state that is loaded into 'signum"):
         model.optimizer.load_own_variables(store)
@@ -117,7 +117,7 @@ def test_a_store_that_does_not_tell_is_taken_with_a_warning() -> None:
 
 @everywhere
 def test_what_lies_by_twos_is_adams() -> None:
-    saved, model, store = trained(keras.optimizers.Adam(0.25)), built(Signum(0.125, **BOTH)), dict[str, Any]()
+    saved, model, store = trained_by("Adam"), built(Signum(0.125, **BOTH)), dict[str, Any]()
     saved.optimizer.save_own_variables(store)
     before = state(model.optimizer)
     with pytest.raises(ValueError, match=re.escape(f"look like the state of Adam or its kin: {ALONE}")):
@@ -245,7 +245,7 @@ def test_adams_file_with_as_many_arrays_as_a_scale_and_a_signum(tmp_path: Path) 
 
 def test_two_players_in_one_checkpoint(tmp_path: Path) -> None:
     """A Signum and an Adam each get their own back."""
-    saved = trained(Signum(0.125, **BOTH)), trained(keras.optimizers.Adam(0.25))
+    saved = trained(Signum(0.125, **BOTH)), trained_by("Adam")
     path = tf.train.Checkpoint(a=saved[0].optimizer, b=saved[1].optimizer).save(tmp_path / "a")
     new = built(Signum(0.5, **BOTH)), built(keras.optimizers.Adam(0.5))
     tf.train.Checkpoint(a=new[0].optimizer, b=new[1].optimizer).restore(path).assert_consumed()
