@@ -10,6 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from tests.tiers import nightly_where
+
 BACKENDS = ("tensorflow", "jax", "torch")
 
 Array = npt.NDArray[Any]
@@ -25,7 +27,7 @@ def everywhere(test: Test, nightly: Sequence[str] = ()) -> Test:
     def call(name: str, backend: Any, **arguments: Any) -> None:
         backend(name).run(_call, test.__module__, test.__name__, arguments)
 
-    names = [pytest.param(name, marks=[pytest.mark.nightly] * (name in nightly)) for name in BACKENDS]
+    names = nightly_where(lambda name: name in nightly, BACKENDS)
     run: Test = pytest.mark.parametrize("name", names)(wraps(test)(call))
 
     asked: Any = run  # what pytest sees

@@ -12,6 +12,7 @@ from signsgd_core.analysis.geometry import Moments, density, figures
 from signsgd_keras import GeometryMonitor, LossScaleOptimizer, Signum, VoteMonitor
 from tests.clusters import Cluster
 from tests.devices import mirrored
+from tests.tiers import nightly_where
 
 from .models import Array, arrays, compiled, data, dataset, gradients, net, plain, same, shares
 
@@ -65,9 +66,7 @@ OPTIMIZERS: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.nightly] * (name == "Keras' loss scale")) for name in OPTIMIZERS]
-)
+@pytest.mark.parametrize("name", nightly_where(lambda name: name == "Keras' loss scale", OPTIMIZERS))
 def test_each_replica_has_its_own_gradients(name: str) -> None:
     scope, optimizer = OPTIMIZERS[name]
     strategy, watching = scope(), monitor()

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import signsgd_keras
+from tests.tiers import nightly_where
 
 from .backends import BACKENDS
 
@@ -59,9 +60,7 @@ def printed(code: str, backend: str) -> list[str]:
     return ran.stdout.splitlines()
 
 
-@pytest.mark.parametrize(
-    "backend_name", [pytest.param(name, marks=[pytest.mark.nightly] * (name == "torch")) for name in BACKENDS]
-)
+@pytest.mark.parametrize("backend_name", nightly_where(lambda name: name == "torch", BACKENDS))
 def test_the_optimizer_imports_no_other_framework(backend_name: str) -> None:
     """Nothing that Keras has not imported by itself; without TensorFlow a vote is refused with a sentence.
 

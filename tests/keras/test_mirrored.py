@@ -9,6 +9,7 @@ import tensorflow as tf
 
 from signsgd_keras import Signum
 from tests.devices import mirrored
+from tests.tiers import nightly_where
 
 from .models import Array, arrays, compiled, data, dataset, net, plain, replay, same, shares
 
@@ -147,9 +148,7 @@ CLIPS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=[pytest.mark.nightly] * (kind == "clipvalue")) for kind in CLIPS]
-)
+@pytest.mark.parametrize("kind", nightly_where(lambda kind: kind == "clipvalue", CLIPS))
 def test_each_replica_clips_its_own_gradients(kind: str) -> None:
     strategy, every = mirrored(2), 2 if kind == "clipnorm" else 1  # a mean is clipped after it is taken
     with strategy.scope():

@@ -12,6 +12,7 @@ import tensorflow as tf
 
 from signsgd_keras import Signum
 from tests.devices import mirrored
+from tests.tiers import nightly_where
 
 from .models import Array, arrays, compiled, data, dataset, net, replay, same, shares
 
@@ -72,7 +73,7 @@ INPUTS: dict[str, Callable[[], tuple[Any, ...]]] = {
 
 @pytest.mark.parametrize(
     "kind",
-    [pytest.param(kind, marks=[pytest.mark.nightly] * (kind != "PyDataset of two threads")) for kind in INPUTS],
+    nightly_where(lambda kind: kind != "PyDataset of two threads", INPUTS),
 )
 def test_inputs_end_alike(kind: str) -> None:
     options = {"batch_size": 6} if kind == "tensors" else {}

@@ -13,6 +13,7 @@ import tensorflow as tf
 
 from tests.devices import mirrored  # noqa: F401  before TensorFlow runs
 from tests.fixtures.keras import write
+from tests.tiers import nightly_where
 
 pytestmark = pytest.mark.multiprocess
 
@@ -36,9 +37,7 @@ CASES = list(product(write.CASES, ("keras", "weights.h5", "tf.train.Checkpoint")
 COVERING = {("replicas", "keras"), ("scaled", "weights.h5"), ("replicas", "tf.train.Checkpoint"), ("alone", "keras")}
 
 
-@pytest.mark.parametrize(
-    ("name", "kind"), [pytest.param(*case, marks=[pytest.mark.nightly] * (case not in COVERING)) for case in CASES]
-)
+@pytest.mark.parametrize(("name", "kind"), nightly_where(lambda case: case not in COVERING, CASES))
 def test_training_goes_on(name: str, kind: str, tmp_path: Path) -> None:
     shutil.unpack_archive(FOLDER / f"{name}.tar.gz", tmp_path)
     numbers = json.loads((tmp_path / "numbers.json").read_text())

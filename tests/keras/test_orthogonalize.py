@@ -9,6 +9,7 @@ import pytest
 
 from signsgd_core import NS_COEFFICIENTS, TILE, polar
 from signsgd_keras import Signum
+from tests.tiers import nightly_where
 
 from .backends import Array, assert_equal, eighths, everywhere, everywhere_jax_nightly, numbers, train, variables
 from .orthogonal import LR, MATRICES, RATIO, SETTINGS, SHAPES, Judge, gradients, parameters
@@ -29,9 +30,7 @@ def signum(**settings: Any) -> Signum:
 
 
 @everywhere
-@pytest.mark.parametrize(
-    "settings", [pytest.param(one, marks=[pytest.mark.nightly] * ("warmup_steps" in one)) for one in FAMILY], ids=str
-)
+@pytest.mark.parametrize("settings", nightly_where(lambda one: "warmup_steps" in one, FAMILY), ids=str)
 def test_is_the_specifications(settings: dict[str, Any]) -> None:
     """Operation by operation and compiled."""
     for compiled in (None, *COMPILED[keras.backend.backend()]):

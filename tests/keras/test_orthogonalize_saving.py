@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from signsgd_keras import Signum
 from tests.clusters import Cluster
+from tests.tiers import nightly_where
 
 from .backends import BACKENDS, Array, assert_equal, everywhere, numbers, train, variables
 from .orthogonal import SETTINGS, gradients, parameters
@@ -70,9 +71,7 @@ def load_weights_and_go_on(folder: str) -> list[Array]:
     return state(model)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.nightly] * (name == "jax")) for name in BACKENDS]
-)
+@pytest.mark.parametrize("name", nightly_where(lambda name: name == "jax", BACKENDS))
 def test_training_goes_on_bit_for_bit(
     name: str,
     backend: Callable[[str], Cluster],

@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import StepLR
 import signsgd_core as core
 from signsgd_lightning import MajorityVoteStrategy, Signum, gather_state, scatter_state
 from signsgd_lightning.checkpoint.loading import OTHERS
+from tests.tiers import nightly_where
 from tests.workers import Workers
 
 from .models import Net, trainer
@@ -30,7 +31,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 """Name -> settings of `Signum`, settings of the Trainer."""
 
 COVERING = ("both-momenta-accumulated", "bf16-momentum")
-FEWER = [pytest.param(n, marks=[pytest.mark.nightly] * (n not in COVERING)) for n in SETTINGS if n != "bf16"]
+FEWER = nightly_where(lambda name: name not in COVERING, (name for name in SETTINGS if name != "bf16"))
 """Names for checkpoints of other kinds; nightly where the two that run always cover what is kept."""
 
 

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from signsgd_core import predecessors
 from signsgd_lightning import LocalVoteStrategy, Signum, VoteMonitor
+from tests.tiers import nightly_where
 from tests.workers import Workers
 
 from .models import Net, trainer
@@ -134,10 +135,10 @@ class Rounds(Callback):
 
 @pytest.mark.parametrize(
     ("inner", "kind"),
-    [
-        pytest.param(*case, marks=[pytest.mark.nightly] * (case not in {("AdamW", "full"), ("LBFGS", "sharded")}))
-        for case in product(("AdamW", "SGD", "LBFGS"), ("full", "sharded"))
-    ],
+    nightly_where(
+        lambda case: case not in {("AdamW", "full"), ("LBFGS", "sharded")},
+        product(("AdamW", "SGD", "LBFGS"), ("full", "sharded")),
+    ),
 )
 def test_resumed_is_uninterrupted(kind: str, inner: str, tmp_path: Path, workers: Workers) -> None:
     straight = workers.run(2, _train, str(tmp_path / "a"), kind, 3, None, inner)
