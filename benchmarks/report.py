@@ -38,9 +38,10 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "docs/guide/elastic.md": ("elastic_vote", "papers/newcomers", "papers/churn"),
     "docs/guide/faults.md": ("faults", "liars", "papers/quadratic_liars", "papers/gpt_liars"),
     "docs/guide/keras_machines.md": ("keras_wire",),
+    "docs/guide/moving.md": ("papers/signmuon", "papers/local_steps_gpt"),
     "docs/guide/nodes.md": ("nodes",),
     "docs/guide/papers.md": PAPERS,
-    "docs/guide/performance.md": ("wire", "kernels", "keras_step", "papers/gpt_over_wire", "scaling"),
+    "docs/guide/performance.md": ("wire", "kernels", "keras_step", "muon_step", "papers/gpt_over_wire", "scaling"),
     "docs/guide/settings.md": (*PAPERS[:4], "papers/whole_gpt", "papers/whole_resnet", TRAININGS, "demo_digits"),
     "docs/guide/sharded.md": ("sharded",),
     "docs/guide/slow_links.md": (
@@ -50,7 +51,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
         TRAININGS,
         "wire",
     ),
-    "docs/guide/start.md": ("demo_digits", "demo_keras_processes", "demo_keras_mirrored"),
+    "docs/guide/start.md": ("demo_digits", "demo_keras_processes", "demo_keras_mirrored", "muon_step"),
     "benchmarks/papers/README.md": (*PAPERS, TRAININGS),
 }
 """Page -> result files; those that are not named here have none."""

@@ -61,6 +61,12 @@ def copy_pages() -> None:
             (copied / name).write_text(text)
 
 
+def to_copies(_app: Any, _name: str, source: list[str]) -> None:
+    """Turn links to where these pages lie in the repository into links to their copies, in place."""
+    source[0] = source[0].replace("../../benchmarks/papers/README.md", "../_copied/papers_report.md")
+    source[0] = re.sub(r"\.\./\.\./tutorials/(\w+\.ipynb)", r"../_copied/\1", source[0])
+
+
 def to_rst(_app: Any, _what: str, _name: str, _object: Any, _options: Any, lines: list[str]) -> None:
     """Turn a docstring's Markdown tables, fences and links into reStructuredText, in place.
 
@@ -105,4 +111,5 @@ def _cells(row: str) -> list[str]:
 def setup(app: Any) -> None:
     """Copy what is elsewhere before the first page is looked for."""
     copy_pages()
+    app.connect("source-read", to_copies)
     app.connect("autodoc-process-docstring", to_rst, priority=400)  # before napoleon

@@ -161,7 +161,8 @@ def report_local_steps(options: argparse.Namespace, one: Cost, compute: float) -
         cost = once_in(every, one, compute)
         took = 1e3 * cost.seconds(options.bandwidth)
         lines.append(f"{f'H = {every}':<24}{took:>12,.1f}{'':>12}{cost.bits / 8e6:>12,.3f}")
-    return "\n".join([*lines, f"sync_every={advised} costs 5% of a step at most at {_rate(options.bandwidth)}"])
+    said = f"sync_every={advised} costs 5% of a step at most at {_rate(options.bandwidth)}"
+    return "\n".join([*lines, f"{said}; the loss after as many steps rises with it"])
 
 
 def report(options: argparse.Namespace, costs: Mapping[str, Cost]) -> str:

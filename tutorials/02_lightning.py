@@ -228,8 +228,8 @@ refused(lambda: fit(lambda model: Signum(model.parameters()), "auto", devices=1,
 # ## What to use when
 #
 # - **SignMuon**, `Signum(signmuon_groups(model))`, on transformers and convolutional networks.
-# - **Verdict momentum**, `betas=(0, 0), verdict_momentum=0.8`, where workers come and go, since none has a state of its
-#   own, and where a model has no hidden matrices.
+# - **Verdict momentum**, `betas=(0, 0), verdict_momentum=0.8`, where a model has no hidden matrices. No worker has a
+#   state of its own then.
 # - **Signum**, the default `betas=(0.9, 0.9)`: the papers' method, and a simple baseline.
 # - **Plain DDP**, where the links are fast, or accuracy per step is all that counts.
 #

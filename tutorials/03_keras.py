@@ -238,8 +238,8 @@ refused(lambda: Signum(beta_1=1.2))
 # ## What to use when
 #
 # - **SignMuon**, `orthogonalize=True`, on transformers and convolutional networks.
-# - **Verdict momentum**, `beta_1=0.0, beta_2=0.0, verdict_momentum=0.8`, where the number of workers may change, since
-#   no state is private to one, and where a model has no hidden matrices.
+# - **Verdict momentum**, `beta_1=0.0, beta_2=0.0, verdict_momentum=0.8`, where a model has no hidden matrices. No
+#   worker has a state of its own then.
 # - **Signum**, the default `beta_1=0.9, beta_2=0.9`, where little data is learnt to the end, as the digits above.
 # - **Plain `tf.distribute`**, where the links are fast, or accuracy per step is all that counts. On one machine nothing
 #   crosses a wire, and a vote is for trying out what several would do.

@@ -86,7 +86,7 @@ plt.legend()
 plt.show()
 
 # %% [markdown]
-# Signs want their learning rate as much as others do. Beside AdamW's and SGD's the best ones are:
+# Signs need a tuned learning rate as others do. Beside AdamW's and SGD's the best ones are:
 
 # %%
 for name in ("Signum (0.9, 0.9)", "Lion (0.9, 0.99)", "verdict momentum 0.8"):
@@ -121,11 +121,11 @@ for workers in (1, 3, 4, 8):
     print(f"{workers} workers: Signum {signum:.1f}, verdict momentum {verdict:.2f}")
 
 # %% [markdown]
-# Verdict momentum moves by 0.6 to 0.8 of it, so it wants up to 1.7 times AdamW's learning rate; Signum, whose momentum
-# has lifted `S` before the vote, moves two to three times as far, so it wants a third. That is what the GPT and the
-# ResNet want, more or less, whose gradients stay noisy to the end. The digits are learnt to the end: their gradients
+# Verdict momentum moves by 0.6 to 0.8 of it, so it needs up to 1.7 times AdamW's learning rate; Signum, whose momentum
+# has lifted `S` before the vote, moves two to three times as far, so it needs a third. That is what the GPT and the
+# ResNet need, more or less, whose gradients stay noisy to the end. The digits are learnt to the end: their gradients
 # fade, and AdamW's steps with them, since its `√v` remembers larger ones for a thousand steps. Signs do not fade, and
-# so want a smaller learning rate. (The last two sentences are our reading; they were not measured apart.)
+# so need a smaller learning rate. (The last two sentences are our reading; they were not measured apart.)
 #
 # | from AdamW's settings | to `Signum`, the papers' | to verdict momentum, `betas=(0, 0), verdict_momentum=0.8` |
 # |---|---|---|
@@ -140,7 +140,7 @@ for workers in (1, 3, 4, 8):
 #
 # `Signum(signmuon_groups(model, lr=0.08, other_lr=0.001))` votes on every hidden matrix and kernel by the signs of its
 # momentum's polar factor, with `betas=(0.9, 0.95)`, and on all else by those of the momentum. Four workers, three seeds
-# (`benchmarks/papers`):
+# (`benchmarks/papers`, which has other rates that are as good):
 #
 # | | GPT, 0.64 M, 500 steps: loss | `lr`, `other_lr` | ResNet-8, one epoch: accuracy | `lr`, `other_lr` |
 # |---|---|---|---|---|

@@ -36,7 +36,7 @@ x, y = (torch.from_numpy(array) for array in load_digits(return_X_y=True))
 data, test = TensorDataset(x[450:].float() / 16, y[450:]), x[:450].float() / 16
 # At the ends of epochs: from the middle of one Lightning goes on in order only with a dataloader that has a state_dict.
 save = ModelCheckpoint("checkpoints", save_last=True)
-# The timeout bounds how long a rank waits for one that hangs; of one that died it hears at once.
+# The timeout bounds how long a rank waits for one that hangs; one that died is noticed at once.
 strategy = MajorityVoteStrategy(timeout=timedelta(seconds=30))
 trainer = pl.Trainer(accelerator="cpu", devices=2, strategy=strategy, max_epochs=EPOCHS, callbacks=[save], logger=False)
 model = Digits()

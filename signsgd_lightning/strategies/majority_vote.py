@@ -38,7 +38,7 @@ class MajorityVoteStrategy(WorkerStateStrategy):
             (`signsgd_lightning.vote.topology.Nodes`). Checkpoints then hold the momenta of nodes, and either resumes
             from both.
         overlap: let ballots travel while the backward pass goes on (`signsgd_lightning.vote.schedule.DuringBackward`);
-            excludes gradient clipping, gradient scalers, several optimizers and a vote between nodes.
+            excludes gradient clipping, gradient scalers, several optimizers, adversaries and a vote between nodes.
         **kwargs: those of `lightning.pytorch.strategies.DDPStrategy`, but for communication hooks. ``timeout`` bounds
             how long a rank waits for a lost one. ``gradient_as_bucket_view`` is True unless given, or unless the
             module steps by hand: DDP then neither copies gradients into its buckets and back, nor keeps 4 bytes a

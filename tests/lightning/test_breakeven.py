@@ -80,7 +80,7 @@ def test_it_advises_how_often_to_vote() -> None:
     options = Namespace(parameters=10**6, workers=4, latency=1.0, bandwidth=1e8)
     one = round_cost(options, work, 0.1)
     lines = report_local_steps(options, one, 0.1).splitlines()
-    assert lines[-1] == "sync_every=4 costs 5% of a step at most at 100 Mbit/s"
+    assert lines[-1].startswith("sync_every=4 costs 5% of a step at most at 100 Mbit/s; ")
     took = {line.split()[2]: float(line.split()[3]) for line in lines if line.startswith("H = ")}
     assert took["16"] == pytest.approx(100 + (4 + 8e3 * local_steps(10**6, 4, 1) / 1e8) / 16, abs=0.06)
 
