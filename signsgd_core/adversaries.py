@@ -105,7 +105,7 @@ ADVERSARIES: dict[str, Callable[[int], Adversary]] = {
 
 
 def check_adversaries(adversaries: Mapping[int, Adversary] | None, workers: int, kind: str = "worker") -> None:
-    """Make sure that only workers that there are get to lie.
+    """Make sure that only workers that there are get to lie, each by a function.
 
     Args:
         adversaries: number of the worker -> what it makes of its gradients.
@@ -114,6 +114,7 @@ def check_adversaries(adversaries: Mapping[int, Adversary] | None, workers: int,
 
     Raises:
         ValueError: if there are others.
+        TypeError: if something else than a function is to lie.
 
     Example:
         >>> check_adversaries({2: invert}, workers=2)
@@ -123,3 +124,7 @@ def check_adversaries(adversaries: Mapping[int, Adversary] | None, workers: int,
     unknown = sorted(set(adversaries or {}) - set(range(workers)))
     if unknown:
         raise ValueError(f"adversaries must be {kind}s 0 to {workers - 1}, got {unknown}")
+    for number, adversary in (adversaries or {}).items():
+        if not callable(adversary):
+            known = "as those of signsgd_core.adversaries"
+            raise TypeError(f"adversaries must be functions, {known}, got {adversary!r} of {kind} {number}")

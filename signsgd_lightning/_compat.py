@@ -3,6 +3,7 @@
 Lightning is imported only by the functions that are about it.
 """
 
+import inspect
 import sys
 import warnings
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 from torch.nn.parallel import DistributedDataParallel
 
 if TYPE_CHECKING:
+    from lightning.fabric.strategies.ddp import DDPStrategy as FabricDDPStrategy
     from lightning.fabric.strategies.strategy import Strategy as FabricStrategy
     from lightning.pytorch import LightningModule, Trainer
     from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
@@ -128,6 +130,18 @@ def stands_for_no_optimizer(optimizer: object) -> bool:
 def ddp_options(strategy: "DDPStrategy") -> dict[str, Any]:
     """Return what Lightning's strategy hands on to `DistributedDataParallel`, to be added to; for `strategy`."""
     return strategy._ddp_kwargs
+
+
+def check_ddp_options(strategy: "DDPStrategy | FabricDDPStrategy") -> None:
+    """Make sure that DDP knows what a strategy would hand on to it; for `strategies` that wrap no model in it.
+
+    Raises:
+        TypeError: if not, as Python does.
+    """
+    known = inspect.signature(DistributedDataParallel).parameters
+    for name in strategy._ddp_kwargs:
+        if name not in known:
+            raise TypeError(f"{type(strategy).__name__} got an unexpected keyword argument {name!r}")
 
 
 def set_parallel_sizes(strategy: "ModelParallelStrategy", data_parallel: int, tensor_parallel: int) -> None:

@@ -15,7 +15,7 @@ from signsgd_core.adversaries import Adversary
 
 from . import _compat
 from .memory import as_bytes, once, plain
-from .optimizer import Signum, find_signum
+from .optimizer import LOCAL_STEPS, Signum, find_signum
 from .sharding import is_sharded, local
 from .vote import Vote, VoteOptions
 from .vote.agreement import Purpose, agree, describe
@@ -113,6 +113,7 @@ def let_vote(
             optimizer.vote, optimizer.lost_vote = None, False
         return
     everyone = group if shards is None else shards.everyone
+    refuse_mean(optimizers, "enable_majority_vote")
     number_of_model = _agree_on_options(model, len(optimizers), options, everyone)
     topologies = [Sharded(shards) if shards else _topology(model, options, group, place) for _ in optimizers]
     options.check_workers(topologies[0].workers.world_size)
@@ -192,9 +193,24 @@ def _group(model: nn.Module, process_group: dist.ProcessGroup | None) -> dist.Pr
             raise ValueError("process_group, or mesh, must be that of the DDP model: leave it out")
         group: dist.ProcessGroup = model.process_group
         return group
-    group = process_group or dist.group.WORLD  # type: ignore[assignment]
+    return check_group(process_group, "a majority vote needs")
+
+
+def check_group(process_group: dist.ProcessGroup | None, who_needs: str) -> dist.ProcessGroup:
+    """Return a process group that this rank is in, the default one for None.
+
+    Raises:
+        RuntimeError: if there is none.
+        ValueError: if this rank is not in it, or it is none.
+    """
+    group = dist.group.WORLD if process_group is None else process_group
     if group is None:
-        raise RuntimeError("a majority vote needs a process group: call torch.distributed.init_process_group first")
+        raise RuntimeError(f"{who_needs} a process group: call torch.distributed.init_process_group first")
+    if not isinstance(group, dist.ProcessGroup):
+        raise ValueError(
+            f"{who_needs} a torch.distributed.ProcessGroup that this rank is in, got {group!r}: call it on the ranks "
+            "of the group alone"
+        )
     return group
 
 
@@ -263,17 +279,43 @@ def check(model: nn.Module, optimizers: Sequence[Signum]) -> None:
     check_optimizers(model, optimizers)
     if isinstance(model, DistributedDataParallel):
         _check_ddp(model)
+    refuse_fsdp1(model, "take fully_shard(model, mesh=mesh['shard']) and mesh=mesh['replicate'] here")
+    for k, optimizer in enumerate(optimizers):
+        if hasattr(optimizer, LOCAL_STEPS):
+            raise ValueError(f"optimizer {k} takes local steps: call LocalSteps.end, or make a new one that votes")
     for name, module in model.named_modules():
-        if type(module).__name__ == "FullyShardedDataParallel":  # by name: its import takes a while
-            raise ValueError(
-                "the model is wrapped in FullyShardedDataParallel, which averages gradients in flat parameters of its "
-                "own: take fully_shard(model, mesh=mesh['shard']) and mesh=mesh['replicate'] here"
-            )
         if getattr(module, "sparse", False) is True:
             raise ValueError(
                 f"{name.removeprefix('module.')} ({type(module).__name__}) has sparse gradients, which cannot vote; "
                 "use sparse=False"
             )
+
+
+def refuse_mean(optimizers: Sequence[Optimizer], enable: str) -> None:
+    """Make sure that no optimizer of several workers has the mean of their momenta in the place of one's own.
+
+    Raises:
+        ValueError: if one has.
+    """
+    for k, optimizer in enumerate(optimizers):
+        if isinstance(optimizer, Signum) and optimizer.has_mean:
+            raise ValueError(
+                f"optimizer {k} got the mean of all workers' momenta, since scatter_state was called before {enable}: "
+                f"make a new one, call {enable}, then scatter_state"
+            )
+
+
+def refuse_fsdp1(model: nn.Module, remedy: str) -> None:
+    """Make sure that FSDP1 wraps no part of a model.
+
+    Raises:
+        ValueError: if it does.
+    """
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):  # its import takes long
+        raise ValueError(
+            "the model is wrapped in FullyShardedDataParallel, which averages gradients in flat parameters of its own: "
+            + remedy
+        )
 
 
 def check_optimizers(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:

@@ -100,6 +100,9 @@ class Signum(Optimizer):
     """Whether each worker's momentum is saved and loaded apart from `state_dict`, which then does not say whose it is.
     """
 
+    has_mean: bool
+    """Whether it has the mean of the momenta of several workers, since its state was handed out before it votes."""
+
     def __init__(
         self,
         params: ParamsT,
@@ -134,7 +137,7 @@ class Signum(Optimizer):
         }
         settings.check(defaults)
         # No attributes of the class: a wrapper that looks like one of its instances would find those before its own.
-        self.vote, self.lost_vote, self.restored_apart = None, False, False
+        self.vote, self.lost_vote, self.restored_apart, self.has_mean = None, False, False, False
         self._saved_by: tuple[int, int] | None = None
         self._checked: list[dict[str, Any]] = []
         super().__init__(params, defaults)
@@ -234,6 +237,7 @@ class Signum(Optimizer):
         state_dict, self._saved_by = loading.unsign(state_dict)
         with loading.uncast(self):
             super().load_state_dict(state_dict)
+        self.has_mean = False
         if self.vote is not None:
             self.vote.verify_next()
         self.warn_of_lost()
@@ -263,6 +267,7 @@ class Signum(Optimizer):
             "vote": None,
             "lost_vote": False,
             "restored_apart": False,
+            "has_mean": False,
             "_saved_by": None,
             "_checked": [],
         }
@@ -361,6 +366,10 @@ class Signum(Optimizer):
                 if view.owner is not None:  # of an empty shard, too
                     view.create_state()
                 view.finish()
+
+
+LOCAL_STEPS = "_signsgd_local_steps"
+"""Where an optimizer of any kind has its local steps, as `local_steps.rounds` sets them; copies of it have none."""
 
 
 def see_through(optimizer: Any) -> Any:

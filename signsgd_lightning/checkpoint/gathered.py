@@ -13,7 +13,7 @@ from ..sharding import refuse_sharded
 from ..state import ENTRIES, any_private, find, private
 from ..vote.agreement import Purpose, meet
 from ..vote.transport import Message
-from .inner import gather_inner, of_a_vote, scatter_inner
+from .inner import OUTER, gather_inner, of_a_vote, scatter_inner
 from .loading import OTHERS, SHARDS, Others, check, part, unsign
 
 
@@ -79,13 +79,13 @@ def scatter_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
     a vote under local steps, and the other way round.
 
     Args:
-        optimizer: a `Signum` that votes or is alone, or any that takes local steps.
+        optimizer: a `Signum` that votes or is alone, or any that takes local steps: enable it before.
         state: what `gather_state` or `Signum.state_dict` returned, loaded on every rank.
 
     Raises:
         ValueError: if the state is another optimizer's or of a sharded checkpoint, or a momentum does not fit its
             parameter; then nothing was loaded.
-        TypeError: if the optimizer is no `Signum`.
+        TypeError: if the optimizer is no `Signum`, and takes no local steps.
 
     Example:
         >>> scatter_state(optimizer, torch.load("checkpoint.pt", weights_only=True)["optimizer"])  # doctest: +SKIP
@@ -96,6 +96,11 @@ def scatter_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
     if local is not None:
         scatter_inner(local, see_through(optimizer), state)
         return
+    if OUTER in state and not isinstance(see_through(optimizer), Signum):
+        raise TypeError(
+            f"{type(see_through(optimizer)).__name__} takes no local steps, of which this state is: call "
+            "enable_local_steps(model, optimizer) before scatter_state"
+        )
     optimizer = find_signum(optimizer)
     refuse_sharded(optimizer, "scatter_state", _BY_TORCH)
     check(state)
@@ -113,6 +118,7 @@ def scatter_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
             old = core.predecessors(worker, count, len(everyone))
             own[key][name] = entry.inherited(everyone[old.start : old.stop : old.step])
     optimizer.load_state_dict({**own_state, "state": own})
+    optimizer.has_mean = workers is None and bool(others)
     if optimizer.vote is not None:
         optimizer.vote.topology.keep_share(optimizer.views())
 

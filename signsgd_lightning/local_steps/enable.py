@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from signsgd_core.adversaries import Adversary, check_adversaries
 
 from .. import _compat
-from ..enable import agree_on_model, broadcast, check_optimizers
+from ..enable import agree_on_model, broadcast, check_group, check_optimizers, refuse_fsdp1, refuse_mean
 from ..optimizer import see_through
 from ..sharding import refuse_sharded
 from ..vote.topology import Flat
@@ -55,9 +55,9 @@ def enable_local_steps(
         What closes a round, and is to be kept for that alone.
 
     Raises:
-        TypeError: if something is no optimizer, or the model no module.
-        ValueError: for settings outside their range; for a model wrapped in DDP, or parameters that are not its own, on
-            several devices, or no floating-point numbers; for a `Signum` that votes.
+        TypeError: if something is no optimizer, or one that exchanges parameters itself; or the model no module.
+        ValueError: for settings outside their range; for a model wrapped in DDP or FSDP, or parameters that are not its
+            own, on several devices, or no floating-point numbers; for a `Signum` that votes.
         RuntimeError: without a process group; if the ranks differ in model or settings.
 
     Example:
@@ -86,14 +86,18 @@ def let_step(
     """
     model, optimizers = _compat.uncompiled(model), [see_through(optimizer) for optimizer in optimizers]
     check(model, optimizers)
-    group = process_group or dist.group.WORLD
-    if group is None:
-        raise RuntimeError("local steps need a process group: call torch.distributed.init_process_group first")
+    group = check_group(process_group, "local steps need")
+    if dist.get_world_size(group) > 1:
+        refuse_mean(optimizers, "enable_local_steps")
     check_adversaries(options.adversaries, dist.get_world_size(group), "rank")
     agree_on_model(model, group)
     local = LocalSteps(model, optimizers, options, Flat(PointToPoint(group)), counts_steps)
     local.start_from(lambda: broadcast(model, group))  # once the ranks agree on all: a refusal changes nothing
     return local
+
+
+_EXCHANGING = ("ZeroRedundancyOptimizer", "PostLocalSGDOptimizer")
+"""By name: their imports take a while."""
 
 
 def check(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
@@ -110,9 +114,13 @@ def check(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
             "local steps are each rank's own, and DistributedDataParallel would average every gradient: pass the model "
             "as it is, unwrapped"
         )
+    refuse_fsdp1(model, "local steps are for models that are whole on every rank")
     for k, optimizer in enumerate(optimizers):
+        kind = type(optimizer).__name__
         if not isinstance(optimizer, Optimizer):
-            raise TypeError(f"optimizer {k} must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+            raise TypeError(f"optimizer {k} must be a torch.optim.Optimizer, got {kind}")
+        if kind in _EXCHANGING:
+            raise TypeError(f"optimizer {k} is a {kind}, which exchanges parameters itself: pass an ordinary optimizer")
         if getattr(optimizer, "vote", None) is not None:
             raise ValueError(
                 f"optimizer {k} votes at every step, by enable_majority_vote: make a new one for local steps"

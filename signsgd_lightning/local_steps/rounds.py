@@ -13,11 +13,12 @@ import signsgd_core as core
 from signsgd_core.adversaries import Adversary
 
 from .. import kernels
-from ..optimizer import Signum, see_through
+from ..optimizer import LOCAL_STEPS, Signum, see_through
 from ..state import OUTER_MOMENTUM
 from ..views import FlatView
 from ..vote import RanksDifferError, StepInput, Vote, VoteOptions
 from ..vote.agreement import Purpose
+from ..vote.local_gradients import refuse_other_wrappers
 from ..vote.topology import Flat, Verdict
 from ..vote.transport import Message
 from ..vote.verification import verify
@@ -78,8 +79,9 @@ class LocalSteps:
         self._handles = [optimizer.register_step_pre_hook(self.open) for optimizer in self.optimizers]
         if counts_steps:
             self._handles.append(self.optimizers[-1].register_step_post_hook(self.count))
+        self._allow_ddp = refuse_other_wrappers(model, _OWN_GRADIENTS)
         for optimizer in self.optimizers:
-            setattr(optimizer, _ATTRIBUTE, self)
+            setattr(optimizer, LOCAL_STEPS, self)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def count(self, *_: Any) -> None:
@@ -111,7 +113,8 @@ class LocalSteps:
         for handle in self._handles:
             handle.remove()
         for optimizer in self.optimizers:
-            vars(optimizer).pop(_ATTRIBUTE, None)
+            vars(optimizer).pop(LOCAL_STEPS, None)
+        self._allow_ddp()
 
     @property
     def is_open(self) -> bool:
@@ -152,10 +155,11 @@ class LocalSteps:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def open(self, *_: Any) -> None:
-        """Take `x_0` down, before the first step of a round."""
+        """Take `x_0` down, before the first step of a round; of parameters that are added within one, before theirs."""
+        moved = self.find_parameters()  # what moves or adds any may be code of this rank alone
         if not self._begun:
-            moved = [self.find_parameters(), self._anchors.take_down()]  # by code that may be this rank's alone
-            self._moved, self._begun = self._moved or any(moved), True
+            moved |= self._anchors.take_down()
+        self._moved, self._begun = self._moved or moved, True
 
     def model_state(self) -> dict[str, Tensor]:
         """Return the model's state as it was when the round began."""
@@ -307,18 +311,20 @@ class LocalSteps:
 
 def find_local_steps(optimizer: object) -> LocalSteps | None:
     """Return the rounds that an optimizer takes part in, wrapped or not; None for none."""
-    found = getattr(see_through(optimizer), _ATTRIBUTE, None)
+    found = getattr(see_through(optimizer), LOCAL_STEPS, None)
     return found if isinstance(found, LocalSteps) else None
 
+
+_OWN_GRADIENTS = (
+    "this DistributedDataParallel model averages gradients of parameters that take local steps: train through the "
+    "model inside, or call LocalSteps.end first"
+)
 
 _BETWEEN_ROUNDS = (
     "other code than the optimizers moved or added parameters between two rounds, and not alike on all ranks. Load or "
     "broadcast the same values there; a wrapper that moves parameters after its optimizer's step, as Lookahead does, "
     "cannot take local steps."
 )
-
-_ATTRIBUTE = "_signsgd_local_steps"
-"""Where an optimizer has them; copies of it have none."""
 
 
 def _zeros(view: FlatView) -> FlatView:

@@ -167,6 +167,7 @@ class FabricLocalVoteStrategy(_WorkerStateStrategy):
     ) -> None:
         self.options = LocalStepOptions(sync_every, outer_lr, outer_momentum, verify_every_n_rounds, adversaries)
         super().__init__(**kwargs)
+        _compat.check_ddp_options(self)
         self.local_steps: LocalSteps | None = None
         _compat.leave_backward_alone(self)
 

@@ -3,11 +3,13 @@
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.optim import Optimizer
 
 from signsgd_core.adversaries import Adversary
 
+from .. import _compat
 from ..local_steps import LocalSteps
 from ..local_steps.enable import let_step
 from ..local_steps.options import LocalStepOptions
@@ -21,7 +23,8 @@ class LocalVoteStrategy(WorkerStateStrategy):
     """Let every rank take steps of its own with any optimizer, and vote on where they went after `sync_every`.
 
     The model is not wrapped in DDP. Validation, testing, a checkpoint and the end of `fit` close the round first, so
-    that what is measured and saved is the same on all ranks. See `enable_local_steps` for the mathematics.
+    that what is measured and saved is the same on all ranks; so does every epoch where a callback averages weights. See
+    `enable_local_steps` for the mathematics.
 
     Args:
         sync_every: `H`, steps of the last optimizer between votes; one that a gradient scaler skips counts.
@@ -39,7 +42,9 @@ class LocalVoteStrategy(WorkerStateStrategy):
         local_steps: the rounds, while a model is fitted.
 
     Raises:
-        ValueError: for settings outside their range, or a communication hook.
+        ValueError: for settings outside their range, or a communication hook; at the start of `fit` beside
+            `EMAWeightAveraging`, whose averages of each step would be each rank's own.
+        TypeError: for an argument that neither this class nor `DistributedDataParallel` has.
         RuntimeError: before the first step, if the ranks differ in model or settings.
 
     Example:
@@ -62,16 +67,24 @@ class LocalVoteStrategy(WorkerStateStrategy):
     ) -> None:
         self.options = LocalStepOptions(sync_every, outer_lr, outer_momentum, verify_every_n_rounds, adversaries)
         super().__init__(state_dict_type, **kwargs)
+        _compat.check_ddp_options(self)
         self.local_steps: LocalSteps | None = None
+        self._first = _Closing(self._close_round)
 
     def configure_ddp(self) -> None:
         """Leave the model as it is: every rank keeps its own gradients."""
 
     def setup(self, trainer: "Trainer") -> None:
         """Set up the optimizers, then let them take steps of their own."""
+        if any(isinstance(callback, EMAWeightAveraging) for callback in _callbacks(trainer)):
+            raise ValueError(
+                "EMAWeightAveraging averages after every step, when parameters are each rank's own: take "
+                "StochasticWeightAveraging, which averages epochs, or strategy='majority_vote'"
+            )
         super().setup(trainer)
         if trainer.state.fn == TrainerFn.FITTING:
             assert self.model is not None
+            _callbacks(trainer).insert(0, self._first)
             self.local_steps = let_step(self.model, self._stepping, self.options, counts_steps=False)
 
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:
@@ -86,17 +99,12 @@ class LocalVoteStrategy(WorkerStateStrategy):
         self._close_round()
         return super().lightning_module_state_dict()
 
-    def on_validation_start(self) -> None:
-        """Close the round."""
-        self._close_round()
-
-    def on_train_end(self) -> None:
-        """Close the last round."""
-        self._close_round()
-
     def teardown(self) -> None:
         """Let the optimizers go."""
         if self.local_steps is not None:
+            assert self.lightning_module is not None
+            callbacks = _callbacks(self.lightning_module.trainer)
+            callbacks[:] = [callback for callback in callbacks if callback is not self._first]
             self.local_steps.end()
             self.local_steps = None
         super().teardown()
@@ -104,3 +112,26 @@ class LocalVoteStrategy(WorkerStateStrategy):
     def _close_round(self) -> None:
         if self.local_steps is not None and not self._interrupted:
             self.local_steps.close_round()
+
+
+class _Closing(Callback):
+    """Closes rounds before what other callbacks and the module do: the strategy's own hooks come behind theirs."""
+
+    def __init__(self, close: Callable[[], None]) -> None:
+        self._close = close
+
+    def on_validation_start(self, *_: Any) -> None:
+        self._close()
+
+    def on_train_epoch_end(self, trainer: "Trainer", _: Any) -> None:
+        averaging = (StochasticWeightAveraging, WeightAveraging)
+        if any(isinstance(callback, averaging) for callback in _callbacks(trainer)):
+            self._close()
+
+    def on_train_end(self, *_: Any) -> None:
+        self._close()
+
+
+def _callbacks(trainer: "Trainer") -> list[Callback]:
+    found: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return found

@@ -2,7 +2,7 @@
 
 import gc
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -36,8 +36,8 @@ def keep_local(model: nn.Module, *, guard: bool) -> None:
             _hook(model)
         _GUARDS[model] = None
     if guard and _GUARDS[model] is None:
-        handles = [register_optimizer_step_pre_hook(_Guard(model)), *_refuse_other_wrappers(model)]
-        _GUARDS[model] = weakref.finalize(model, _LEFT.extend, handles)
+        handles = [register_optimizer_step_pre_hook(_Guard(model)), *_watch_wrappers(model, _VOTES)]
+        _GUARDS[model] = _while_alive(model, handles)
 
 
 def release(model: nn.Module) -> None:
@@ -46,8 +46,36 @@ def release(model: nn.Module) -> None:
     if guard is not None:
         guard()
         _GUARDS[model] = None
+
+
+def refuse_other_wrappers(model: nn.Module, why: str) -> Callable[[], None]:
+    """Refuse the forward pass of any DDP model of the same parameters, there or yet to come: it would average.
+
+    Args:
+        model: that was enabled, and may have them in DDP itself.
+        why: it is refused, and what to do.
+
+    Returns:
+        What ends it; so does the end of the model.
+    """
+    return _while_alive(model, _watch_wrappers(model, why))
+
+
+def _while_alive(model: nn.Module, handles: list[RemovableHandle]) -> Callable[[], None]:
+    """Return what removes hooks, once no pass through them is going on where the model goes first."""
+    gone = weakref.finalize(model, _LEFT.extend, handles)
+
+    def end() -> None:
+        gone()
         _remove_left()
 
+    return end
+
+
+_VOTES = (
+    "this DistributedDataParallel model averages gradients of parameters that vote: call enable_majority_vote with it "
+    "and their optimizers, or train through the model that was enabled"
+)
 
 _GUARDS: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
 """The models whose gradients are left local, each with what removes its guard."""
@@ -72,17 +100,14 @@ def _hook(ddp_model: DistributedDataParallel) -> None:
         ) from error
 
 
-def _refuse_other_wrappers(model: nn.Module) -> list[RemovableHandle]:
-    """Refuse the forward pass of any other DDP model of the same parameters, there or yet to come: it would average."""
+def _watch_wrappers(model: nn.Module, why: str) -> list[RemovableHandle]:
+    """Refuse other wrappers; return the hooks, to which those of wrappers yet to come are added."""
     parameters, own = {id(p) for p in model.parameters()}, weakref.ref(model)
     handles = list[RemovableHandle]()
 
     def refuse(other: nn.Module, _: Any) -> None:
         if torch.is_grad_enabled() and other not in _GUARDS and own() is not None:
-            raise RuntimeError(
-                "this DistributedDataParallel model averages gradients of parameters that vote: call "
-                "enable_majority_vote with it and their optimizers, or train through the model that was enabled"
-            )
+            raise RuntimeError(why)
 
     def watch(module: nn.Module, _: str, wrapped: nn.Module | None) -> None:
         if not isinstance(module, DistributedDataParallel) or module is own() or wrapped is None:

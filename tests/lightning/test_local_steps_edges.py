@@ -127,6 +127,25 @@ def test_parameters_that_all_ranks_move_alike_are_where_the_round_begins(workers
             ]
 
 
+def _added() -> tuple[list[float], list[float]]:
+    """Add a layer to the optimizer in the middle of a round, on all ranks."""
+    old, new = _line(), _line(value=2.0)
+    optimizer = torch.optim.SGD(old.parameters(), lr=1.0)
+    local = enable_local_steps(nn.ModuleList([old, new]), optimizer, sync_every=3)
+    _step(optimizer, [1.0, 1.0])
+    optimizer.add_param_group({"params": list(new.parameters())})
+    for _ in range(2):
+        _step(optimizer, [1.0, 1.0 + _own()])
+    assert not local.is_open
+    return old.weight.tolist()[0], new.weight.tolist()[0]
+
+
+def test_a_group_that_is_added_within_a_round_takes_part_from_its_first_step_on(workers: Workers) -> None:
+    """Two ranks: magnitudes are means over the tensor, and the median of the ranks' is their mean."""
+    first, second = (3 + 3 + 3 + 5) / 4, (2 + 2 + 2 + 4) / 4
+    assert workers.run(2, _added) == [([1 - first] * 2, [2 - second] * 2)] * 2
+
+
 def _loaded() -> list[list[float]]:
     """Load what was saved at the start into the middle of the third round; then after it, optimizer first."""
     net = _line()

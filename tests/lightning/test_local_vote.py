@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -195,7 +195,60 @@ def test_by_name(workers: Workers) -> None:
     assert workers.run(2, _by_name) == ["LocalVoteStrategy Net"] * 2
 
 
+class Watch(Callback):
+    """Notes the parameters that callbacks see."""
+
+    def __init__(self) -> None:
+        self.seen = list[tuple[str, Ends]]()
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        self.seen.append(("validation", ends_of(pl_module)))
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        self.seen.append(("end", ends_of(pl_module)))
+
+
+def _watched(averages: bool, batches: float) -> list[tuple[str, Ends]]:
+    module, watch = Model(), Watch()
+    callbacks = [StochasticWeightAveraging(0.01, swa_epoch_start=1), watch] if averages else [watch]
+    strategy = LocalVoteStrategy(sync_every=5)
+    run = trainer(strategy=strategy, callbacks=callbacks, max_epochs=3, limit_val_batches=batches)
+    run.fit(module)
+    assert len(run.callbacks) == len(callbacks), "the strategy's own goes with it"  # type: ignore[attr-defined]
+    return [*watch.seen, ("after", ends_of(module))]
+
+
+@pytest.mark.parametrize("averages", [False, True])
+@pytest.mark.parametrize("batches", [0, 1.0])
+def test_callbacks_see_what_is_the_same_on_all_ranks(averages: bool, batches: float, workers: Workers) -> None:
+    """The last round of 12 or 36 steps is open; and what a callback makes of the model at the end is what stays."""
+    first, second = workers.run(2, _watched, averages, batches)
+    epochs = 3 + averages  # one for batch norm
+    assert [when for when, _ in first].count("validation") == (1 + epochs if batches else 0)
+    for (when, ours), (_, theirs) in zip(first, second, strict=True):
+        for a, b in zip(ours, theirs, strict=True):
+            np.testing.assert_array_equal(a, b, err_msg=when)
+    for a, b in zip(first[-2][1], first[-1][1], strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def _averages_of_steps() -> str:
+    try:
+        trainer(strategy=LocalVoteStrategy(), callbacks=[EMAWeightAveraging()]).fit(Model())
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
+def test_averages_of_steps_are_refused(workers: Workers) -> None:
+    for said in workers.run(2, _averages_of_steps):
+        assert said.startswith("EMAWeightAveraging averages after every step"), said
+        assert "take StochasticWeightAveraging" in said
+
+
 def test_a_strategy_with_bad_settings_is_refused() -> None:
+    with pytest.raises(TypeError, match="LocalVoteStrategy got an unexpected keyword argument 'sync_evry'"):
+        LocalVoteStrategy(sync_evry=2)
     with pytest.raises(ValueError, match="sync_every must be a whole number of 1 or more, got 0"):
         LocalVoteStrategy(sync_every=0)
     with pytest.raises(ValueError, match="state_dict_type must be"):
