@@ -37,6 +37,16 @@ def check_size(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be 0 or more and finite, got {value!r}")
 
 
+def check_factor(name: str, value: Any) -> None:
+    """Make sure that a setting is a finite number above 0.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    if not _is_number(value) or not 0 < value < float("inf"):
+        raise ValueError(f"{name} must be above 0 and finite, got {value!r}")
+
+
 def check_count(name: str, value: Any, least: int) -> None:
     """Make sure that a setting is a whole number, an int of `least` or more.
 

@@ -6,6 +6,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from signsgd_core import check_count, check_factor
+
 from . import _compat, backend, state
 from .checkpoints import origin, saving
 from .optimizer import Signum
@@ -45,6 +47,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):  # type: ignore[m
 
     Raises:
         TypeError: if `inner_optimizer` is no `Signum`.
+        ValueError: if `initial_scale` is not above 0, or `dynamic_growth_steps` no whole number of 1 or more.
 
     Example:
         >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1, dtype="mixed_float16")])
@@ -64,6 +67,8 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):  # type: ignore[m
                 f"signsgd_keras.LossScaleOptimizer scales the loss of a Signum, got {type(inner_optimizer).__name__}: "
                 "take keras.optimizers.LossScaleOptimizer for it"
             )
+        check_factor("initial_scale", initial_scale)
+        check_count("dynamic_growth_steps", dynamic_growth_steps, 1)
         super().__init__(inner_optimizer, initial_scale, dynamic_growth_steps, name, **kwargs)
 
     def build(self, var_list: list[Variable]) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
@@ -123,6 +124,8 @@ class Replicas:
         rows = [tf.identity(value)[None] for value in values]
         if self.count == 1:
             return rows[0].numpy()  # type: ignore[no-any-return]
+        if not rows[0].shape.num_elements():  # TensorFlow's collectives end the process where nothing is to be sent
+            return np.zeros((self.count, *rows[0].shape[1:]), rows[0].dtype.as_numpy_dtype)
         return self.strategy.gather(self.spread(rows), axis=0).numpy()  # type: ignore[no-any-return]
 
     def variable(self, value: Any, dtype: Any = None) -> Any:

@@ -105,6 +105,15 @@ def find(path: str) -> Entry | None:
     return max(found, key=lambda entry: len(entry.name), default=None)
 
 
+def entry_of(variable: Variable) -> Entry | None:
+    """Return the entry of an optimizer's variable, None where the table has none.
+
+    One that `create` made says so itself: the path of another, of a weight named "verdict", may end as its name does.
+    """
+    made: Entry | None = getattr(variable, "entry", None)
+    return made or find(variable.path)
+
+
 def create(backend: Backend, workers: Any, entry: Entry, **options: Any) -> Variable:
     """Return a new variable of an entry.
 
@@ -116,8 +125,11 @@ def create(backend: Backend, workers: Any, entry: Entry, **options: Any) -> Vari
     """
     options |= {"trainable": False}
     if entry.private:
-        return backend.private_variable(workers, entry.inherit, **options)
-    return keras.Variable(**options)
+        variable = backend.private_variable(workers, entry.inherit, **options)
+    else:
+        variable = keras.Variable(**options)
+    variable.entry = entry
+    return variable
 
 
 def create_like(

@@ -11,6 +11,11 @@ from signsgd_core.adversaries import Adversary, check_adversaries
 from ._compat import CollectiveAllReduceExtended
 
 
+def patient() -> Any:
+    """Return TensorFlow's options for exchanges that wait for other workers as long as torch's: half an hour."""
+    return tf.distribute.experimental.CommunicationOptions(timeout_seconds=1800.0)
+
+
 class MultiWorkerMajorityVoteStrategy(tf.distribute.MultiWorkerMirroredStrategy):  # type: ignore[misc]
     """Train synchronously on several machines; `Signum` sends one bit per parameter each way.
 
@@ -26,7 +31,7 @@ class MultiWorkerMajorityVoteStrategy(tf.distribute.MultiWorkerMirroredStrategy)
         cluster_resolver: a `tf.distribute.cluster_resolver.ClusterResolver`; the environment variable ``TF_CONFIG``
             where left out.
         communication_options: a `tf.distribute.experimental.CommunicationOptions`. Its ``timeout_seconds`` bounds how
-            long a worker waits in one exchange.
+            long a worker waits in one exchange; 30 minutes where left out.
         adversaries: replica, counted over all workers -> what it makes of its gradients before it votes, as in
             `MajorityVote`.
 
@@ -47,7 +52,7 @@ class MultiWorkerMajorityVoteStrategy(tf.distribute.MultiWorkerMirroredStrategy)
         communication_options: Any = None,
         adversaries: Mapping[int, Adversary] | None = None,
     ) -> None:
-        options = communication_options or tf.distribute.experimental.CommunicationOptions()
+        options = communication_options or patient()
         extended = _Extended(self, cluster_resolver=cluster_resolver, communication_options=options)
         tf.distribute.Strategy.__init__(self, extended)
         check_adversaries(adversaries, self.num_replicas_in_sync, "replica")

@@ -34,7 +34,10 @@ def kind(path: str) -> str:
         >>> kind("signum/net_one_kernel_verdict_momentum"), kind("adam/iteration"), kind("nadam/u_product")
         ('verdict_momentum', 'iteration', 'u_product')
     """
-    entry = state.find(path)
+    return _kind(state.find(path), path)
+
+
+def _kind(entry: state.Entry | None, path: str) -> str:
     return path.rsplit("/", 1)[-1] if entry is None else entry.name
 
 
@@ -135,7 +138,7 @@ def check_values(optimizer: Optimizer, values: Sequence[npt.NDArray[Any]]) -> No
             f"two arrays for each variable, one after the other, look like the state of Adam or its kin: {_KEPT}"
         )
     for variable, value in zip(optimizer.variables, values, strict=True):
-        entry = state.find(variable.path)
+        entry = state.entry_of(variable)
         if entry is None or entry.bound == float("inf"):
             continue
         size = float(np.abs(value).max(initial=0.0))
@@ -170,4 +173,4 @@ def _check_kinds(optimizer: Optimizer, saved: list[str]) -> None:
 
 
 def _kinds(optimizer: Optimizer) -> list[str]:
-    return list(dict.fromkeys(kind(v.path) for v in optimizer.variables))
+    return list(dict.fromkeys(_kind(state.entry_of(v), v.path) for v in optimizer.variables))

@@ -90,7 +90,7 @@ def take(optimizer: Optimizer, values: Sequence[Array]) -> None:
     variables = optimizer.variables
     rows = [_rows(i, variable, value) for i, (variable, value) in enumerate(zip(variables, values, strict=True))]
     for variable, row in zip(variables, rows, strict=True):
-        entry = state.find(variable.path)
+        entry = state.entry_of(variable)
         current().inherit(variable, row, core.redistribute if entry is None else entry.inherit)
 
 
@@ -119,7 +119,7 @@ def set_weights(optimizer: Optimizer, weights: Sequence[Array]) -> None:
 
 
 def _is_private(variable: Variable) -> bool:
-    entry = state.find(variable.path)
+    entry = state.entry_of(variable)
     return entry is not None and entry.private
 
 

@@ -13,6 +13,7 @@ from signsgd_core import check_count, check_local_steps
 from signsgd_core.adversaries import Adversary, check_adversaries
 from signsgd_core.analysis.vote_figures import figures, names
 
+from ..strategy import patient
 from .exchange import Exchange
 from .rounds import Rounds
 
@@ -48,11 +49,13 @@ class LocalVote(keras.callbacks.Callback):  # type: ignore[misc]
         state_file: where worker 0 writes the outer momentum and the number of rounds at the end of each epoch. `fit`
             goes on from it if the model's parameters are those that it was written with.
         strategy: a `tf.distribute.MultiWorkerMirroredStrategy`, of which only the connections are used; one of
-            ``TF_CONFIG`` where left out. ``timeout_seconds`` of its options bounds the wait for others.
+            ``TF_CONFIG`` where left out, which waits 30 minutes for others; ``timeout_seconds`` of its options says so.
 
     Raises:
-        ValueError: if a setting is out of its range; at the start of `fit`, on all workers, if they differ in settings
-            or variables, or the model is not built; when a round closes, if there are trainable variables since then.
+        TypeError: if `strategy` is another one.
+        ValueError: if a setting is out of its range, or the folder of `state_file` is not there; at the start of `fit`,
+            on all workers, if they differ in settings or variables, or the model is not built; when a round closes, if
+            there are trainable variables since then.
         RuntimeError: if TensorFlow was used before; if a worker is lost, on all others: then the variables are those
             of the round's beginning.
         ReplicasDifferError: if the workers' variables differ after a round.
@@ -79,7 +82,15 @@ class LocalVote(keras.callbacks.Callback):  # type: ignore[misc]
         super().__init__()
         self.sync_every, self.outer_lr, self.outer_momentum = sync_every, outer_lr, outer_momentum
         self.verify_every_n_rounds, self.adversaries = verify_every_n_rounds, dict(adversaries or {})
+        folder = os.path.dirname(os.path.abspath(os.fspath(state_file))) if state_file else None
+        if folder and not os.path.isdir(folder):
+            raise ValueError(f"state_file must be in a folder that there is, got {state_file!r}: make {folder}")
         self.state_file = state_file
+        if strategy is not None and not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
+            raise TypeError(
+                f"strategy must be a tf.distribute.MultiWorkerMirroredStrategy, got {strategy!r}: leave it out, and "
+                "TF_CONFIG names the workers"
+            )
         self._exchange = Exchange(strategy or _connections())
         check_adversaries(self.adversaries, self._exchange.workers)
         self._rounds: Rounds | None = None
@@ -177,7 +188,7 @@ class LocalVote(keras.callbacks.Callback):  # type: ignore[misc]
 def _connections() -> Any:
     """Return the strategy of ``TF_CONFIG``; a process can have one for its whole life."""
     try:
-        return tf.distribute.MultiWorkerMirroredStrategy()
+        return tf.distribute.MultiWorkerMirroredStrategy(communication_options=patient())
     except RuntimeError as error:
         raise RuntimeError("make LocalVote before the model, and before anything else of TensorFlow") from error
 

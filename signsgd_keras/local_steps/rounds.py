@@ -2,6 +2,7 @@
 
 import os
 import warnings
+import zipfile
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -132,7 +133,17 @@ class Rounds:
         os.replace(f"{path}.part", path)
 
     def load(self, path: str) -> None:
-        """Go on from a file, if the parameters are those that it was written with; otherwise warn."""
+        """Go on from a file, if the parameters are those that it was written with; otherwise warn.
+
+        Raises:
+            ValueError: if it is broken, or another file.
+        """
+        try:
+            self._load(path)
+        except (ValueError, KeyError, zipfile.BadZipFile, EOFError) as error:
+            raise ValueError(f"{path} is broken, or LocalVote did not write it: remove it, or name another") from error
+
+    def _load(self, path: str) -> None:
         with np.load(path) as saved:
             if not np.array_equal(saved["digest"], self._digest()):
                 warnings.warn(

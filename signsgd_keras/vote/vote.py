@@ -73,7 +73,7 @@ class Vote:
             weight_decay: of the optimizer.
 
         Raises:
-            ValueError: if not, or if an adversary is no replica; on all workers, if they differ.
+            ValueError: if not, or if an adversary is no replica; on all workers, if they differ; within a tf.function.
         """
         check_adversaries(self.adversaries, self.replicas.count, "replica")
         for slot in slots:
@@ -83,6 +83,11 @@ class Vote:
                     "replicas have no copies of it: make the model, too, within `with strategy.scope():`"
                 )
         if self.transport.between_workers:
+            if tf.inside_function():
+                raise ValueError(
+                    "Signum is built within a tf.function, in which TensorFlow's collectives would fail: before the "
+                    "first step call optimizer.build(model.trainable_variables), within `with strategy.scope():`"
+                )
             lines = [describe(slot, weight_decay) for slot in slots]
             agree(self.transport, settings, lines + describe_values([slot.variable for slot in slots]))
 

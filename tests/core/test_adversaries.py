@@ -1,13 +1,20 @@
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from signsgd_core import Reference
-from signsgd_core.adversaries import ADVERSARIES, Adversary, Randomize, invert, send_nan, silent
+from signsgd_core.adversaries import ADVERSARIES, Adversary, Randomize, check_adversaries, invert, send_nan, silent
 
 WORKERS, SIZE = 7, 20
+
+
+def test_what_is_no_function_is_refused() -> None:
+    lying: dict[int, Any] = {0: invert, 1: "invert"}
+    with pytest.raises(TypeError, match=r"adversaries must be functions, .* got 'invert' of rank 1"):
+        check_adversaries(lying, 2, "rank")
 
 
 def distance(adversaries: Mapping[int, Adversary], betas: tuple[float, float] = (0, 0)) -> float:

@@ -5,7 +5,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from signsgd_core import check_betas, check_settings, check_share, check_size, check_warmup_steps, warmup_steps
+from signsgd_core import (
+    check_betas,
+    check_factor,
+    check_settings,
+    check_share,
+    check_size,
+    check_warmup_steps,
+    warmup_steps,
+)
 
 NAN, INF = float("nan"), float("inf")
 
@@ -40,6 +48,18 @@ def test_bad_size(value: Any) -> None:
     with pytest.raises(ValueError, match="lr") as error:
         check_size("lr", value)
     assert str(error.value) == f"lr must be 0 or more and finite, got {value!r}"
+
+
+@pytest.mark.parametrize("value", [1e-300, 3.5, np.float32(2), True])
+def test_good_factor(value: Any) -> None:
+    check_factor("scale", value)
+
+
+@pytest.mark.parametrize("value", [0, 0.0, -1, NAN, INF, "1", None])
+def test_bad_factor(value: Any) -> None:
+    with pytest.raises(ValueError, match="scale") as error:
+        check_factor("scale", value)
+    assert str(error.value) == f"scale must be above 0 and finite, got {value!r}"
 
 
 @pytest.mark.parametrize("value", [0, 0.0, 0.999, np.float32(0.5), np.array(0.5)])

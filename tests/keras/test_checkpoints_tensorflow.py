@@ -17,7 +17,7 @@ from tests.clusters import Cluster
 from tests.devices import mirrored
 
 from .cluster_strategy import strategy
-from .models import Array, arrays, compiled, components, data, same
+from .models import Array, arrays, compiled, components, data, plain, same
 
 pytestmark = pytest.mark.multiprocess
 
@@ -102,6 +102,30 @@ def test_every_replicas_loss_scale(replicas: int, tmp_path: Path) -> None:
     checkpoint(other).restore(checkpoint(saved).save(tmp_path / "a")).assert_consumed()
     assert components([other.optimizer.dynamic_scale])[0].tolist() == [8.0, 4.0, 8.0][:replicas]
     assert same(state(other), state(saved)) == (replicas == 2)
+
+
+class Empty(keras.layers.Layer):  # type: ignore[misc]
+    """Has a weight without entries."""
+
+    def build(self, shape: Any) -> None:
+        self.nothing, self.scale = self.add_weight(shape=(0, 3)), self.add_weight(shape=shape[1:])
+
+    def call(self, x: Any) -> Any:
+        return keras.ops.sum(x * self.scale, axis=-1, keepdims=True) + keras.ops.sum(self.nothing)
+
+
+def test_a_variable_without_entries_is_saved(tmp_path: Path) -> None:
+    """TensorFlow's collectives end the process where there is nothing to send."""
+    made = []
+    for _ in range(2):
+        with plain().scope():
+            made.append(compiled(Signum(LR, 0.5, 0.5), make=lambda: keras.Sequential([keras.Input((4,)), Empty()])))
+            made[-1].optimizer.build(made[-1].trainable_variables)
+    saved, other = made
+    fit(saved)
+    saved.save_weights(tmp_path / "a.weights.h5")
+    other.load_weights(tmp_path / "a.weights.h5")
+    assert same(state(other), state(saved))
 
 
 @pytest.mark.parametrize("replicas", [1, 2])

@@ -132,6 +132,36 @@ def test_settings_out_of_range(settings: dict[str, Any], message: str) -> None:
         LocalVote(**settings)
 
 
+def test_what_could_not_work_is_refused_at_once(tmp_path: Path) -> None:
+    import tensorflow as tf
+
+    from signsgd_keras import LocalVote
+
+    with pytest.raises(TypeError, match="strategy must be a tf.distribute.MultiWorkerMirroredStrategy, got <"):
+        LocalVote(strategy=tf.distribute.MirroredStrategy(["CPU:0"]))
+    with pytest.raises(ValueError, match="state_file must be in a folder that there is, got .*none/o.npz'"):
+        LocalVote(state_file=str(tmp_path / "none" / "o.npz"))
+
+
+def _broken(path: str) -> tuple[str, float]:
+    """Start from a file that is no such file; return the error, and how long others are waited for."""
+    from signsgd_keras import LocalVote
+
+    Path(path).write_bytes(b"no array")
+    vote = LocalVote(2, state_file=path)
+    try:
+        compiled(adam()).fit(given(Case(adam, 2, (3,)), 0), callbacks=[vote], verbose=0)
+    except ValueError as error:
+        return str(error), vote._exchange._strategy.extended._communication_options.timeout_seconds
+    return "no error", 0.0
+
+
+def test_a_broken_state_file(tmp_path: Path, backend: Callable[[str], Cluster]) -> None:
+    path = str(tmp_path / "outer.npz")
+    sentence = f"{path} is broken, or LocalVote did not write it: remove it, or name another"
+    assert backend("tensorflow").run(_broken, path) == [(sentence, 1800.0)]
+
+
 def _flip() -> tuple[list[int], int, str, str]:
     """After the second round a bit of worker 1's memory flips; return what verification found."""
     from signsgd_keras import LocalVote, ReplicasDifferError

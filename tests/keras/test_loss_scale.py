@@ -1,6 +1,7 @@
 """`LossScaleOptimizer` with one replica, on every backend."""
 
 from pathlib import Path
+from typing import Any
 
 import keras
 import numpy as np
@@ -72,6 +73,20 @@ def test_weights_are_loaded_before_it_is_built(tmp_path: Path) -> None:
     assert_equal(*[[numbers(v) for v in model.trainable_variables] for model in (first, second)])
     second.fit(*data(4), verbose=0)
     assert _state(second.optimizer) == [2.0**15, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"initial_scale": 0.0}, "initial_scale must be above 0 and finite, got 0.0"),
+        ({"initial_scale": "big"}, "initial_scale must be above 0 and finite, got 'big'"),
+        ({"dynamic_growth_steps": 0}, "dynamic_growth_steps must be a whole number of 1 or more, got 0"),
+    ],
+    ids=str,
+)
+def test_settings_with_which_nothing_would_train_are_refused(settings: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        LossScaleOptimizer(Signum(), **settings)
 
 
 def test_another_optimizer_is_refused() -> None:

@@ -43,6 +43,30 @@ def state(model: Any) -> list[Array]:
     return [numbers(v) for v in (*model.weights, *model.optimizer.variables)]
 
 
+class Scaled(keras.layers.Layer):  # type: ignore[misc]
+    """Has a weight that is named as a state is."""
+
+    def build(self, shape: Any) -> None:
+        self.scale = self.add_weight(shape=shape[1:], name="verdict")
+
+    def call(self, x: Any) -> Any:
+        return x * self.scale
+
+
+@everywhere
+def test_a_weight_may_have_the_name_of_a_state(tmp_path: Path) -> None:
+    """The momentum of a weight "verdict" is no verdict momentum, which lies in [-1, 1]."""
+    first, second = (keras.Sequential([keras.Input((4,)), Scaled()]) for _ in range(2))
+    for model in (first, second):
+        model.compile(optimizer=Signum(0.5, beta_1=0.5, beta_2=0.5, verdict_momentum=0.5), loss="mse")
+        model.optimizer.build(model.trainable_variables)
+    train(first.optimizer, [[np.full(4, 8.0, np.float32)]], first.trainable_variables)
+    first.save_weights(tmp_path / "a.weights.h5")
+    second.load_weights(tmp_path / "a.weights.h5")
+    assert_equal(state(second), state(first))
+    assert max(np.abs(value).max() for value in state(first)) == 4.0
+
+
 def save_and_go_on(folder: str, precision: str) -> list[Array]:
     """Train, save in both formats, train on; what comes out at the end."""
     keras.utils.set_random_seed(0)

@@ -65,6 +65,8 @@ BAD: tuple[tuple[Settings, str], ...] = (
     ({"zeros": ""}, "zeros must be one of 'alternate', 'abstain', 'positive', got ''"),
     ({"warmup_steps": -1}, "warmup_steps must be 'auto' or a whole number of 0 or more, got -1"),
     ({"warmup_steps": 1.5}, "warmup_steps must be 'auto' or a whole number of 0 or more, got 1.5"),
+    ({"loss_scale_factor": 0.0}, "loss_scale_factor must be above 0 and finite, got 0.0"),
+    ({"gradient_accumulation_steps": 2.5}, "gradient_accumulation_steps must be a whole number of 1 or more, got 2.5"),
     ({"warmup_steps": "x"}, "warmup_steps must be 'auto' or a whole number of 0 or more, got 'x'"),
 )
 

@@ -55,6 +55,26 @@ def test_steps_per_execution_with_tensorflows_collectives(fresh_cluster: Callabl
     assert "while/cond/Placeholder" in message
 
 
+def test_an_optimizer_that_is_built_within_a_function() -> None:
+    """Keras' own fail, too, in TensorFlow's words; built before, it works."""
+    strategy = plain()
+    with strategy.scope():
+        model, late, early = net(), Signum(0.125), Signum(0.125)
+        early.build(model.trainable_variables)
+
+    def step(optimizer: Signum) -> None:
+        optimizer.apply([tf.ones(v.shape) for v in model.trainable_variables], model.trainable_variables)
+
+    before = arrays(model.trainable_variables)
+    with refused(
+        "Signum is built within a tf.function, in which TensorFlow's collectives would fail: before the first"
+    ):
+        tf.function(lambda: strategy.run(step, (late,)))()
+    assert same(arrays(model.trainable_variables), before)
+    tf.function(lambda: strategy.run(step, (early,)))()
+    assert same(arrays(model.trainable_variables), [value - 0.125 for value in before])
+
+
 def test_an_optimizer_made_outside_the_scope() -> None:
     optimizer = Signum(0.125)
     with mirrored(2).scope():
