@@ -73,7 +73,7 @@ def verify_first(vote: "Vote", views: Sequence[FlatView], step: int) -> None:
         RanksDifferError: if not, on all of them; then nothing was changed.
         PeerLostError: if a rank does not answer.
     """
-    verify(vote, views, step, "before the first vote", _FIRST)
+    verify(vote, views, step, f"before step {step}" if step else "before the first vote", _FIRST)
 
 
 def verify(vote: "Vote", views: Sequence[FlatView], step: int, when: str, remedy: str) -> None:
@@ -107,10 +107,11 @@ def verify(vote: "Vote", views: Sequence[FlatView], step: int, when: str, remedy
         return
     (place, number), rows = divmod(found[0], len(views)), found[1]
     ranks = sorted(vote.topology.rank_of(row, place) for row in rows)
+    others = "one another" if len(ranks) == everyone.world_size else "the other ranks"
     who = f"rank {ranks[0]} differs" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))} differ"
     name = vote.name_of(views[number].model_parameter)
     raise RanksDifferError(
-        f"{when} {who} from the other ranks in {name}, or in its verdict momentum: {remedy}",
+        f"{when} {who} from {others} in {name}, or in its verdict momentum: {remedy}",
         ranks,
         step,
         name,

@@ -189,8 +189,8 @@ class Vote:
             RuntimeError: if they differ, on all ranks, naming the first difference.
         """
         size, overlap = self.options.bucket_size, self.options.overlap
-        values = "" if self._same else ", values to be compared"
-        lines = [f"wire version {WIRE_VERSION}", f"{self.label}: bucket_size={size}, overlap={overlap}{values}"]
+        lines = [f"wire version {WIRE_VERSION}", f"{self.label}: bucket_size={size}, overlap={overlap}"]
+        lines.append(f"{'nothing' if self._same else 'a state or parameter'} loaded or added since the last vote")
         lines += settings
         for view in views:
             kept = ", ".join(view.shared_names())
@@ -209,7 +209,11 @@ class Vote:
 
     def name_of(self, parameter: Tensor) -> str:
         """Return what to call a parameter in messages."""
-        return self._names.get(id(parameter), "a parameter")
+        key, model = id(parameter), None if self._model is None else self._model()
+        if key not in self._names and model is not None:  # of a group that was added since
+            later = {id(p): name.removeprefix("module.") for name, p in model.named_parameters()}
+            self._names = {**self._names, key: later.get(key, "a parameter")}
+        return self._names.get(key, "a parameter")
 
     def _check_not_replaced(self, unused: Sequence[FlatView]) -> None:
         """Make sure that parameters without a gradient are still the model's: fully_shard puts others in their place.

@@ -85,12 +85,12 @@ def _apart() -> list[tuple[str, list[float]]]:
 def test_ranks_that_other_code_moves_apart_are_told(workers: Workers) -> None:
     """And ballots that were under way are none of the next round's."""
     runs = workers.run(3, _apart)
-    who = "when the round began rank{} from the other ranks in {}, or in its verdict momentum: other code than the opti"
+    who = "when the round began rank{} in {}, or in its verdict momentum: other code than the opti"
     for told in runs:
         assert [said[: len(who) + 99].split("mizers")[0] for said, _ in told] == [
-            who.format("s 0, 1, 2 differ", "a parameter"),
-            who.format("s 0, 1, 2 differ", "weight"),
-            who.format(" 1 differs", "weight"),
+            who.format("s 0, 1, 2 differ from one another", "a parameter"),
+            who.format("s 0, 1, 2 differ from one another", "weight"),
+            who.format(" 1 differs from the other ranks", "weight"),
         ]
         assert [end for _, end in told] == [[1.5, 2.5]] * 3
 

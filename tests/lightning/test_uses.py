@@ -313,7 +313,7 @@ def _different_values(kind: str) -> tuple[str, int]:
     enable_majority_vote(ddp, optimizer)
     if kind == "loaded" and rank == 0:
         net.load_state_dict(_net(7).state_dict())
-    head = nn.Linear(4, 1)
+    net[0].head = head = nn.Linear(4, 1)  # that the model does not call
     with torch.no_grad():
         head.weight.fill_(float(rank))
     for t in range(2):
@@ -330,15 +330,14 @@ def _different_values(kind: str) -> tuple[str, int]:
 
 @pytest.mark.parametrize("kind", ["init_sync=False", "ignored", "loaded", "head", "lost"])
 def test_ranks_that_start_from_other_values_are_told_before_they_vote(kind: str, workers: Workers) -> None:
-    name = "a parameter" if kind == "head" else "0.weight"
+    name = "0.head.weight" if kind == "head" else "0.weight"
     for told, steps in workers.run(3, _different_values, kind, group_timeout=10):
         if kind == "lost":
             assert "torch.float32» where rank 1 has «0.weight: shape (6, 4), torch.float32, verdict_momentum»" in told
         else:
-            who = "rank 0 differs" if kind in ("ignored", "loaded") and kind == "loaded" else "ranks 0, 1, 2 differ"
-            assert told.startswith(f"RanksDifferError: before the first vote {who} from the other ranks in {name}"), (
-                told
-            )
+            who = "rank 0 differs from the other ranks" if kind == "loaded" else "ranks 0, 1, 2 differ from one another"
+            when = "before step 1" if kind == "head" else "before the first vote"
+            assert told.startswith(f"RanksDifferError: {when} {who} in {name}"), told
         assert steps == (kind in ("head", "lost"))
 
 
@@ -622,7 +621,22 @@ def _loaded_apart() -> tuple[str, int]:
 
 def test_values_that_were_loaded_are_compared_verdict_momenta_too(workers: Workers) -> None:
     for told, steps in workers.run(3, _loaded_apart):
-        assert told.startswith(
-            "RanksDifferError: before the first vote rank 1 differs from the other ranks in 0.weight"
-        )
+        assert told.startswith("RanksDifferError: before step 1 rank 1 differs from the other ranks in 0.weight")
         assert steps == 1
+
+
+def _loaded_alone() -> str:
+    ddp = DistributedDataParallel(_net())
+    optimizer = Signum(ddp.parameters(), **SIGNUM)
+    enable_majority_vote(ddp, optimizer)
+    _backward(ddp, 0)
+    optimizer.step()
+    if dist.get_rank() == 0:
+        optimizer.load_state_dict(optimizer.state_dict())
+    return _told(optimizer.step)
+
+
+def test_a_state_that_one_rank_alone_loads_is_named(workers: Workers) -> None:
+    first, second = (f"{what} loaded or added since the last vote" for what in ("a state or parameter", "nothing"))
+    for told in workers.run(2, _loaded_alone):
+        assert f"rank 0 has «{first}» where rank 1 has «{second}»" in told
