@@ -34,9 +34,9 @@ def signmuon_groups(
 
     Args:
         model: whose parameters they are, all of them, also those without gradients.
-        lr: of the matrices; first try twice the rate that Muon has.
+        lr: of the matrices; first try twice the rate of `torch.optim.Muon`, without its `adjust_lr_fn`.
         other_lr: of the others; first try half of the rate that AdamW has.
-        output: name of the output layer, None for a model whose last `Linear` is hidden.
+        output: name of the output layer, as where that is a convolution; None if the last `Linear` is hidden.
         matrices: name of a parameter -> how many matrices it holds, where its module does not tell; 0 puts it among the
             others. Names may have wildcards, as ``"blocks.*.qkv.weight"``.
 
