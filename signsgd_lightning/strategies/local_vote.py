@@ -76,13 +76,14 @@ class LocalVoteStrategy(WorkerStateStrategy):
 
     def setup(self, trainer: "Trainer") -> None:
         """Set up the optimizers, then let them take steps of their own."""
-        if any(isinstance(callback, EMAWeightAveraging) for callback in _callbacks(trainer)):
+        fits = trainer.state.fn == TrainerFn.FITTING
+        if fits and any(isinstance(callback, EMAWeightAveraging) for callback in _callbacks(trainer)):
             raise ValueError(
                 "EMAWeightAveraging averages after every step, when parameters are each rank's own: take "
                 "StochasticWeightAveraging, which averages epochs, or strategy='majority_vote'"
             )
         super().setup(trainer)
-        if trainer.state.fn == TrainerFn.FITTING:
+        if fits:
             assert self.model is not None
             _callbacks(trainer).insert(0, self._first)
             self.local_steps = let_step(self.model, self._stepping, self.options, counts_steps=False)
