@@ -49,6 +49,7 @@ WHOLE = {
     "Muon, clipped": "Muon, fp32",
     "AdamW, clipped": "AdamW, fp32",
     "SGD, Nesterov": "SGD with Nesterov's momentum, fp32",
+    "Lion, clipped": "Lion, fp32",
     "Signum": "Signum, vote",
     "verdict momentum 0.8": "verdict momentum 0.8, vote",
     "Muon, clipped, vote every 16": "**local steps**, `sync_every=16`, Muon inside",

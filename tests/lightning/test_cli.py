@@ -108,8 +108,8 @@ def _local_cli(*arguments: str) -> Any:
 
 
 def test_local_steps(tmp_path: Path, workers: Workers) -> None:
-    """By name: rounds of 16; from a file: of 3, of which the last one is of 1 and closes after this hook."""
+    """By name: a round of 16 that closes early; from a file: of 3, and a last one of 1. They close before this hook."""
     named = workers.run(2, _local_cli, "--trainer.strategy=local_vote", "--optimizer=Adam")
-    assert named == [(0, 16, torch.optim.Adam)] * 2
+    assert named == [(1, 16, torch.optim.Adam)] * 2
     (tmp_path / "local.yaml").write_text(LOCAL)
-    assert workers.run(2, _local_cli, f"--config={tmp_path / 'local.yaml'}") == [(1, 3, torch.optim.AdamW)] * 2
+    assert workers.run(2, _local_cli, f"--config={tmp_path / 'local.yaml'}") == [(2, 3, torch.optim.AdamW)] * 2
