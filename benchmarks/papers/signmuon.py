@@ -50,6 +50,8 @@ MANY, OTHERS = 4, (1, 3, 8)
 """Workers in the grid, and afterwards."""
 LONG_STEPS, LONG = 2_000, (f"AdamW .95{CLIPPED}", f"Muon{CLIPPED}", "SignMuon")
 """The longer training of the GPT, by whom; at the best rates of the grid or, if that is better, at half of them."""
+LONG_ONCE = (VERDICT, "Signum", f"Lion{CLIPPED}", f"SGD, Nesterov{CLIPPED}")
+"""By whom with one seed."""
 PARTS = ("grid", "workers", "long")
 
 
@@ -90,8 +92,9 @@ def measure(kind: str, options: argparse.Namespace, store: Store) -> Table:
         votes = [job._replace(workers=workers) for job in jobs if voted(job.method) for workers in OTHERS]
         others = [Row(job, store.run(task, [job], f"{task.key}, {job.workers} workers")) for job in votes]
     if "long" in options.parts and kind == "gpt":
-        longer = [job._replace(steps=4 if options.short else LONG_STEPS) for job in jobs if job.method in LONG]
-        long = [tuned(task, store, [job, halved(job)]) for job in longer]
+        seeds = dict.fromkeys(LONG, SEEDS) | dict.fromkeys(LONG_ONCE, SEEDS[:1])
+        longer = [job._replace(steps=4 if options.short else LONG_STEPS) for job in jobs if job.method in seeds]
+        long = [tuned(task, store, [job, halved(job)], seeds[job.method]) for job in longer]
     return Table(task, steps, found, others, long)
 
 
@@ -114,7 +117,7 @@ def table(kinds: list[Table]) -> Iterator[str]:
         for row in others:
             yield f"  {row.job.method:<26}{row.scores[0]:>9.4f}   {row.job.workers} workers"
         if long:
-            yield f"  {long[0].job.steps} steps, at these rates or half of them, whichever is better with one seed:"
+            yield f"  {long[0].job.steps} steps, at these rates or half of them, whichever is better with one seed (- is one):"
             yield from (line(row, "") for row in long)
     seeds = len(SEEDS)
     yield f"\nruns: of tuning, one seed (* the best is at an edge); then mean and standard deviation of {seeds} seeds."
@@ -125,9 +128,10 @@ def line(row: Row, tried: str) -> str:
     """Return a method's line."""
     job, ends = row.job, [run.curve[-1][1] if run.curve else np.nan for run in row.runs]
     other = "" if job.other_lr is None else f"{job.other_lr:.3g}"
+    spread = f"{row.spread:.4f}" if len(ends) > 1 else "-"
     return (
         f"  {job.method:<26}{job.lr:>9.3g}{other:>9}{job.weight_decay:>8g}{tried:>5}{job.bits:>8,.0f}"
-        f"{row.mean:>9.4f}{row.spread:>8.4f}   {np.mean(ends):.4f}"
+        f"{row.mean:>9.4f}{spread:>8}   {np.mean(ends):.4f}"
     )
 
 
