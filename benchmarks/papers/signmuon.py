@@ -117,11 +117,12 @@ def table(kinds: list[Table]) -> Iterator[str]:
         for row in others:
             yield f"  {row.job.method:<26}{row.scores[0]:>9.4f}   {row.job.workers} workers"
         if long:
-            yield f"  {long[0].job.steps} steps, at these rates or half of them, whichever is better with one seed (- is one):"
+            yield f"  {long[0].job.steps} steps, at these rates or half of them, whichever is better with one seed:"
             yield from (line(row, "") for row in long)
     seeds = len(SEEDS)
     yield f"\nruns: of tuning, one seed (* the best is at an edge); then mean and standard deviation of {seeds} seeds."
     yield "bits: that a worker sends for each parameter in the whole run; last loss: of the last twentieth, training."
+    yield "Without a deviation it is one seed."
 
 
 def line(row: Row, tried: str) -> str:
