@@ -73,7 +73,7 @@ class Vote:
             weight_decay: of the optimizer.
 
         Raises:
-            ValueError: if not, or if an adversary is no replica; on all workers, if they differ; within a tf.function.
+            ValueError: if not, or if an adversary is no replica; on all workers, if they differ.
         """
         check_adversaries(self.adversaries, self.replicas.count, "replica")
         for slot in slots:
@@ -83,11 +83,6 @@ class Vote:
                     "replicas have no copies of it: make the model, too, within `with strategy.scope():`"
                 )
         if self.transport.between_workers:
-            if tf.inside_function():
-                raise ValueError(
-                    "Signum is built within a tf.function, in which TensorFlow's collectives would fail: before the "
-                    "first step call optimizer.build(model.trainable_variables), within `with strategy.scope():`"
-                )
             lines = [describe(slot, weight_decay) for slot in slots]
             agree(self.transport, settings, lines + describe_values([slot.variable for slot in slots]))
 
@@ -118,8 +113,9 @@ class Vote:
             )
         if self.transport.between_workers and _compat.in_keras_loop():
             raise ValueError(
-                "TensorFlow's collectives fail within Keras' steps_per_execution > 1, whatever the optimizer: take "
-                "compile(steps_per_execution=1), or on one machine MirroredStrategy(cross_device_ops=MajorityVote())"
+                "TensorFlow's collectives fail within Keras' steps_per_execution > 1, whatever the optimizer, and "
+                "where several optimizers are built in the first step: take compile(steps_per_execution=1), build them "
+                "before, or on one machine take MirroredStrategy(cross_device_ops=MajorityVote())"
             )
 
         def together(strategy: Any, value: Any) -> None:

@@ -15,8 +15,9 @@ from tests.devices import mirrored
 from .models import arrays, compiled, data, net, plain, same
 
 IN_LOOP = (
-    "TensorFlow's collectives fail within Keras' steps_per_execution > 1, whatever the optimizer: take "
-    "compile(steps_per_execution=1), or on one machine MirroredStrategy(cross_device_ops=MajorityVote())"
+    "TensorFlow's collectives fail within Keras' steps_per_execution > 1, whatever the optimizer, and where several "
+    "optimizers are built in the first step: take compile(steps_per_execution=1), build them before, or on one machine "
+    "take MirroredStrategy(cross_device_ops=MajorityVote())"
 )
 IN_XLA = "a vote among replicas cannot be compiled by XLA: take compile(jit_compile=False) or 'auto'"
 OUTSIDE = "Signum votes among replicas: call apply() within strategy.run(), or take model.fit()"
@@ -53,26 +54,6 @@ def test_steps_per_execution_with_tensorflows_collectives(fresh_cluster: Callabl
     assert IN_LOOP in by_collectives(Signum)
     (message,) = fresh_cluster(1).run(by_collectives, keras.optimizers.SGD)
     assert "while/cond/Placeholder" in message
-
-
-def test_an_optimizer_that_is_built_within_a_function() -> None:
-    """Keras' own fail, too, in TensorFlow's words; built before, it works."""
-    strategy = plain()
-    with strategy.scope():
-        model, late, early = net(), Signum(0.125), Signum(0.125)
-        early.build(model.trainable_variables)
-
-    def step(optimizer: Signum) -> None:
-        optimizer.apply([tf.ones(v.shape) for v in model.trainable_variables], model.trainable_variables)
-
-    before = arrays(model.trainable_variables)
-    with refused(
-        "Signum is built within a tf.function, in which TensorFlow's collectives would fail: before the first"
-    ):
-        tf.function(lambda: strategy.run(step, (late,)))()
-    assert same(arrays(model.trainable_variables), before)
-    tf.function(lambda: strategy.run(step, (early,)))()
-    assert same(arrays(model.trainable_variables), [value - 0.125 for value in before])
 
 
 def test_an_optimizer_made_outside_the_scope() -> None:
