@@ -34,6 +34,10 @@ class Anchors(dict[Tensor, Tensor]):
             self.names[id(self[p])] = names.get(id(p), "a parameter")
         return [self[p] for p in new]
 
+    def has_all_of(self, optimizer: Optimizer) -> bool:
+        """Tell whether all parameters of one optimizer have an `x_0`."""
+        return all(p in self for group in optimizer.param_groups for p in group["params"])
+
     def take_down(self) -> bool:
         """Make every `x_0` what its parameter is; return whether one was elsewhere than the last round left it."""
         moved = False

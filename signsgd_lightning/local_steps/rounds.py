@@ -154,8 +154,10 @@ class LocalSteps:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
-    def open(self, *_: Any) -> None:
+    def open(self, stepping: Optimizer | None = None, *_: Any) -> None:
         """Take `x_0` down, before the first step of a round; of parameters that are added within one, before theirs."""
+        if self._begun and stepping is not None and self._anchors.has_all_of(stepping):
+            return
         moved = self.find_parameters()  # what moves or adds any may be code of this rank alone
         if not self._begun:
             moved |= self._anchors.take_down()

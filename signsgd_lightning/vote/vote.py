@@ -209,8 +209,11 @@ class Vote:
 
     def name_of(self, parameter: Tensor) -> str:
         """Return what to call a parameter in messages."""
-        key, model = id(parameter), None if self._model is None else self._model()
-        if key not in self._names and model is not None:  # of a group that was added since
+        key = id(parameter)
+        if key in self._names:
+            return self._names[key]
+        model = None if self._model is None else self._model()
+        if model is not None:  # it is of a group that was added since
             later = {id(p): name.removeprefix("module.") for name, p in model.named_parameters()}
             self._names = {**self._names, key: later.get(key, "a parameter")}
         return self._names.get(key, "a parameter")
