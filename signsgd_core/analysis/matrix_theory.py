@@ -13,7 +13,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from ..settings import check_size
+from ..settings import check_factor, check_size
 
 
 def matrix_descent(norm: float, smoothness: float, lr: float, shape: tuple[int, int]) -> float:
@@ -95,5 +95,4 @@ def _root(shape: tuple[int, int]) -> float:
 
 def _check_positive(**quantities: float) -> None:
     for name, value in quantities.items():
-        if not 0 < value < math.inf:
-            raise ValueError(f"{name} must be above 0 and finite, got {value!r}")
+        check_factor(name, value)
