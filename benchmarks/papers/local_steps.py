@@ -4,8 +4,9 @@ python -m benchmarks.papers.local_steps --text FILE --images DIR --out benchmark
 
 The inner learning rates are about the best that signmuon.py found of the same optimizer; every row of local steps has
 as many tuning runs: three inner rates, two outer settings. The two best have two more seeds, and the better mean
-counts. Then the vote with other numbers of workers. Each task has a result file of its own. What was trained is kept in
-trainings.json: started again, it goes on where it was.
+counts. Then the vote with other numbers of workers, and a longer training of the GPT with the first optimizer inside,
+at these rates, halved until worse. Each task has a result file of its own. What was trained is kept in trainings.json:
+started again, it goes on where it was.
 """
 
 import argparse
@@ -16,6 +17,8 @@ from typing import Any, NamedTuple
 
 from .common import command_line, heading, publish
 from .methods import CLIPPED, Job
+from .search import halved_until_worse
+from .signmuon import LONG_STEPS
 from .tasks import Task, add_arguments, shared_task
 from .training import SEEDS, Row, Store, add_device, tuned
 
@@ -34,7 +37,10 @@ OUTER: dict[str, list[tuple[str, float, float]]] = {
 """What is tried of each outer step: what is exchanged, η, μ with Nesterov's momentum."""
 RATES = (1.0, 2.0, 0.5)
 """Shares of the best inner learning rate that are tried."""
-EVERY, MANY, OTHERS = (4, 16, 64), 4, (2, 8)
+EVERY = {MUON: (4, 16, 64), ADAMW: (16,)}
+"""Steps between exchanges, with each optimizer inside."""
+MANY, OTHERS, LONG = 4, (2, 8), (16,)
+"""Workers, afterwards other numbers of them, and steps between exchanges of the longer training."""
 
 
 class Found(NamedTuple):
@@ -47,12 +53,21 @@ class Found(NamedTuple):
 
 
 class Table(NamedTuple):
-    """What was trained of one task: each way at its best, and the votes with other numbers of workers, one seed."""
+    """What was trained of one task.
+
+    Attributes:
+        task: the model and its data.
+        steps: of the trainings that tune.
+        found: each way at its best.
+        others: the votes with other numbers of workers, one seed.
+        long: the longer training, one seed.
+    """
 
     task: Task
     steps: int
     found: list[Found]
     others: list[Row]
+    long: list[Found]
 
 
 def base(task: Task, kind: str, method: str, steps: int, workers: int = MANY) -> Job:
@@ -91,38 +106,54 @@ def measure(kind: str, options: argparse.Namespace, store: Store) -> Table:
     for method in BEST[kind]:
         jobs = [base(task, kind, method, steps)._replace(seed=seed) for seed in SEEDS]
         found.append(Found(method, 1, Row(jobs[0], store.run(task, jobs, f"{task.key}, {method}")), 1))
-    for method, sync_every, outer in itertools.product(options.inner, options.every, options.outer):
+    ways = ((method, every) for method in options.inner for every in options.every or EVERY[method])
+    for (method, sync_every), outer in itertools.product(ways, options.outer):
         jobs = candidates(base(task, kind, method, steps), outer, sync_every)
         found.append(Found(f"{method}, {outer}", sync_every, better_of_two(task, store, jobs), len(jobs)))
     votes = [one.row.job for one in found if one.row.job.exchange == "vote"]
     jobs = [job._replace(workers=workers) for job in votes for workers in options.workers]
     others = [Row(job, store.run(task, [job], f"{task.key}, {job.workers} workers")) for job in jobs]
-    return Table(task, steps, found, others)
+    long = list[Found]()
+    for one in found:
+        if kind == "gpt" and one.sync_every in options.long and one.row.job.method == options.inner[0]:
+            job = one.row.job._replace(steps=4 if options.short else LONG_STEPS)
+            job = halved_until_worse(task, store, job)
+            long.append(one._replace(row=Row(job, store.run(task, [job], "")), tried=0))
+    return Table(task, steps, found, others, long)
 
 
 def table(measured: Table) -> Iterator[str]:
     """Return the lines."""
-    task, steps, found, others = measured
+    task, steps, found, others, long = measured
     yield f"\n{task.name}, {steps} steps of {task.global_batch} examples, {MANY} workers: {task.measured}"
     yield f"  {'optimizer, exchange':<28}{'H':>4}{'lr':>9}{'η':>6}{'μ':>6}{'runs':>5}{'bits':>9}{'mean':>9}{'±':>8}"
-    for name, sync_every, row, tried in found:
-        outer = "".join(f"{'' if x is None else format(x, 'g'):>6}" for x in (row.job.outer_lr, row.job.outer_momentum))
-        yield (
-            f"  {name:<28}{sync_every:>4}{row.job.lr:>9.3g}{outer}{tried:>5}{row.job.bits:>9,.0f}"
-            f"{row.mean:>9.4f}{row.spread:>8.4f}"
-        )
+    yield from map(line, found)
     if others:
         yield "  the votes with other numbers of workers, same global batch and rates, one seed:"
     for row in others:
         yield f"  {row.job.method:<28}{row.job.sync_every:>4}   {row.job.workers} workers{row.scores[0]:>9.4f}"
+    if long:
+        yield f"  {long[0].row.job.steps} steps, at these rates, halved until worse, one seed:"
+        yield from map(line, long)
     yield "\nruns: of tuning, one seed; bits: that a worker sends for each parameter in the whole run; then mean and"
     yield f"standard deviation of {len(SEEDS)} seeds. DiLoCo: the mean with Nesterov's momentum."
+
+
+def line(found: Found) -> str:
+    """Return a way's line; without tuning runs and a spread it is the longer training's."""
+    name, sync_every, row, tried = found
+    outer = "".join(f"{'' if x is None else format(x, 'g'):>6}" for x in (row.job.outer_lr, row.job.outer_momentum))
+    spread = f"{row.spread:.4f}" if len(row.runs) > 1 else "-"
+    return (
+        f"  {name:<28}{sync_every:>4}{row.job.lr:>9.3g}{outer}{tried or '':>5}{row.job.bits:>9,.0f}"
+        f"{row.mean:>9.4f}{spread:>8}"
+    )
 
 
 def draw(measured: Table, pyplot: Any) -> Any:
     """Return a figure: scores against bits."""
     figure, axes = pyplot.subplots(figsize=(7, 5), layout="constrained")
-    task, steps, found, _ = measured
+    task, steps, found, *_ = measured
     for name in dict.fromkeys(one.name for one in found):
         same = [one for one in found if one.name == name]
         bits, means = [one.row.job.bits for one in same], [one.row.mean for one in same]
@@ -140,8 +171,9 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=list(BEST), default=list(BEST))
     parser.add_argument("--inner", nargs="+", choices=[ADAMW, MUON], default=[MUON, ADAMW])
     parser.add_argument("--outer", nargs="+", choices=list(OUTER), default=list(OUTER), help="what is exchanged")
-    parser.add_argument("--every", nargs="+", type=int, default=list(EVERY), help="H (default: %(default)s)")
+    parser.add_argument("--every", nargs="+", type=int, help=f"H (default: {EVERY})")
     parser.add_argument("--workers", nargs="*", type=int, default=list(OTHERS), help="besides 4 (default: %(default)s)")
+    parser.add_argument("--long", nargs="*", type=int, default=list(LONG), help="H of the longer training")
     parser.add_argument("--processes", type=int, help="trainings at a time (default: one a core)")
     add_device(parser)
     options = parser.parse_args()

@@ -1,11 +1,11 @@
-"""Tuning with as many runs for each method: a search from neighbour to neighbour on a grid that extends itself."""
+"""Tuning with as many runs for each method: from neighbour to neighbour on a grid that extends itself, or by halves."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
 
 from .methods import Job
 from .tasks import Task
-from .training import SEEDS, Row, Store, best
+from .training import SEEDS, Row, Store, best, tuned
 
 FACTOR = 2.0
 """From one learning rate of the grid to the next; powers of two are exact, so that ways there and back meet."""
@@ -59,6 +59,19 @@ def tune(
         chosen = best(known, store.run(task, known, ""), task.better)
         new = missing(chosen, decays, scores) or around(chosen, decays, scores)[: max(runs - len(scores), 0)]
     return chosen, scores
+
+
+def halved_until_worse(task: Task, store: Store, job: Job) -> Job:
+    """Return the best of a job and of those at half its rates, half of these, and so on; the last tried is worse."""
+    tried = [job, halved(job)]
+    while (best := tuned(task, store, tried, SEEDS[:1]).job) == tried[-1]:
+        tried.append(halved(best))
+    return best
+
+
+def halved(job: Job) -> Job:
+    """Return a job at half its learning rates."""
+    return job._replace(lr=job.lr / 2, other_lr=job.other_lr and job.other_lr / 2)
 
 
 def missing(job: Job, decays: tuple[float, ...], tried: Mapping[Job, float]) -> list[Job]:

@@ -15,7 +15,7 @@ import numpy as np
 
 from .common import command_line, heading, publish
 from .methods import CLIPPED, Job, voted
-from .search import Found, search
+from .search import Found, halved, search
 from .tasks import Task, add_arguments, shared_task
 from .training import SEEDS, Row, Store, add_device, tuned
 
@@ -96,11 +96,6 @@ def measure(kind: str, options: argparse.Namespace, store: Store) -> Table:
         longer = [job._replace(steps=4 if options.short else LONG_STEPS) for job in jobs if job.method in seeds]
         long = [tuned(task, store, [job, halved(job)], seeds[job.method]) for job in longer]
     return Table(task, steps, found, others, long)
-
-
-def halved(job: Job) -> Job:
-    """Return a job at half its learning rates."""
-    return job._replace(lr=job.lr / 2, other_lr=job.other_lr and job.other_lr / 2)
 
 
 HEAD = f"  {'method':<26}{'lr':>9}{'other lr':>9}{'decay':>8}{'runs':>5}{'bits':>8}{'mean':>9}{'±':>8}   last loss"

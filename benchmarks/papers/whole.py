@@ -19,10 +19,10 @@ import numpy as np
 from .common import command_line, heading, publish
 from .local_steps import base, better_of_two, candidates
 from .methods import CLIPPED, Job, voted
-from .search import search
-from .signmuon import LONG_STEPS, START, halved, start
+from .search import halved_until_worse, search
+from .signmuon import LONG_STEPS, START, start
 from .tasks import Images, Task, add_arguments, shared_task
-from .training import SEEDS, Row, Store, add_device, tuned
+from .training import SEEDS, Row, Store, add_device
 
 LOCAL, INSIDE, EVERY = "local steps", f"Muon{CLIPPED}", 16
 """Local steps: what they are called, the optimizer inside, and how many steps lie between votes."""
@@ -67,14 +67,6 @@ def whole_task(kind: str, options: argparse.Namespace) -> Task:
     if kind == "resnet" and not options.short:
         return Images(options.images, 16, 9, 128)
     return shared_task(kind, options)[0]
-
-
-def halved_until_worse(task: Task, store: Store, job: Job) -> Job:
-    """Return the best of a job and of those at half its rates, half of these, and so on; the last tried is worse."""
-    tried = [job, halved(job)]
-    while (best := tuned(task, store, tried, SEEDS[:1]).job) == tried[-1]:
-        tried.append(halved(best))
-    return best
 
 
 def measure(kind: str, options: argparse.Namespace) -> tuple[Task, list[End]]:

@@ -163,8 +163,12 @@ def test_densities_through_whole_trainings(tmp_path: Path) -> None:
 
 
 TRAINED = {
-    "signmuon": (["--methods", "SignMuon", "Signum"], r"^  (SignMuon|Signum) .+ \d\.\d{4}", 2 * 2 * 4 + 1),
-    "local_steps": (["--every", "2", "--workers", "2", "--inner", MUON], rf"^  {MUON}, (vote|mean|DiLoCo) +2 ", 2 * 3),
+    "signmuon": (["--methods", "SignMuon", "Signum"], r"^  (SignMuon|Signum) .+ \d\.\d{4}", 2 * 2 * 4 + 2),
+    "local_steps": (
+        ["--every", "2", "--workers", "2", "--long", "2", "--inner", MUON],
+        rf"^  {MUON}, (vote|mean|DiLoCo) +2 ",
+        2 * 3 + 3,
+    ),
     "whole": (["--methods", "SignMuon", "local steps"], rf"^  (SignMuon|{MUON}, vote every 16) ", 2 * 2),
 }
 """Script -> options, how its rows begin, and how many there are of both tasks."""
