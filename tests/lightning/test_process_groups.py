@@ -22,7 +22,7 @@ def _of_kind(backend: str | None, options: dict[str, Any], folder: str, port: in
     """Train in a process group made in another way, and save shards in it."""
     dist.destroy_process_group()
     os.environ["MASTER_PORT"] = str(port)  # at the old one a rank may still meet the store that is being closed
-    dist.init_process_group(backend, timeout=timedelta(seconds=20))
+    dist.init_process_group(backend, timeout=timedelta(seconds=60))
     ddp, optimizer = voter(**options)
     for t in range(2):
         backward(ddp, t)
