@@ -114,13 +114,15 @@ def check_adversaries(adversaries: Mapping[int, Adversary] | None, workers: int,
 
     Raises:
         ValueError: if there are others.
-        TypeError: if something else than a function is to lie.
+        TypeError: if it is no mapping, or something else than a function is to lie.
 
     Example:
         >>> check_adversaries({2: invert}, workers=2)
         Traceback (most recent call last):
         ValueError: adversaries must be workers 0 to 1, got [2]
     """
+    if not isinstance(adversaries, Mapping | None):
+        raise TypeError(f"adversaries must map a {kind} to its function, such as {{0: invert}}, got {adversaries!r}")
     unknown = sorted(set(adversaries or {}) - set(range(workers)))
     if unknown:
         raise ValueError(f"adversaries must be {kind}s 0 to {workers - 1}, got {unknown}")

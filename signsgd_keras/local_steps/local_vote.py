@@ -81,7 +81,7 @@ class LocalVote(keras.callbacks.Callback):  # type: ignore[misc]
         check_count("verify_every_n_rounds", verify_every_n_rounds, 0)
         super().__init__()
         self.sync_every, self.outer_lr, self.outer_momentum = sync_every, outer_lr, outer_momentum
-        self.verify_every_n_rounds, self.adversaries = verify_every_n_rounds, dict(adversaries or {})
+        self.verify_every_n_rounds, self.adversaries = verify_every_n_rounds, adversaries or {}
         folder = os.path.dirname(os.path.abspath(os.fspath(state_file))) if state_file else None
         if folder and not os.path.isdir(folder):
             raise ValueError(f"state_file must be in a folder that there is, got {state_file!r}: make {folder}")

@@ -37,7 +37,7 @@ class MajorityVote(tf.distribute.CrossDeviceOps):  # type: ignore[misc]
         wrapped = tf.distribute.ReductionToOneDevice() if wrapped is None else wrapped
         if not isinstance(wrapped, tf.distribute.CrossDeviceOps):
             raise TypeError(f"MajorityVote wraps a tf.distribute.CrossDeviceOps, got {wrapped!r}")
-        self.wrapped, self.adversaries = wrapped, dict(adversaries or {})
+        self.wrapped, self.adversaries = wrapped, adversaries or {}
 
     def reduce_implementation(self, reduce_op: Any, per_replica_value: Any, destinations: Any, options: Any) -> Any:
         """Reduce a value by the wrapped op."""

@@ -53,7 +53,7 @@ class Vote:
     def __init__(
         self, replicas: Replicas, transport: Transport, adversaries: Mapping[int, Adversary] | None = None
     ) -> None:
-        self.replicas, self.transport, self.adversaries = replicas, transport, dict(adversaries or {})
+        self.replicas, self.transport, self.adversaries = replicas, transport, adversaries or {}
         self.observers: list[Observer] = []
 
     def observe(self, observer: Observer) -> None:

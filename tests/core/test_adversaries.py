@@ -15,6 +15,9 @@ def test_what_is_no_function_is_refused() -> None:
     lying: dict[int, Any] = {0: invert, 1: "invert"}
     with pytest.raises(TypeError, match=r"adversaries must be functions, .* got 'invert' of rank 1"):
         check_adversaries(lying, 2, "rank")
+    listed: Any = [invert]
+    with pytest.raises(TypeError, match=r"adversaries must map a rank to its function, .* got \[<function invert"):
+        check_adversaries(listed, 2, "rank")
 
 
 def distance(adversaries: Mapping[int, Adversary], betas: tuple[float, float] = (0, 0)) -> float:
