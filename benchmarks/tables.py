@@ -41,6 +41,9 @@ INNER = {
     "Muon, clipped, vote": "**local steps, `sync_every={}`**",
     "Muon, clipped, mean": "fp32 mean every {} steps",
     "Muon, clipped, DiLoCo": "DiLoCo every {} steps",
+    "AdamW .95, clipped, vote": "local steps, `sync_every={}`, AdamW inside",
+    "AdamW .95, clipped, mean": "fp32 mean every {} steps, AdamW inside",
+    "AdamW .95, clipped, DiLoCo": "DiLoCo every {} steps, AdamW inside",
 }
 """What `benchmarks.papers.local_steps` calls a row -> what a table does, given `H`."""
 
@@ -156,11 +159,11 @@ def workers() -> list[str]:
 
 
 def local_steps() -> list[str]:
-    """Return what `benchmarks.papers` measured of the GPT with Muon inside, three seeds each."""
+    """Return what `benchmarks.papers` measured of the GPT, with Muon inside or AdamW, three seeds each."""
     every_step = _first(text_rows("papers/signmuon", "GPT on bytes"))
     rows = [[label, every_step[name][-4], _mean(every_step[name][-3:-1])] for name, label in EVERY_STEP.items()]
     local = text_rows("papers/local_steps_gpt", "GPT on bytes")
-    rows += [[INNER[r[0]].format(r[1]), r[-3], _mean(r[-2:])] for r in local if r[0] in INNER]
+    rows += [[INNER[r[0]].format(r[1]), r[-3], _mean(r[-2:])] for r in local if r[0] in INNER and r[-1] != "-"]
     return markdown(["", "bits a parameter, whole run", "loss"], rows)
 
 
