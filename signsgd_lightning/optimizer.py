@@ -251,10 +251,14 @@ class Signum(Optimizer):
 
     @property
     def _worker(self) -> tuple[int, int] | None:
-        """The number of this worker and how many there are, where each has a momentum of its own; else None."""
-        if self.vote is None or self.restored_apart or not any_private(self.param_groups):
+        """The number of this worker and how many there are, where each has a momentum of its own; else None.
+
+        Workers that come and go have no numbers to keep.
+        """
+        vote = self.vote
+        if vote is None or vote.topology.changes or self.restored_apart or not any_private(self.param_groups):
             return None
-        return self.vote.topology.workers.rank, self.vote.topology.workers.world_size
+        return vote.topology.workers.rank, vote.topology.workers.world_size
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy takes along: not the process group, but that there was one."""

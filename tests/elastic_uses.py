@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -58,4 +59,30 @@ def use(path: Path, lighthouse: str, scaled: bool) -> None:
         line |= {"after": [x.tolist() for x in model], "scale": scaler.get_scale()}
         with path.open("a") as log:
             log.write(json.dumps(line) + "\n")
+    vote.close()
+
+
+def schedule_by_numpy(path: Path, lighthouse: str, odd: bool) -> None:
+    """Set the learning rate to a number of NumPy's, and to be odd a setting that is no plain value."""
+    import torch
+    from torch import nn
+
+    from signsgd_lightning import Signum, enable_elastic_vote
+
+    torch.set_num_threads(1)
+    model = nn.ParameterList([torch.zeros(3)])
+    optimizer = Signum(model.parameters(), betas=(0.0, 0.0))
+    timeout = timedelta(seconds=TIMEOUT)
+    vote = enable_elastic_vote(
+        model, optimizer, lighthouse=lighthouse, min_workers=1, timeout=timeout, hostname="127.0.0.1"
+    )
+    if odd:
+        optimizer.param_groups[0]["path"] = path
+    while vote.step < 60:
+        optimizer.param_groups[0]["lr"] = 2.0**-6 * (1 + np.cos(vote.step / 60))
+        model[0].grad = torch.ones(3)
+        optimizer.step()
+        with path.open("a") as log:
+            log.write(json.dumps({"step": vote.step, "workers": vote.workers, "after": model[0].tolist()}) + "\n")
+        time.sleep(0.05)
     vote.close()

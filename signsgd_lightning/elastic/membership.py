@@ -2,6 +2,7 @@
 
 import logging
 import os
+import pickle
 import socket
 import time
 from collections.abc import Callable, Mapping
@@ -14,6 +15,7 @@ from torchft import Manager
 
 from signsgd_core import check_count
 
+from ..checkpoint.loading import reason_of
 from ..vote import PeerLostError, RanksDifferError
 from .transport import Members, SafeHTTP
 
@@ -21,6 +23,8 @@ _LOG = logging.getLogger(__name__)
 logging.getLogger("torchft.manager").addFilter(lambda record: "flight recorder" not in record.getMessage())
 _PAUSE = 0.2
 """Seconds between two attempts to find the lighthouse, or enough workers."""
+_JOINED: dict[str, "Membership"] = {}
+"""Lighthouse -> who of this process has joined there."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ def find_place(lighthouse: str | None, min_workers: int, timeout: timedelta, hos
     """Return where and how a worker meets the others, its settings checked.
 
     Raises:
-        ValueError: without a lighthouse, or for `min_workers` outside its range.
+        ValueError: without a lighthouse, for `min_workers` outside its range, or for a host name that nobody knows.
     """
     address = lighthouse or os.environ.get("TORCHFT_LIGHTHOUSE")
     if not address:
@@ -53,7 +57,15 @@ def find_place(lighthouse: str | None, min_workers: int, timeout: timedelta, hos
             'lighthouse="http://host:29510" or set TORCHFT_LIGHTHOUSE'
         )
     check_count("min_workers", min_workers, 1)
-    return Place(address, min_workers, timeout, hostname or socket.gethostname())
+    name = hostname or socket.gethostname()
+    try:
+        socket.getaddrinfo(name, None)
+    except OSError as error:
+        raise ValueError(
+            f"hostname must be a name or an address by which the other workers reach this machine, got {name!r} "
+            f"({error}): pass such as hostname='192.168.1.12'"
+        ) from error
+    return Place(address, min_workers, timeout, name)
 
 
 class Membership:
@@ -110,7 +122,8 @@ class Membership:
             Whether its workers are others than before, whether this one took over their state.
 
         Raises:
-            RuntimeError: if this worker has another model or other settings.
+            RuntimeError: if this worker has another model or other settings, or the others' state is not to be loaded.
+            ValueError: if this process is another member of the quorum already.
         """
         healed = False
         while True:
@@ -123,6 +136,12 @@ class Membership:
                 healed = True
             number, size = manager.participating_rank(), manager.num_participants()
             error = manager.errored()
+            if isinstance(getattr(error, "original_exception", None), pickle.UnpicklingError):
+                self.leave()  # it would be the same state again
+                raise RuntimeError(
+                    f"this worker cannot join, for the others' state has something else than tensors and plain values "
+                    f"({reason_of(error.original_exception)}): leave that out of `state` and parameter groups there"
+                ) from error
             if error is None and (self.workers.gloo.parent.rank(), self.workers.gloo.size()) != (number, size):
                 error = RuntimeError("a lighthouse that was started anew counts its quorums as the old one did")
             if error is not None:
@@ -182,6 +201,7 @@ class Membership:
         """Leave the quorum; `meet` joins again."""
         manager, self._manager = self._manager, None
         if manager is not None:
+            _JOINED.pop(self._place.lighthouse, None)
             self._progress = manager.state_dict()
             self.workers.gloo.abort()
             manager.shutdown()
@@ -209,6 +229,11 @@ class Membership:
 
     def _join(self) -> Manager:
         """Join as a new member, with connections of its own; nothing of an older membership is used again."""
+        if self._place.lighthouse in _JOINED:
+            raise ValueError(
+                f"this process takes part in another elastic vote at {self._place.lighthouse}, and a lighthouse forms "
+                "one quorum of all: start a second lighthouse on another port for it, or close the first vote"
+            )
         host, timeout = self._place.hostname, self._place.timeout
         store = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout)
         http = SafeHTTP(timeout, host)
@@ -237,6 +262,7 @@ class Membership:
         self._progress.setdefault("step", self._step())
         manager.load_state_dict(self._progress)
         self._store = store  # it lives as long as the membership
+        _JOINED[self._place.lighthouse] = self
         return manager
 
     def _take_pending(self, state: Mapping[str, Any]) -> None:

@@ -177,14 +177,22 @@ class ElasticLocalSteps:
 
         Raises:
             RuntimeError: once this worker has joined the others.
+            ValueError: if it is the state of a vote at every step.
         """
+        if "outer" not in state_dict:
+            raise ValueError(
+                "this is the state of an elastic vote at every step, not of local steps: go on as it was saved, or "
+                "load the weights alone"
+            )
         assert self._taker.membership is not None
         self._taker.membership.go_on(state_dict["batches"])
         self._taker.go_on(state_dict["batches"])
         self.local.load_state_dict(state_dict["outer"])
 
     def close(self) -> None:
-        """Leave the other workers, and let the optimizers take steps without votes."""
+        """Leave the other workers, and let the optimizers take steps without votes; an open round is given up."""
+        if self.is_open:
+            self.local.give_up()
         self._closed = True
         assert self._taker.membership is not None
         self._taker.membership.leave()

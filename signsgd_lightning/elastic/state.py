@@ -1,14 +1,18 @@
 """What a newcomer takes over from a worker that is there: all that is the same on all, and nothing that is private."""
 
+import io
+import pickle
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from signsgd_core.wire import disagreement
 
+from ..checkpoint.loading import reason_of, untrusted
 from ..local_steps import LocalSteps
 from ..optimizer import Signum
 from ..state import ENTRIES
@@ -41,16 +45,21 @@ class SharedState:
     Args:
         trained: model and optimizers.
         others: what else is to be taken over, by name.
+
+    Raises:
+        TypeError: if the state of one of these is no tensors and plain values, which alone another worker loads.
     """
 
     def __init__(self, trained: Shared, others: Mapping[str, Stateful]) -> None:
         self._trained, self._others = trained, dict(others)
+        for name, other in self._others.items():
+            _check_plain(name, other.state_dict())
         self._words = [*trained.in_words(), *(f"state {name!r}" for name in self._others)]
 
     def save(self) -> dict[str, Any]:
         """Return the state; parameters and momenta as they are, so that they must not change before it was sent."""
         others = {name: other.state_dict() for name, other in self._others.items()}
-        return {"words": self._words, "trained": self._trained.state_dict(), "others": others}
+        return {"words": self._words, "trained": _plain(self._trained.state_dict()), "others": _plain(others)}
 
     @torch.no_grad()
     def load(self, state: Mapping[str, Any]) -> None:
@@ -96,6 +105,7 @@ class SharedSteps:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from them."""
+        _check_groups([self._optimizer], [state_dict["groups"]])
         self._model.load_state_dict(state_dict["model"])
         for p, entries in zip(_parameters(self._optimizer), state_dict["momenta"], strict=True):
             self._optimizer.state[p].update({name: value.to(p.device, copy=True) for name, value in entries.items()})
@@ -134,6 +144,7 @@ class SharedRounds:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from them."""
+        _check_groups(self._local.optimizers, state_dict["inner"])
         self._local.start_from(lambda: self._model.load_state_dict(state_dict["model"]))
         self._local.load_state_dict(state_dict["outer"])
         for optimizer, groups in zip(self._local.optimizers, state_dict["inner"], strict=True):
@@ -158,7 +169,52 @@ def _set(optimizer: Optimizer, settings: Sequence[dict[str, Any]]) -> None:
         group.update(values)
 
 
+def _check_groups(optimizers: Sequence[Optimizer], settings: Sequence[Sequence[dict[str, Any]]]) -> None:
+    """Make sure that there are as many parameter groups as in another worker's state: one may have added some since.
+
+    Raises:
+        RuntimeError: if not.
+    """
+    own, others = [len(optimizer.param_groups) for optimizer in optimizers], [len(groups) for groups in settings]
+    if own != others:
+        raise RuntimeError(
+            f"this worker cannot join, for the others have {others} parameter groups and it has {own}: add the same "
+            "groups before the first step"
+        )
+
+
 def _in_words(model: nn.Module, optimizers: Sequence[Optimizer]) -> list[str]:
     names = {id(p): name for name, p in model.named_parameters()}
     lines = [describe(names[id(p)], p) for optimizer in optimizers for p in _parameters(optimizer)]
-    return lines + [describe(f"{name}, in the model", value) for name, value in model.state_dict().items()]
+    for name, value in model.state_dict().items():
+        what = f"{name}, in the model"
+        lines.append(describe(what, value) if isinstance(value, Tensor) else what)  # no tensor: of get_extra_state
+    return lines
+
+
+def _plain(state: Any) -> Any:
+    """Return a state with Python's numbers for NumPy's, which are not loaded; tensors are the same."""
+    if isinstance(state, np.generic):
+        return state.item()
+    if isinstance(state, dict):
+        return {name: _plain(value) for name, value in state.items()}
+    return type(state)(map(_plain, state)) if type(state) in (list, tuple) else state
+
+
+def _check_plain(name: str, state: dict[str, Any]) -> None:
+    """Make sure that another worker would load a state.
+
+    Raises:
+        TypeError: if not.
+    """
+    file = io.BytesIO()
+    try:
+        torch.save(_plain(state), file)
+        file.seek(0)
+        torch.load(file, weights_only=True)
+    except (pickle.PickleError, AttributeError, TypeError) as error:
+        held = untrusted(error) or reason_of(error)
+        raise TypeError(
+            f"a newcomer takes over tensors and plain values alone, and state {name!r} has something else ({held}): "
+            "leave it out of its state_dict()"
+        ) from error

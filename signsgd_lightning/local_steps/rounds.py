@@ -183,8 +183,7 @@ class LocalSteps:
         try:
             outcome = self._taker.take(lambda: self._attempt(early))
         except BaseException:
-            self._finish()
-            self._buffers.restore()
+            self.give_up()
             raise
         if outcome is not None:
             ends = self._ends(outcome.given.views)
@@ -288,6 +287,12 @@ class LocalSteps:
         """Add up how far this rank's steps ended from where the vote has the parameters."""
         for end, x in zip(ends, self._anchors.values() if ends else (), strict=True):
             self.drift = self.drift[0] + float((end - x).square().sum()), self.drift[1] + x.numel()
+
+    @torch.no_grad()
+    def give_up(self) -> None:
+        """End the round without a vote, with parameters and buffers as they were when it began."""
+        self._finish()
+        self._buffers.restore()
 
     def _finish(self) -> None:
         """Let parameters go to `x_0`."""

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
@@ -39,7 +40,8 @@ class ElasticVoteStrategy(SingleDeviceStrategy):
     A worker is one Trainer with one device, started by itself; workers find each other through ``torchft_lighthouse``
     (see `enable_elastic_vote`). One that comes takes over the model, ``trainer.global_step`` and the schedulers from
     the others. The worker that has number 0 in the quorum writes logs, checkpoints and the progress bar; another one
-    does when that is lost. Training ends by ``max_steps``, which all workers count alike.
+    does when that is lost. Training ends by ``max_steps``, which all workers count alike. Where something else ends it
+    within a round of local steps, that round is given up.
 
     Args:
         min_workers: with fewer of them training waits.
@@ -58,7 +60,8 @@ class ElasticVoteStrategy(SingleDeviceStrategy):
 
     Raises:
         ValueError: for settings outside their range; at the start of `fit` without a lighthouse, for several devices,
-            several optimizers, a gradient scaler, or without `max_steps`.
+            several optimizers, a gradient scaler, schedulers that do not step with the optimizer, a callback that
+            averages weights, or without `max_steps`.
         TypeError: at the start of `fit`, if the optimizer of a vote at every step is not a `Signum`.
 
     Example:
@@ -180,6 +183,12 @@ class ElasticVoteStrategy(SingleDeviceStrategy):
                 f"workers that come and go count steps in common, and epochs each for itself, got max_steps="
                 f"{trainer.max_steps}: pass Trainer(max_steps=…)"
             )
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, (StochasticWeightAveraging, WeightAveraging)):
+                raise ValueError(
+                    f"{type(callback).__name__} keeps an average that a new worker does not take over, so that each "
+                    "would end with its own: average the checkpoints afterwards"
+                )
         if isinstance(self.options, LocalStepOptions) and trainer.max_steps % self.options.sync_every:
             raise ValueError(
                 f"max_steps={trainer.max_steps} would end within a round of sync_every={self.options.sync_every} "
@@ -195,6 +204,13 @@ class ElasticVoteStrategy(SingleDeviceStrategy):
                 f"an elastic vote needs one optimizer, got {len(optimizers)}: return one from configure_optimizers, "
                 "with parameter groups"
             )
+        for config in self.lr_scheduler_configs:
+            if config.interval != "step" or config.reduce_on_plateau:
+                raise ValueError(
+                    f"workers that come and go count epochs and measure losses each for itself, got a "
+                    f"{type(config.scheduler).__name__} with interval={config.interval!r}: return schedulers of steps "
+                    "alone from configure_optimizers, as {'scheduler': …, 'interval': 'step'}"
+                )
         place = find_place(self._lighthouse, *self._place)
         others: dict[str, Stateful] = {f"scheduler {k}": c.scheduler for k, c in enumerate(self.lr_scheduler_configs)}
         others["progress"] = _Progress(trainer)

@@ -1,4 +1,4 @@
-"""Accumulation, clipping, liars and gradient scalers under an elastic vote: `==` the reference."""
+"""Accumulation, clipping, liars and gradient scalers under an elastic vote: `==` the reference; odd settings."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import pytest
 
 from signsgd_core import Reference
 from tests.elastic import crew
-from tests.elastic_uses import ADVERSARIES, SETTINGS, STEPS, use
+from tests.elastic_uses import ADVERSARIES, SETTINGS, STEPS, schedule_by_numpy, use
 
 pytest.importorskip("torchft", reason="the extra `elastic` is not installed")
 
@@ -32,3 +32,22 @@ def test_gradients_are_those_that_the_user_made(scaled: bool, tmp_path: Path) ->
             for x, given in zip(reference.parameters, line["after"], strict=True):
                 np.testing.assert_array_equal(x, np.array(given, np.float32), f"step {line['step']}")
     assert {line["scale"] for line in steps[-1]} == ({2.0**9} if scaled else {1.0})
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("odd", [False, True], ids=["numbers", "no plain value"])
+def test_settings_that_a_newcomer_takes_over(odd: bool, tmp_path: Path) -> None:
+    """NumPy's numbers are; where something else is among them, the newcomer ends and the other one continues."""
+    with crew(tmp_path) as (workers, _):
+        first = workers.start(odd, schedule_by_numpy)
+        workers.wait(lambda: workers.step(first) > 2)
+        second = workers.start(odd, schedule_by_numpy)
+        if odd:
+            workers.wait(lambda: not workers.processes[second].is_alive())
+            assert workers.processes[second].exitcode == 1
+            assert "this worker cannot join, for the others' state has something else" in workers.said(second)
+            assert "PosixPath" in workers.said(second)
+        workers.join(*([first] if odd else [first, second]))
+        ends = [workers.log(name)[-1] for name in ([first] if odd else [first, second])]
+    assert {end["step"] for end in ends} == {60}
+    assert odd or (ends[0] == ends[1] and ends[0]["workers"] == 2)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
 from lightning.pytorch.plugins import MixedPrecision
 
 from signsgd_lightning import Signum
@@ -131,6 +132,19 @@ class Adam(Net):
         return torch.optim.Adam(self.net.parameters())
 
 
+class Epochs(Net):
+    def configure_optimizers(self) -> Any:
+        optimizer = Signum(self.net.parameters(), betas=(0, 0))
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1)]
+
+
+class Plateau(Net):
+    def configure_optimizers(self) -> Any:
+        optimizer = Signum(self.net.parameters(), betas=(0, 0))
+        schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step", "monitor": "loss"}}
+
+
 NOWHERE = "http://127.0.0.1:9"
 SCALED = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
 
@@ -144,6 +158,10 @@ SCALED = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
         ({}, {}, Two, "one optimizer, got 4: return one from configure_optimizers"),
         ({}, {}, Adam, "optimizer 0 is Adam"),
         ({"max_steps": 5}, {"sync_every": 2}, Net, "max_steps=5 would end within a round of sync_every=2"),
+        ({}, {}, Epochs, "got a StepLR with interval='epoch': return schedulers of steps"),
+        ({}, {}, Plateau, "got a ReduceLROnPlateau with interval='step'"),
+        ({"callbacks": [EMAWeightAveraging()]}, {}, Net, "EMAWeightAveraging keeps an average that a new worker"),
+        ({"callbacks": [StochasticWeightAveraging(0.1)]}, {"sync_every": 2}, Net, "average the checkpoints"),
         ({}, {"lighthouse": None}, Net, "needs a lighthouse"),
         ({}, {"min_workers": 0}, Net, "min_workers must be"),
     ],
