@@ -3,7 +3,7 @@
 import os
 import warnings
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import keras
@@ -61,7 +61,7 @@ class Rounds:
         exchange: Exchange,
         outer_lr: float,
         outer_momentum: float,
-        adversaries: dict[int, Adversary],
+        adversaries: Mapping[int, Adversary],
     ) -> None:
         self._model, self._unbuilt = model, _compat.unbuilt_layers(model)
         self._trainable, self._exchange = list(model.trainable_variables), exchange
