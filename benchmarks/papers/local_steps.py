@@ -106,8 +106,9 @@ def measure(kind: str, options: argparse.Namespace, store: Store) -> Table:
     for method in BEST[kind]:
         jobs = [base(task, kind, method, steps)._replace(seed=seed) for seed in SEEDS]
         found.append(Found(method, 1, Row(jobs[0], store.run(task, jobs, f"{task.key}, {method}")), 1))
-    ways = ((method, every) for method in options.inner for every in options.every or EVERY[method])
-    for (method, sync_every), outer in itertools.product(ways, options.outer):
+    chosen = [(method, every) for method in options.inner for every in EVERY[method] if every in options.every]
+    for (method, every), outer in itertools.product(chosen, options.outer):
+        sync_every = 2 if options.short else every
         jobs = candidates(base(task, kind, method, steps), outer, sync_every)
         found.append(Found(f"{method}, {outer}", sync_every, better_of_two(task, store, jobs), len(jobs)))
     votes = [one.row.job for one in found if one.row.job.exchange == "vote"]
@@ -171,7 +172,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=list(BEST), default=list(BEST))
     parser.add_argument("--inner", nargs="+", choices=[ADAMW, MUON], default=[MUON, ADAMW])
     parser.add_argument("--outer", nargs="+", choices=list(OUTER), default=list(OUTER), help="what is exchanged")
-    parser.add_argument("--every", nargs="+", type=int, help=f"H (default: {EVERY})")
+    parser.add_argument("--every", nargs="+", type=int, default=list(EVERY[MUON]), help=f"H, some of {EVERY}")
     parser.add_argument("--workers", nargs="*", type=int, default=list(OTHERS), help="besides 4 (default: %(default)s)")
     parser.add_argument("--long", nargs="*", type=int, default=list(LONG), help="H of the longer training")
     parser.add_argument("--processes", type=int, help="trainings at a time (default: one a core)")

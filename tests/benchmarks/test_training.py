@@ -165,7 +165,7 @@ def test_densities_through_whole_trainings(tmp_path: Path) -> None:
 TRAINED = {
     "signmuon": (["--methods", "SignMuon", "Signum"], r"^  (SignMuon|Signum) .+ \d\.\d{4}", 2 * 2 * 4 + 2),
     "local_steps": (
-        ["--every", "2", "--workers", "2", "--long", "2", "--inner", MUON],
+        ["--every", "4", "--workers", "2", "--long", "2", "--inner", MUON],
         rf"^  {MUON}, (vote|mean|DiLoCo) +2 ",
         2 * 3 + 3,
     ),
