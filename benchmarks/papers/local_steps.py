@@ -4,9 +4,9 @@ python -m benchmarks.papers.local_steps --text FILE --images DIR --out benchmark
 
 The inner learning rates are about the best that signmuon.py found of the same optimizer; every row of local steps has
 as many tuning runs: three inner rates, two outer settings. The two best have two more seeds, and the better mean
-counts. Then the vote with other numbers of workers, and a longer training of the GPT with the first optimizer inside,
-at these rates, halved until worse. Each task has a result file of its own. What was trained is kept in trainings.json:
-started again, it goes on where it was.
+counts. Then the vote with other numbers of workers, and a longer training of the GPT by vote and mean with the first
+optimizer inside, at these rates, halved until worse. Each task has a result file of its own. What was trained is kept
+in trainings.json: started again, it goes on where it was.
 """
 
 import argparse
@@ -116,7 +116,8 @@ def measure(kind: str, options: argparse.Namespace, store: Store) -> Table:
     others = [Row(job, store.run(task, [job], f"{task.key}, {job.workers} workers")) for job in jobs]
     long = list[Found]()
     for one in found:
-        if kind == "gpt" and one.sync_every in options.long and one.row.job.method == options.inner[0]:
+        here = one.sync_every in options.long and one.row.job.method == options.inner[0]
+        if here and kind == "gpt" and not one.row.job.outer_momentum:
             job = one.row.job._replace(steps=4 if options.short else LONG_STEPS)
             job = halved_until_worse(task, store, job)
             long.append(one._replace(row=Row(job, store.run(task, [job], "")), tried=0))
