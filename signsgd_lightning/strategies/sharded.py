@@ -141,13 +141,13 @@ class ShardedMajorityVoteStrategy(CommonStrategy, ModelParallelStrategy):
             save = super().save_checkpoint
             together(lambda: save(rest, part), failed)
             if states:
-                workers.save_states(states, part, self._worker[0], self._inside, failed)
+                workers.save_states(states, part, self._worker, self._inside, failed)
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Read the weights, and for `fit` the momenta that this rank's copy inherits.
 
         Raises:
-            ValueError: for `fit`, if it has no momenta of copies.
+            ValueError: for `fit`, if it has no momenta of copies, or lacks those of one.
             RuntimeError: on all ranks, if one could not read what it needs.
         """
         path, optimizers = self.broadcast(os.fspath(checkpoint_path)), self.optimizers

@@ -1,5 +1,6 @@
 """`ShardedMajorityVoteStrategy`: Lightning's `configure_model` shards inside a worker, and the workers vote."""
 
+import shutil
 import warnings
 from functools import partial
 from pathlib import Path
@@ -113,6 +114,14 @@ def _resume(path: str, sizes: dict[str, Any]) -> tuple[Any, Any, list[str]]:
     return noting.seen, _whole(run), [str(w.message) for w in caught if "momentum" in str(w.message)]
 
 
+def _refused(path: str) -> str:
+    try:
+        _resume(path, {})
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
 def _same(one: tuple[list[bytes], list[Any]], other: tuple[list[bytes], list[Any]]) -> bool:
     momenta = zip(one[1], other[1], strict=True)
     return one[0] == other[0] and all(np.array_equal(x, y) for x, y in momenta)
@@ -135,6 +144,9 @@ def test_checkpoints(tmp_path: Path, workers: Workers) -> None:
     for loaded, _, said in workers.run(2, _resume, path, {"replicate_size": 1}):
         assert _same(loaded, (saved[0][0][0], [(x + y) / 2 for x, y in zip(*momenta, strict=True)])), "the mean"
         assert not said
+    shutil.rmtree(tmp_path / "epoch=0.ckpt" / "worker1of2")
+    for refused in workers.run(4, _refused, path):
+        assert f"{path} has no folder worker1of2 with the momenta of copy 1: " in refused
 
 
 def test_three_copies_become_two(tmp_path: Path, workers: Workers) -> None:
