@@ -97,7 +97,8 @@ def _load(folders: Sequence[str], number: int, model: nn.Module, optimizer: Sign
     rows: list[dict[str, dict[str, Tensor]]] = []
     for folder in reversed(folders):  # so that what is the same on all is the first one's in the end
         state: dict[str, Any] = get_optimizer_state_dict(model, optimizer)
-        load({str(number): state}, storage_reader=FileSystemReader(folder), process_group=inside)
+        asked = {str(number): {**state, "state": _saved(state["state"], f"{number}.state", folder)}}
+        load(asked, storage_reader=FileSystemReader(folder), process_group=inside)
         rows.insert(0, {name: _private(entries) for name, entries in state["state"].items()})
     for name, own in rows[0].items():
         for key in own:
@@ -116,6 +117,15 @@ def _count(path: str) -> int:
     """Return how many workers saved a checkpoint, 0 if it has no states of any."""
     found = [re.fullmatch(r"worker\d+of(\d+)", folder.name) for folder in Path(path).glob("worker*")]
     return max((int(name[1]) for name in found if name), default=0)
+
+
+def _saved(states: Mapping[str, Mapping[str, Tensor]], prefix: str, folder: str) -> dict[str, dict[str, Tensor]]:
+    """Return what of the states was saved: not that of a parameter that no step had used, which is zeros here."""
+    index = FileSystemReader(folder).read_metadata().state_dict_metadata
+    return {
+        name: {key: value for key, value in entries.items() if f"{prefix}.{name}.{key}" in index}
+        for name, entries in states.items()
+    }
 
 
 def _private(entries: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -10,7 +10,9 @@ import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
+from torch.optim import Optimizer
 
 from signsgd_core import check_count
 from signsgd_core.adversaries import Adversary
@@ -19,7 +21,7 @@ from .. import _compat
 from ..checkpoint import workers
 from ..checkpoint.sharded import together, whole_directory
 from ..enable import let_vote
-from ..optimizer import find_signum
+from ..optimizer import find_signum, see_through
 from ..sharding import sharded
 from ..vote import VoteOptions
 from ..vote.agreement import Purpose, agree
@@ -123,6 +125,11 @@ class ShardedMajorityVoteStrategy(CommonStrategy, ModelParallelStrategy):
         let_vote(self.model, self._stepping, self.options, self.device_mesh.get_group("replicate"))
         for optimizer in self._stepping:
             find_signum(optimizer).restored_apart = True
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Return this rank's shards where they are: Lightning would move them, and torch then refuses dtypes."""
+        assert self.model is not None
+        return get_optimizer_state_dict(self.model, see_through(optimizer))
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         """Write a directory that has its name only when it is whole; after an exception nothing.

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -86,7 +87,7 @@ def _whole(run: Any) -> tuple[list[bytes], list[Any]]:
     """Return this copy's parameters and momenta, put together from its shards."""
     (optimizer,) = run.optimizers
     parameters: list[Any] = optimizer.param_groups[0]["params"]
-    momenta: list[Any] = [optimizer.state[p]["momentum"] for p in parameters]
+    momenta: list[Any] = [optimizer.state.get(p, {}).get("momentum", torch.zeros_like(p)) for p in parameters]
     return [array(p.full_tensor()).tobytes() for p in parameters], [array(m.full_tensor()) for m in momenta]
 
 
@@ -96,21 +97,21 @@ class _Noting(Callback):
             self.seen = _whole(trainer)
 
 
-def _save(path: str) -> tuple[Any, Any]:
+def _save(path: str, model: Any = Sharded) -> tuple[Any, Any]:
     """Train two epochs; return what was there when the first was saved, and in the end."""
     noting = _Noting()
     saving = ModelCheckpoint(path, "{epoch}", save_top_k=-1)
     run: Any = trainer(strategy=_strategy(), max_epochs=2, enable_checkpointing=True, callbacks=[saving, noting])
-    run.fit(Sharded())
+    run.fit(model())
     return noting.seen, _whole(run)
 
 
-def _resume(path: str, sizes: dict[str, Any]) -> tuple[Any, Any, list[str]]:
+def _resume(path: str, sizes: dict[str, Any], model: Any = Sharded) -> tuple[Any, Any, list[str]]:
     noting = _Noting()
     run: Any = trainer(strategy=_strategy(**sizes), max_epochs=2, callbacks=[noting])
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        run.fit(Sharded(), ckpt_path=path)
+        run.fit(model(), ckpt_path=path)
     return noting.seen, _whole(run), [str(w.message) for w in caught if "momentum" in str(w.message)]
 
 
@@ -157,6 +158,22 @@ def test_three_copies_become_two(tmp_path: Path, workers: Workers) -> None:
     for rank, (loaded, *_) in enumerate(workers.run(4, _resume, path, {})):
         momenta = [(x + y) / 2 for x, y in zip(old[0], old[2], strict=True)] if rank < 2 else old[1]
         assert _same(loaded, (saved[0][0][0], momenta))
+
+
+class _Spare(Sharded):
+    """Has a parameter that no step uses, and momenta of 2 bytes."""
+
+    def __init__(self) -> None:
+        super().__init__(momentum_dtype=torch.bfloat16)
+        self.net[0].spare = nn.Parameter(torch.ones(3))
+
+
+def test_narrow_momenta_and_an_unused_parameter(tmp_path: Path, workers: Workers) -> None:
+    saved = workers.run(4, _save, str(tmp_path), _Spare)
+    resumed = workers.run(4, _resume, str(tmp_path / "epoch=0.ckpt"), {}, _Spare)
+    for (then, later), (loaded, end, _) in zip(saved, resumed, strict=True):
+        assert _same(loaded, then)
+        assert _same(end, later)
 
 
 class _Stops(Sharded):
