@@ -47,7 +47,6 @@ class MajorityVoteCallback(TrainerCallback):
         """Enable the vote on the model as Trainer has wrapped it, and give every worker its own momentum."""
         optimizer = find_signum(self._trainer.optimizer)
         others = optimizer.param_groups[0].pop(OTHERS, None)
-        optimizer.restored_apart = True
         enable_majority_vote(self._trainer.model_wrapped, optimizer, **self._options)
         if others is not None:
             scatter_state(optimizer, {**optimizer.state_dict(), OTHERS: others})
