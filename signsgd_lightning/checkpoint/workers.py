@@ -53,8 +53,8 @@ def check(path: str) -> None:
     saved = _count(path)
     if not saved:
         raise ValueError(
-            f"{path} has no momenta of sharded copies, so it is no checkpoint of ShardedMajorityVoteStrategy: load its "
-            "weights in configure_model and call fit without ckpt_path, so that momenta start anew"
+            f"{path} has no momenta of sharded copies, since another strategy wrote it or weights_only=True left them "
+            "out: load its weights in configure_model and call fit without ckpt_path, so that momenta start anew"
         )
     for worker in range(saved):
         folder = _directory(path, worker, saved)

@@ -208,6 +208,12 @@ def _lightnings(path: str) -> None:
     trainer(strategy=_strategy()).fit(Sharded(), ckpt_path=path)
 
 
+def _weights(path: str) -> None:
+    """Save them alone, under a name that ends as a directory's may."""
+    _fitted().save_checkpoint(f"{path}/", weights_only=True)
+    trainer(strategy=_strategy()).fit(Sharded(), ckpt_path=path)
+
+
 class _Placed(Sharded):
     def __init__(self, data: Path = Path("data")) -> None:
         super().__init__()
@@ -259,7 +265,8 @@ MISTAKES: dict[str, tuple[Any, str]] = {
     "not sharded": (lambda _: _run(_Plain), "configure_model of _Plain sharded nothing, and a copy of the model has 2"),
     "all dimensions": (lambda _: _run(_All), "which FSDP shards or averages"),
     "AdamW": (lambda _: _run(_Adam), "a majority vote needs signsgd_lightning.Signum, optimizer 0 is AdamW"),
-    "Lightning's checkpoint": (_lightnings, "has no momenta of sharded copies, so it is no checkpoint of Sharded"),
+    "Lightning's checkpoint": (_lightnings, "has no momenta of sharded copies, since another strategy wrote it or "),
+    "weights alone": (_weights, "file has no momenta of sharded copies, since another strategy wrote it or weights_on"),
     "a file to be trusted": (_placed, "holds pathlib.PosixPath, which torch loads only from a file that you trust"),
     "geometry of shards": (
         lambda _: trainer(strategy=_strategy(), callbacks=[GeometryMonitor()]).fit(Sharded()),
