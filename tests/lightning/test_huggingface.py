@@ -118,9 +118,9 @@ def _fit(
     class Killed(TrainerCallback):
         """Keeps what a run leaves that is killed before it has gathered the momenta."""
 
-        def on_save(self, arguments: Any, state: Any, *_: Any, **__: Any) -> None:
-            if arguments.should_save:
-                shutil.copytree(*(Path(folder, f"{name}-{state.global_step}") for name in ("checkpoint", "killed")))
+        def on_save(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+            if args.should_save:
+                shutil.copytree(f"{folder}/checkpoint-{state.global_step}", f"{folder}/killed-{state.global_step}")
 
     records: list[Any] = []
     torch.manual_seed(0 if resume is None else 1)
@@ -187,4 +187,16 @@ def test_mistakes(tmp_path: Path, workers: Workers) -> None:
     for adam, no_trainer, no_signum in workers.run(2, _mistakes, str(tmp_path)):
         assert adam.startswith("a majority vote needs signsgd_lightning.Signum, optimizer 0 is AdamW: replace it")
         assert no_trainer.startswith("MajorityVoteCallback needs the Trainer that it is added to, got Sequential")
-        assert no_signum == adam
+        assert no_signum == (
+            "WorkerStates takes a Signum or what takes local steps, got AdamW: call enable_local_steps(model, "
+            "optimizer) before WorkerStates(optimizer), or train with Signum"
+        )
+
+
+def test_without_torchrun(tmp_path: Path) -> None:
+    from signsgd_lightning import MajorityVoteCallback
+
+    trainer = _trainer(str(tmp_path), 1)
+    trainer.add_callback(MajorityVoteCallback(trainer))
+    with pytest.raises(RuntimeError, match="this process is alone: start it by torchrun, or leave the callback out"):
+        trainer.train()
