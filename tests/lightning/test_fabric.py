@@ -131,7 +131,7 @@ def test_local_vote(tmp_path: Path, workers: Workers) -> None:
 def _loads_within_a_round(path: str) -> list[bool]:
     """Load one layer within a round, then the model; return whether what was loaded is there when the round closes."""
     fabric = _fabric(FabricLocalVoteStrategy(sync_every=100))
-    net = small_net()
+    net: Any = small_net()
     model, optimizer = fabric.setup(net, torch.optim.AdamW(net.parameters(), lr=0.1))
     saved = [x.detach().clone() for x in net.parameters()]
     fabric.save(path, {"model": model, "layer": net[0]})
@@ -156,7 +156,7 @@ def _misfits(path: str) -> list[tuple[str, bool]]:
     """Load files of which one object does not fit; return what was said, and whether all others are as they were."""
     fabric = _fabric()
     torch.manual_seed(0)
-    net = small_net()
+    net: Any = small_net()
     model, *optimizers = fabric.setup(net, *(Signum(net[k].parameters(), lr=0.0625, **SIGNUM) for k in (0, 2)))
     state = {"model": model, "first": optimizers[0], "second": optimizers[1], "count": 0}
     fabric.save(path, state)
