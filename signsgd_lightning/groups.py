@@ -53,11 +53,12 @@ def signmuon_groups(
     if any(is_lazy(p) for p in named.values()):
         raise ValueError("the model has lazy parameters of unknown shapes: run one batch through it first")
     counts = _counts(model, output)
+    every = dict(model.named_parameters(remove_duplicate=False))  # one that modules share has a name in each
     for pattern, count in (matrices or {}).items():
-        found = [name for name in named if fnmatchcase(name, pattern)]
+        found = [name for name in every if fnmatchcase(name, pattern)]
         if not found:
             raise ValueError(f"matrices names {pattern!r}, which is no parameter of the model: it has {_some(named)}")
-        counts.update({id(named[name]): count for name in found})
+        counts.update({id(every[name]): count for name in found})
     by_count: dict[int, list[Any]] = {}
     for name, p in named.items():
         by_count.setdefault(counts.get(id(p), 0), []).append((name, p))

@@ -4,6 +4,7 @@ import os
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .checkpoint.atomic import PART, replace
@@ -26,6 +27,7 @@ class MajorityVoteCallback(TrainerCallback):
 
     Raises:
         TypeError: for what is no Trainer; at the begin of `train`, if the optimizer is not a `Signum`.
+        RuntimeError: at the begin of `train`, without torchrun.
 
     Example:
         >>> trainer = Trainer(model, args, optimizer_cls_and_kwargs=(Signum, {"lr": 1e-3}))  # doctest: +SKIP
@@ -45,9 +47,13 @@ class MajorityVoteCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Enable the vote on the model as Trainer has wrapped it, and give every worker its own momentum."""
+        if not dist.is_initialized():
+            raise RuntimeError(
+                "MajorityVoteCallback lets ranks vote, and this process is alone: start it by torchrun, or leave the "
+                "callback out"
+            )
         optimizer = find_signum(self._trainer.optimizer)
         others = optimizer.param_groups[0].pop(OTHERS, None)
-        optimizer.restored_apart = True
         enable_majority_vote(self._trainer.model_wrapped, optimizer, **self._options)
         if others is not None:
             scatter_state(optimizer, {**optimizer.state_dict(), OTHERS: others})

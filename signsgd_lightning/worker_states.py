@@ -6,7 +6,7 @@ from torch.optim import Optimizer
 
 from .checkpoint.gathered import gather_state, scatter_state
 from .local_steps.rounds import find_local_steps
-from .optimizer import find_signum, see_through
+from .optimizer import Signum, find_signum, see_through
 
 
 class WorkerStates:
@@ -30,6 +30,11 @@ class WorkerStates:
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = see_through(optimizer)
         if find_local_steps(self._optimizer) is None:
+            if not isinstance(self._optimizer, Signum):
+                raise TypeError(
+                    f"WorkerStates takes a Signum or what takes local steps, got {type(self._optimizer).__name__}: "
+                    "call enable_local_steps(model, optimizer) before WorkerStates(optimizer), or train with Signum"
+                )
             find_signum(self._optimizer).restored_apart = True
 
     def state_dict(self) -> dict[str, Any]:

@@ -90,22 +90,13 @@ def scatter_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
     Example:
         >>> scatter_state(optimizer, torch.load("checkpoint.pt", weights_only=True)["optimizer"])  # doctest: +SKIP
     """
-    if SHARDS in state:
-        raise ValueError("the momenta of this state lie beside its file: resume from the directory, not from the file")
+    check_state(optimizer, state)
     local = find_local_steps(optimizer)
     if local is not None:
         scatter_inner(local, see_through(optimizer), state)
         return
-    if OUTER in state and not isinstance(see_through(optimizer), Signum):
-        raise TypeError(
-            f"{type(see_through(optimizer)).__name__} takes no local steps, of which this state is: call "
-            "enable_local_steps(model, optimizer) before scatter_state"
-        )
     optimizer = find_signum(optimizer)
-    refuse_sharded(optimizer, "scatter_state", _BY_TORCH)
-    check(state)
     own_state, others = part(of_a_vote(state))
-    _check(optimizer, own_state, others)
     workers = None if optimizer.vote is None else optimizer.vote.topology.workers
     worker, count = (0, 1) if workers is None else (workers.rank, workers.world_size)
     own = {key: dict(entries) for key, entries in own_state["state"].items()}
@@ -121,6 +112,28 @@ def scatter_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
     optimizer.has_mean = workers is None and bool(others)
     if optimizer.vote is not None:
         optimizer.vote.topology.keep_share(optimizer.views())
+
+
+def check_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Make sure that `scatter_state` will load a state; raises what that does."""
+    inner = see_through(optimizer)
+    if SHARDS in state:
+        raise ValueError("the momenta of this state lie beside its file: resume from the directory, not from the file")
+    if find_local_steps(optimizer) is None:
+        if OUTER in state and not isinstance(inner, Signum):
+            raise TypeError(
+                f"{type(inner).__name__} takes no local steps, of which this state is: call "
+                "enable_local_steps(model, optimizer) before scatter_state"
+            )
+        refuse_sharded(find_signum(optimizer), "scatter_state", _BY_TORCH)
+        check(state)
+        _check(find_signum(optimizer), *part(of_a_vote(state)))
+    sizes = [[len(group["params"]) for group in groups] for groups in (state["param_groups"], inner.param_groups)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"the state is of groups of {sizes[0]} parameters, and the optimizer has {sizes[1]}: build the model and "
+            "the groups that were saved"
+        )
 
 
 _BY_TORCH = (

@@ -47,7 +47,8 @@ _NO_MOMENTA = (
 _BY_GATHERING = (
     "saved: save what signsgd_lightning.gather_state(optimizer) returns, and load it on every rank by "
     "scatter_state(optimizer, state); in Lightning trainer.save_checkpoint and fit(ckpt_path=…) do that, in Accelerate "
-    "accelerator.register_for_checkpointing(WorkerStates(optimizer))"
+    "accelerator.register_for_checkpointing(WorkerStates(optimizer)), in Hugging Face's Trainer "
+    "MajorityVoteCallback(trainer); of a run that was killed within a save take an older checkpoint"
 )
 _BY_DIRECTORY = (
     "loaded: save a directory for each worker, by torch.distributed.checkpoint with its shard group as process_group, "

@@ -87,6 +87,7 @@ def whole_directory(path: str) -> Iterator[tuple[str, str]]:
             things.
     """
     _meet(Purpose.SAVE)
+    path = path.rstrip(os.sep)  # else the part would be inside of what it is to replace
     rank, part, failed = dist.get_rank(), f"{path}{PART}", f"could not save {path}: "
 
     def begin() -> None:

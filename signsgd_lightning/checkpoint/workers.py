@@ -1,8 +1,10 @@
 """The optimizers of sharded workers: a directory for each worker, in which its ranks write their shards."""
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,14 +25,14 @@ from .sharded import together
 
 
 def save_states(
-    states: Sequence[Mapping[str, Any]], path: str, worker: int, inside: dist.ProcessGroup, failed: str
+    states: Sequence[Mapping[str, Any]], path: str, worker: tuple[int, int], inside: dist.ProcessGroup, failed: str
 ) -> None:
     """Write this rank's shards of its worker's optimizers; every rank must call it.
 
     Args:
         states: of the optimizers, as `get_optimizer_state_dict` returns them.
         path: of the checkpoint, a directory that all ranks see.
-        worker: its number.
+        worker: its number, and how many there are.
         inside: the ranks of this worker.
         failed: begins the error.
 
@@ -38,21 +40,29 @@ def save_states(
         RuntimeError: on all ranks, if one could not write.
     """
     named = {str(k): dict(state) for k, state in enumerate(states)}
-    writer = FileSystemWriter(_directory(path, worker))
+    writer = FileSystemWriter(_directory(path, *worker))
     together(lambda: save(named, storage_writer=writer, process_group=inside), failed)
 
 
 def check(path: str) -> None:
-    """Make sure that a checkpoint has the states of workers.
+    """Make sure that a checkpoint has the states of workers, of all that saved it.
 
     Raises:
         ValueError: if not.
     """
-    if not os.path.isdir(_directory(path, 0)):
+    saved = _count(path)
+    if not saved:
         raise ValueError(
-            f"{path} has no momenta of sharded copies, so it is no checkpoint of ShardedMajorityVoteStrategy: load its "
-            "weights in configure_model and call fit without ckpt_path, so that momenta start anew"
+            f"{path} has no momenta of sharded copies, since another strategy wrote it or weights_only=True left them "
+            "out: load its weights in configure_model and call fit without ckpt_path, so that momenta start anew"
         )
+    for worker in range(saved):
+        folder = _directory(path, worker, saved)
+        if not os.path.isdir(folder):
+            raise ValueError(
+                f"{path} has no folder {os.path.basename(folder)} with the momenta of copy {worker}: bring it from "
+                "where the checkpoint was saved, or resume from another checkpoint"
+            )
 
 
 def load_states(
@@ -73,11 +83,12 @@ def load_states(
     Raises:
         RuntimeError: on all ranks, if one could not read.
     """
-    saved = sum(name.startswith(_NAME) for name in os.listdir(path))
+    saved = _count(path)
     old = core.predecessors(*worker, saved)
     for number, optimizer in enumerate(map(find_signum, optimizers)):
         together(
-            partial(_load, [_directory(path, k) for k in old], number, model, optimizer, inside), _FAILED.format(path)
+            partial(_load, [_directory(path, k, saved) for k in old], number, model, optimizer, inside),
+            f"could not load {path}: ",
         )
 
 
@@ -86,7 +97,8 @@ def _load(folders: Sequence[str], number: int, model: nn.Module, optimizer: Sign
     rows: list[dict[str, dict[str, Tensor]]] = []
     for folder in reversed(folders):  # so that what is the same on all is the first one's in the end
         state: dict[str, Any] = get_optimizer_state_dict(model, optimizer)
-        load({str(number): state}, storage_reader=FileSystemReader(folder), process_group=inside)
+        asked = {str(number): {**state, "state": _saved(state["state"], f"{number}.state", folder)}}
+        load(asked, storage_reader=FileSystemReader(folder), process_group=inside)
         rows.insert(0, {name: _private(entries) for name, entries in state["state"].items()})
     for name, own in rows[0].items():
         for key in own:
@@ -96,11 +108,24 @@ def _load(folders: Sequence[str], number: int, model: nn.Module, optimizer: Sign
     set_optimizer_state_dict(model, optimizer, optim_state_dict=state)
 
 
-_NAME, _FAILED = "worker", "could not load {}: "
+def _directory(path: str, worker: int, workers: int) -> str:
+    """Return where a worker's states are; the name says how many there are, so that one that is missing is missed."""
+    return os.path.join(path, f"worker{worker}of{workers}")
 
 
-def _directory(path: str, worker: int) -> str:
-    return os.path.join(path, f"{_NAME}{worker}")
+def _count(path: str) -> int:
+    """Return how many workers saved a checkpoint, 0 if it has no states of any."""
+    found = [re.fullmatch(r"worker\d+of(\d+)", folder.name) for folder in Path(path).glob("worker*")]
+    return max((int(name[1]) for name in found if name), default=0)
+
+
+def _saved(states: Mapping[str, Mapping[str, Tensor]], prefix: str, folder: str) -> dict[str, dict[str, Tensor]]:
+    """Return what of the states was saved: not that of a parameter that no step had used, which is zeros here."""
+    index = FileSystemReader(folder).read_metadata().state_dict_metadata
+    return {
+        name: {key: value for key, value in entries.items() if f"{prefix}.{name}.{key}" in index}
+        for name, entries in states.items()
+    }
 
 
 def _private(entries: Mapping[str, Any]) -> dict[str, Tensor]:

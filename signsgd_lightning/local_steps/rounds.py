@@ -177,6 +177,14 @@ class LocalSteps:
         self._displaced = None
 
     @torch.no_grad()
+    def keep_loaded(self, module: nn.Module) -> None:
+        """Let a round that is open go on from what was loaded into a module: at its close it would be undone."""
+        for p in module.parameters() if self.is_open else ():
+            if p in self._anchors:
+                self._anchors[p].copy_(p)
+                self._moved = True
+
+    @torch.no_grad()
     def close(self, early: bool) -> bool:
         """Close one round with the steps that this rank has; return whether that was early on all ranks."""
         self.open()

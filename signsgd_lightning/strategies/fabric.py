@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from signsgd_core.adversaries import Adversary
 
 from .. import _compat
-from ..checkpoint.gathered import gather_state, scatter_state
+from ..checkpoint.gathered import check_state, gather_state, scatter_state
 from ..enable import agree_on_model, let_vote
 from ..local_steps import LocalSteps
 from ..local_steps.enable import let_step
@@ -56,9 +56,10 @@ class _WorkerStateStrategy(DDPStrategy):
         """Read a file and give every rank its own state back, also where there are more ranks now or fewer.
 
         Raises:
-            RuntimeError: if the file is truncated or something else altogether.
-            KeyError: if it lacks something, and `strict`.
-            ValueError: if a state is another optimizer's; then nothing was loaded.
+            RuntimeError: if the file is truncated or something else altogether; if a state is another model's, of which
+                what fits is loaded, and no optimizer's.
+            KeyError: if it lacks something, and `strict`; then nothing was loaded.
+            ValueError: if a state is another optimizer's; likewise.
         """
         with naming(path, "fabric.save", "fabric.load"):
             checkpoint = super().load_checkpoint(path, None, weights_only=weights_only)
@@ -70,7 +71,11 @@ class _WorkerStateStrategy(DDPStrategy):
         missing = [name for name in state if name not in checkpoint]
         if strict and missing:
             raise KeyError(f"{path} has no {missing[0]!r}, only {', '.join(map(repr, checkpoint))}: pass strict=False")
-        for name in sorted(set(state) - set(missing), key=lambda name: not isinstance(state[name], Optimizer)):
+        found = [name for name in state if name in checkpoint]
+        for name in found:
+            if _is_own(state[name]):
+                check_state(state[name], checkpoint[name])
+        for name in sorted(found, key=lambda name: not isinstance(state[name], nn.Module)):
             if hasattr(state[name], "load_state_dict"):
                 self._load(state[name], checkpoint.pop(name), strict)
             else:
@@ -185,6 +190,11 @@ class FabricLocalVoteStrategy(_WorkerStateStrategy):
         if self.local_steps is not None:
             self.local_steps.close_round()
         super().save_checkpoint(path, state, *args, **kwargs)
+
+    def _load(self, obj: Any, state: Any, strict: bool) -> None:
+        super()._load(obj, state, strict)
+        if self.local_steps is not None and isinstance(obj, nn.Module):
+            self.local_steps.keep_loaded(obj)
 
 
 def _is_own(obj: Any) -> bool:

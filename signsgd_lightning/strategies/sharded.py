@@ -10,7 +10,9 @@ import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
+from torch.optim import Optimizer
 
 from signsgd_core import check_count
 from signsgd_core.adversaries import Adversary
@@ -19,7 +21,7 @@ from .. import _compat
 from ..checkpoint import workers
 from ..checkpoint.sharded import together, whole_directory
 from ..enable import let_vote
-from ..optimizer import find_signum
+from ..optimizer import find_signum, see_through
 from ..sharding import sharded
 from ..vote import VoteOptions
 from ..vote.agreement import Purpose, agree
@@ -124,6 +126,11 @@ class ShardedMajorityVoteStrategy(CommonStrategy, ModelParallelStrategy):
         for optimizer in self._stepping:
             find_signum(optimizer).restored_apart = True
 
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Return this rank's shards where they are: Lightning would move them, and torch then refuses dtypes."""
+        assert self.model is not None
+        return get_optimizer_state_dict(self.model, see_through(optimizer))
+
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         """Write a directory that has its name only when it is whole; after an exception nothing.
 
@@ -141,13 +148,13 @@ class ShardedMajorityVoteStrategy(CommonStrategy, ModelParallelStrategy):
             save = super().save_checkpoint
             together(lambda: save(rest, part), failed)
             if states:
-                workers.save_states(states, part, self._worker[0], self._inside, failed)
+                workers.save_states(states, part, self._worker, self._inside, failed)
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Read the weights, and for `fit` the momenta that this rank's copy inherits.
 
         Raises:
-            ValueError: for `fit`, if it has no momenta of copies.
+            ValueError: for `fit`, if it has no momenta of copies, or lacks those of one.
             RuntimeError: on all ranks, if one could not read what it needs.
         """
         path, optimizers = self.broadcast(os.fspath(checkpoint_path)), self.optimizers

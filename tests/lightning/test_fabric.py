@@ -128,6 +128,63 @@ def test_local_vote(tmp_path: Path, workers: Workers) -> None:
     assert first[4] != second[4], "AdamW's moments are each rank's own"
 
 
+def _loads_within_a_round(path: str) -> list[bool]:
+    """Load one layer within a round, then the model; return whether what was loaded is there when the round closes."""
+    fabric = _fabric(FabricLocalVoteStrategy(sync_every=100))
+    net: Any = small_net()
+    model, optimizer = fabric.setup(net, torch.optim.AdamW(net.parameters(), lr=0.1))
+    saved = [x.detach().clone() for x in net.parameters()]
+    fabric.save(path, {"model": model, "layer": net[0]})
+    strategy: Any = fabric.strategy
+    same = []
+    for t, state in enumerate(({}, {"layer": net[0]}, {"model": model})):
+        _backward(fabric, model, t)
+        optimizer.step()
+        if state:
+            fabric.load(path, state)
+        strategy.local_steps.close_round()
+        same += [x.equal(y) for x, y in zip(net.parameters(), saved, strict=True)]
+    return same
+
+
+def test_local_vote_loads_within_a_round(tmp_path: Path, workers: Workers) -> None:
+    told = workers.run(2, _loads_within_a_round, str(tmp_path / "local.ckpt"))
+    assert told == [[False] * 4 + [True, True, False, False] + [True] * 4] * 2, "the other layer goes on by the vote"
+
+
+def _misfits(path: str) -> list[tuple[str, bool]]:
+    """Load files of which one object does not fit; return what was said, and whether all others are as they were."""
+    fabric = _fabric()
+    torch.manual_seed(0)
+    net: Any = small_net()
+    model, *optimizers = fabric.setup(net, *(Signum(net[k].parameters(), lr=0.0625, **SIGNUM) for k in (0, 2)))
+    state = {"model": model, "first": optimizers[0], "second": optimizers[1], "count": 0}
+    fabric.save(path, state)
+    adam = torch.optim.AdamW(net[2].parameters()).state_dict()
+    fabric.save(f"{path}.adam", {**state, "second": adam})
+    fabric.save(f"{path}.groups", {**state, "second": Signum([net[2].weight]).state_dict()})
+    fabric.save(f"{path}.model", {**state, "model": nn.Linear(2, 2)})
+    _backward(fabric, model, 0)
+    for optimizer in optimizers:
+        optimizer.step()
+    before, said = [_bits(model, optimizer) for optimizer in optimizers], []
+    for name in ("adam", "groups", "model"):
+        try:
+            fabric.load(f"{path}.{name}", {**state, "count": 1})
+        except (RuntimeError, ValueError) as error:
+            said.append((str(error), [_bits(model, optimizer) for optimizer in optimizers] == before))
+    return said
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_does_not_fit_is_found_before_anything_is_loaded(tmp_path: Path, workers: Workers) -> None:
+    for (adam, *same), (groups, *also), (model, *too) in workers.run(2, _misfits, str(tmp_path / "file")):
+        assert "this is the state of" in adam
+        assert groups.startswith("the state is of groups of [1] parameters, and the optimizer has [2]")
+        assert "size mismatch" in model or "Missing key" in model
+        assert [*same, *also, *too] == [True] * 3
+
+
 def _cut(model: Any, mesh: Any) -> Any:
     return fully_shard(model, mesh=mesh["tensor_parallel"])
 

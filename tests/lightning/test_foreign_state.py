@@ -184,7 +184,8 @@ def _expected(rank: int, whose: str) -> str:
         f"worker {rank} of 2 goes on with the momentum of {whose}, since its own was not saved: save what "
         "signsgd_lightning.gather_state(optimizer) returns, and load it on every rank by scatter_state(optimizer, "
         "state); in Lightning trainer.save_checkpoint and fit(ckpt_path=…) do that, in Accelerate "
-        "accelerator.register_for_checkpointing(WorkerStates(optimizer))"
+        "accelerator.register_for_checkpointing(WorkerStates(optimizer)), in Hugging Face's Trainer "
+        "MajorityVoteCallback(trainer); of a run that was killed within a save take an older checkpoint"
     )
 
 

@@ -73,6 +73,8 @@ def test_recurrent_layers() -> None:
 def test_tied_weights_are_the_output_wherever_they_stand() -> None:
     expected = {"matrices": ["hidden.weight"], "others": ["head.weight", "hidden.bias"]}
     assert where(Tied()) == where(Tied(), output=None) == expected
+    named = {"embedding.weight": 1}  # the second of its names
+    assert where(Tied(), matrices=named)["matrices"] == ["head.weight", "hidden.weight"]
 
 
 def test_the_output_is_named() -> None:

@@ -1,5 +1,6 @@
 """Hugging Face's Accelerate and Trainer, as users call them: votes, accumulation, clipping, and going on."""
 
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -114,10 +115,18 @@ def _fit(
         def on_train_begin(self, *_: Any, optimizer: Any = None, **__: Any) -> None:
             records.append(record(optimizer.optimizer))
 
+    class Killed(TrainerCallback):
+        """Keeps what a run leaves that is killed before it has gathered the momenta."""
+
+        def on_save(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+            if args.should_save:
+                shutil.copytree(f"{folder}/checkpoint-{state.global_step}", f"{folder}/killed-{state.global_step}")
+
     records: list[Any] = []
     torch.manual_seed(0 if resume is None else 1)
     trainer = _trainer(folder, steps)
     if votes:
+        trainer.add_callback(Killed())
         trainer.add_callback(MajorityVoteCallback(trainer))
     trainer.add_callback(Recorder())
     with warnings.catch_warnings(record=True) as caught:
@@ -134,12 +143,19 @@ def test_trainer(tmp_path: Path, workers: Workers) -> None:
     again = workers.run(2, _fit, str(tmp_path / "b"), 4, str(tmp_path / "a" / "checkpoint-2"))
     assert [end for _, end, _ in again] == [end for _, end, _ in first]
     assert not again[0][2] + again[1][2]
+    killed = workers.run(2, _fit, str(tmp_path / "k"), 3, str(tmp_path / "a" / "killed-2"))
+    assert not killed[0][2]
+    (said,) = killed[1][2]
+    assert said.startswith("worker 1 of 2 goes on with the momentum of worker 0 of 2, since its own was not saved")
     more = workers.run(3, _fit, str(tmp_path / "c"), 4, str(tmp_path / "a" / "checkpoint-2"))
     for group in range(len(more[0][0])):
         starts = [records[group].start for records, *_ in more]
         assert all((x == y).all() for x, y in zip(starts[0], starts[2], strict=True))
-    for _, _, said in workers.run(2, _fit, str(tmp_path / "d"), 4, str(tmp_path / "a" / "checkpoint-2"), False):
-        (one,) = said
+    alone = workers.run(1, _fit, str(tmp_path / "e"), 3, str(tmp_path / "a" / "checkpoint-2"))
+    again = workers.run(2, _fit, str(tmp_path / "f"), 4, str(tmp_path / "e" / "checkpoint-3"))
+    assert not any(words for _, _, words in (*more, *alone, *again))
+    for _, _, words in workers.run(2, _fit, str(tmp_path / "d"), 4, str(tmp_path / "a" / "checkpoint-2"), False):
+        (one,) = words
         assert one.startswith("this state holds the momenta of several ranks, of which rank 0's was loaded")
         assert "MajorityVoteCallback(trainer)" in one
 
@@ -171,4 +187,16 @@ def test_mistakes(tmp_path: Path, workers: Workers) -> None:
     for adam, no_trainer, no_signum in workers.run(2, _mistakes, str(tmp_path)):
         assert adam.startswith("a majority vote needs signsgd_lightning.Signum, optimizer 0 is AdamW: replace it")
         assert no_trainer.startswith("MajorityVoteCallback needs the Trainer that it is added to, got Sequential")
-        assert no_signum == adam
+        assert no_signum == (
+            "WorkerStates takes a Signum or what takes local steps, got AdamW: call enable_local_steps(model, "
+            "optimizer) before WorkerStates(optimizer), or train with Signum"
+        )
+
+
+def test_without_torchrun(tmp_path: Path) -> None:
+    from signsgd_lightning import MajorityVoteCallback
+
+    trainer = _trainer(str(tmp_path), 1)
+    trainer.add_callback(MajorityVoteCallback(trainer))
+    with pytest.raises(RuntimeError, match="this process is alone: start it by torchrun, or leave the callback out"):
+        trainer.train()

@@ -1,5 +1,6 @@
 """`ShardedMajorityVoteStrategy`: Lightning's `configure_model` shards inside a worker, and the workers vote."""
 
+import shutil
 import warnings
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -85,7 +87,7 @@ def _whole(run: Any) -> tuple[list[bytes], list[Any]]:
     """Return this copy's parameters and momenta, put together from its shards."""
     (optimizer,) = run.optimizers
     parameters: list[Any] = optimizer.param_groups[0]["params"]
-    momenta: list[Any] = [optimizer.state[p]["momentum"] for p in parameters]
+    momenta: list[Any] = [optimizer.state.get(p, {}).get("momentum", torch.zeros_like(p)) for p in parameters]
     return [array(p.full_tensor()).tobytes() for p in parameters], [array(m.full_tensor()) for m in momenta]
 
 
@@ -95,22 +97,30 @@ class _Noting(Callback):
             self.seen = _whole(trainer)
 
 
-def _save(path: str) -> tuple[Any, Any]:
+def _save(path: str, model: Any = Sharded) -> tuple[Any, Any]:
     """Train two epochs; return what was there when the first was saved, and in the end."""
     noting = _Noting()
     saving = ModelCheckpoint(path, "{epoch}", save_top_k=-1)
     run: Any = trainer(strategy=_strategy(), max_epochs=2, enable_checkpointing=True, callbacks=[saving, noting])
-    run.fit(Sharded())
+    run.fit(model())
     return noting.seen, _whole(run)
 
 
-def _resume(path: str, sizes: dict[str, Any]) -> tuple[Any, Any, list[str]]:
+def _resume(path: str, sizes: dict[str, Any], model: Any = Sharded) -> tuple[Any, Any, list[str]]:
     noting = _Noting()
     run: Any = trainer(strategy=_strategy(**sizes), max_epochs=2, callbacks=[noting])
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        run.fit(Sharded(), ckpt_path=path)
+        run.fit(model(), ckpt_path=path)
     return noting.seen, _whole(run), [str(w.message) for w in caught if "momentum" in str(w.message)]
+
+
+def _refused(path: str) -> str:
+    try:
+        _resume(path, {})
+    except ValueError as error:
+        return str(error)
+    return "nothing"
 
 
 def _same(one: tuple[list[bytes], list[Any]], other: tuple[list[bytes], list[Any]]) -> bool:
@@ -135,6 +145,9 @@ def test_checkpoints(tmp_path: Path, workers: Workers) -> None:
     for loaded, _, said in workers.run(2, _resume, path, {"replicate_size": 1}):
         assert _same(loaded, (saved[0][0][0], [(x + y) / 2 for x, y in zip(*momenta, strict=True)])), "the mean"
         assert not said
+    shutil.rmtree(tmp_path / "epoch=0.ckpt" / "worker1of2")
+    for refused in workers.run(4, _refused, path):
+        assert f"{path} has no folder worker1of2 with the momenta of copy 1: " in refused
 
 
 def test_three_copies_become_two(tmp_path: Path, workers: Workers) -> None:
@@ -145,6 +158,22 @@ def test_three_copies_become_two(tmp_path: Path, workers: Workers) -> None:
     for rank, (loaded, *_) in enumerate(workers.run(4, _resume, path, {})):
         momenta = [(x + y) / 2 for x, y in zip(old[0], old[2], strict=True)] if rank < 2 else old[1]
         assert _same(loaded, (saved[0][0][0], momenta))
+
+
+class _Spare(Sharded):
+    """Has a parameter that no step uses, and momenta of 2 bytes."""
+
+    def __init__(self) -> None:
+        super().__init__(momentum_dtype=torch.bfloat16)
+        self.net[0].spare = nn.Parameter(torch.ones(3))
+
+
+def test_narrow_momenta_and_an_unused_parameter(tmp_path: Path, workers: Workers) -> None:
+    saved = workers.run(4, _save, str(tmp_path), _Spare)
+    resumed = workers.run(4, _resume, str(tmp_path / "epoch=0.ckpt"), {}, _Spare)
+    for (then, later), (loaded, end, _) in zip(saved, resumed, strict=True):
+        assert _same(loaded, then)
+        assert _same(end, later)
 
 
 class _Stops(Sharded):
@@ -176,6 +205,12 @@ def _lightnings(path: str) -> None:
     run = trainer(strategy=own)
     run.fit(Sharded())
     run.save_checkpoint(path)
+    trainer(strategy=_strategy()).fit(Sharded(), ckpt_path=path)
+
+
+def _weights(path: str) -> None:
+    """Save them alone, under a name that ends as a directory's may."""
+    _fitted().save_checkpoint(f"{path}/", weights_only=True)
     trainer(strategy=_strategy()).fit(Sharded(), ckpt_path=path)
 
 
@@ -230,7 +265,8 @@ MISTAKES: dict[str, tuple[Any, str]] = {
     "not sharded": (lambda _: _run(_Plain), "configure_model of _Plain sharded nothing, and a copy of the model has 2"),
     "all dimensions": (lambda _: _run(_All), "which FSDP shards or averages"),
     "AdamW": (lambda _: _run(_Adam), "a majority vote needs signsgd_lightning.Signum, optimizer 0 is AdamW"),
-    "Lightning's checkpoint": (_lightnings, "has no momenta of sharded copies, so it is no checkpoint of Sharded"),
+    "Lightning's checkpoint": (_lightnings, "has no momenta of sharded copies, since another strategy wrote it or "),
+    "weights alone": (_weights, "file has no momenta of sharded copies, since another strategy wrote it or weights_on"),
     "a file to be trusted": (_placed, "holds pathlib.PosixPath, which torch loads only from a file that you trust"),
     "geometry of shards": (
         lambda _: trainer(strategy=_strategy(), callbacks=[GeometryMonitor()]).fit(Sharded()),
