@@ -154,7 +154,7 @@ def line(found: Found) -> str:
 
 def draw(measured: Table, pyplot: Any) -> Any:
     """Return a figure: scores against bits."""
-    figure, axes = pyplot.subplots(figsize=(7, 5), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(9, 5), layout="constrained")
     task, steps, found, *_ = measured
     for name in dict.fromkeys(one.name for one in found):
         same = [one for one in found if one.name == name]
@@ -163,7 +163,7 @@ def draw(measured: Table, pyplot: Any) -> Any:
     axes.set(xscale="log", xlabel="bits that a worker sends for each parameter", ylabel=task.measured)
     axes.set(title=f"{task.name}, {steps} steps, {MANY} workers; {task.better} is better")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    figure.legend(fontsize=8, loc="outside right upper")
     return figure
 
 
