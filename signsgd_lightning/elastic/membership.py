@@ -23,8 +23,8 @@ _LOG = logging.getLogger(__name__)
 logging.getLogger("torchft.manager").addFilter(lambda record: "flight recorder" not in record.getMessage())
 _PAUSE = 0.2
 """Seconds between two attempts to find the lighthouse, or enough workers."""
-_JOINED: dict[str, "Membership"] = {}
-"""Lighthouse -> who of this process has joined there."""
+_JOINED: set[str] = set()
+"""Lighthouses at which this process has joined."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ class Membership:
             if isinstance(getattr(error, "original_exception", None), pickle.UnpicklingError):
                 self.leave()  # it would be the same state again
                 raise RuntimeError(
-                    f"this worker cannot join, for the others' state has something else than tensors and plain values "
+                    "this worker cannot join, for the others' state has something else than tensors and plain values "
                     f"({reason_of(error.original_exception)}): leave that out of `state` and parameter groups there"
                 ) from error
             if error is None and (self.workers.gloo.parent.rank(), self.workers.gloo.size()) != (number, size):
@@ -201,7 +201,7 @@ class Membership:
         """Leave the quorum; `meet` joins again."""
         manager, self._manager = self._manager, None
         if manager is not None:
-            _JOINED.pop(self._place.lighthouse, None)
+            _JOINED.discard(self._place.lighthouse)
             self._progress = manager.state_dict()
             self.workers.gloo.abort()
             manager.shutdown()
@@ -262,7 +262,7 @@ class Membership:
         self._progress.setdefault("step", self._step())
         manager.load_state_dict(self._progress)
         self._store = store  # it lives as long as the membership
-        _JOINED[self._place.lighthouse] = self
+        _JOINED.add(self._place.lighthouse)
         return manager
 
     def _take_pending(self, state: Mapping[str, Any]) -> None:
