@@ -5,21 +5,16 @@ a rank's states are whole, whatever they consist of, and have a file of the rank
 """
 
 import os
-import pickle
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import is_dataclass
-from enum import Enum
-from pathlib import Path, PurePath
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException  # no Exception, only a BaseException
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
@@ -29,10 +24,9 @@ from ..state import any_private, find
 from ..vote.agreement import Purpose, meet
 from ..vote.transport import PointToPoint
 from .atomic import META, PART, check_target, remove, replace
+from .index import Reader, read_index
 from .inner import OUTER
 from .loading import SHARDS, reason_of, unsign
-
-_INDEX = ".metadata"  # torch's name for its table of contents
 
 _STATES = "rank{}.pt"
 """Has a rank's states under local steps: number of the optimizer -> state."""
@@ -189,7 +183,7 @@ def _inherited(
         worker: `i`.
         workers: how many there are now.
     """
-    index = _read_index(path)
+    index = read_index(path)
     rows, wanted = dict[tuple[int, int, str], Tensor](), dict[str, Any]()
     for label, found in index.state_dict_metadata.items():
         place, old_rank = _parse(label)
@@ -204,7 +198,7 @@ def _inherited(
             wanted[label] = rows[place][old.index(old_rank)]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # each rank reads on its own
-        load(wanted, storage_reader=_Reader(path, index), no_dist=True)
+        load(wanted, storage_reader=Reader(path, index), no_dist=True)
     return {place: rows[0] if place[0] in whole else _inherit(place[2], rows) for place, rows in rows.items()}
 
 
@@ -220,39 +214,6 @@ def _inherit(name: str, values: Tensor) -> Tensor:
     if entry is None:
         raise ValueError(f"this checkpoint holds {name!r}, which this version does not know: update it")
     return entry.inherited(values)
-
-
-class _Reader(FileSystemReader):
-    """Goes by an index that was read before."""
-
-    def __init__(self, path: str, index: Metadata) -> None:
-        super().__init__(path)
-        self.index = index
-
-    def read_metadata(self) -> Metadata:
-        return self.index
-
-
-class _Unpickler(pickle.Unpickler):
-    """Makes what torch's index consists of, and nothing else: a checkpoint is data, not code."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        found = super().find_class(module, name)
-        torchs = module in ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
-        record = torchs and isinstance(found, type) and (is_dataclass(found) or issubclass(found, Enum))
-        plain = module == "torch" and (name == "Size" or isinstance(found, torch.dtype))
-        path = isinstance(found, type) and issubclass(found, PurePath)
-        if record or plain or path or (module, name) == ("torch.serialization", "_get_layout"):
-            return found
-        raise pickle.UnpicklingError(f"its {_INDEX} holds {module}.{name}")
-
-
-def _read_index(path: str) -> Metadata:
-    with Path(path, _INDEX).open("rb") as file:
-        index = _Unpickler(file).load()
-    if not isinstance(index, Metadata):
-        raise pickle.UnpicklingError(f"its {_INDEX} holds {type(index).__name__}")
-    return index
 
 
 def _meet(purpose: Purpose) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
@@ -21,6 +22,7 @@ import signsgd_core as core
 from ..optimizer import Signum, find_signum
 from ..sharding import local
 from ..state import find
+from .index import Reader, read_index
 from .sharded import together
 
 
@@ -97,8 +99,9 @@ def _load(folders: Sequence[str], number: int, model: nn.Module, optimizer: Sign
     rows: list[dict[str, dict[str, Tensor]]] = []
     for folder in reversed(folders):  # so that what is the same on all is the first one's in the end
         state: dict[str, Any] = get_optimizer_state_dict(model, optimizer)
-        asked = {str(number): {**state, "state": _saved(state["state"], f"{number}.state", folder)}}
-        load(asked, storage_reader=FileSystemReader(folder), process_group=inside)
+        index = read_index(folder)
+        asked = {str(number): {**state, "state": _saved(state["state"], f"{number}.state", index)}}
+        load(asked, storage_reader=Reader(folder, index), process_group=inside)
         rows.insert(0, {name: _private(entries) for name, entries in state["state"].items()})
     for name, own in rows[0].items():
         for key in own:
@@ -119,11 +122,10 @@ def _count(path: str) -> int:
     return max((int(name[1]) for name in found if name), default=0)
 
 
-def _saved(states: Mapping[str, Mapping[str, Tensor]], prefix: str, folder: str) -> dict[str, dict[str, Tensor]]:
+def _saved(states: Mapping[str, Mapping[str, Tensor]], prefix: str, index: Metadata) -> dict[str, dict[str, Tensor]]:
     """Return what of the states was saved: not that of a parameter that no step had used, which is zeros here."""
-    index = FileSystemReader(folder).read_metadata().state_dict_metadata
     return {
-        name: {key: value for key, value in entries.items() if f"{prefix}.{name}.{key}" in index}
+        name: {key: value for key, value in entries.items() if f"{prefix}.{name}.{key}" in index.state_dict_metadata}
         for name, entries in states.items()
     }
 

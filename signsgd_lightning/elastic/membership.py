@@ -5,7 +5,8 @@ import os
 import pickle
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -68,6 +69,21 @@ def find_place(lighthouse: str | None, min_workers: int, timeout: timedelta, hos
     return Place(address, min_workers, timeout, name)
 
 
+@contextmanager
+def _alone_at(lighthouse: str) -> Iterator[None]:
+    """Be this process's only member at a lighthouse."""
+    if lighthouse in _JOINED:
+        raise ValueError(
+            f"this process takes part in another elastic vote at {lighthouse}, and a lighthouse forms one quorum of "
+            "all: start a second lighthouse on another port for it, or close the first vote"
+        )
+    _JOINED.add(lighthouse)
+    try:
+        yield
+    finally:
+        _JOINED.remove(lighthouse)
+
+
 class Membership:
     """This worker's part in the quorum.
 
@@ -95,6 +111,7 @@ class Membership:
         self._place, self._save, self._load, self._step = place, save, load, step
         self._progress = {"batches_committed": 0}  # "step" comes when this worker joins
         self._manager: Manager | None = None
+        self._joined = ExitStack()
         self._pending: Mapping[str, Any] | None = None
         self._taken: Mapping[str, Any] | None = None
         self._said = ""
@@ -201,7 +218,7 @@ class Membership:
         """Leave the quorum; `meet` joins again."""
         manager, self._manager = self._manager, None
         if manager is not None:
-            _JOINED.discard(self._place.lighthouse)
+            self._joined.close()
             self._progress = manager.state_dict()
             self.workers.gloo.abort()
             manager.shutdown()
@@ -228,12 +245,15 @@ class Membership:
         return None
 
     def _join(self) -> Manager:
-        """Join as a new member, with connections of its own; nothing of an older membership is used again."""
-        if self._place.lighthouse in _JOINED:
-            raise ValueError(
-                f"this process takes part in another elastic vote at {self._place.lighthouse}, and a lighthouse forms "
-                "one quorum of all: start a second lighthouse on another port for it, or close the first vote"
-            )
+        """Join as a new member."""
+        with ExitStack() as joining:
+            joining.enter_context(_alone_at(self._place.lighthouse))
+            manager = self._connect()
+            self._joined = joining.pop_all()
+        return manager
+
+    def _connect(self) -> Manager:
+        """Open connections of this membership; nothing of an older one is used again."""
         host, timeout = self._place.hostname, self._place.timeout
         store = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout)
         http = SafeHTTP(timeout, host)
@@ -262,7 +282,6 @@ class Membership:
         self._progress.setdefault("step", self._step())
         manager.load_state_dict(self._progress)
         self._store = store  # it lives as long as the membership
-        _JOINED.add(self._place.lighthouse)
         return manager
 
     def _take_pending(self, state: Mapping[str, Any]) -> None:

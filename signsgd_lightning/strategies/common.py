@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
+from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import ParallelStrategy, Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 
@@ -21,6 +22,17 @@ if TYPE_CHECKING:
 def stepping(strategy: Strategy) -> list[Any]:
     """Return a strategy's optimizers, without those that Lightning puts where a module has none."""
     return [optimizer for optimizer in strategy.optimizers if not _compat.stands_for_no_optimizer(optimizer)]
+
+
+def callbacks(trainer: "Trainer") -> list[Callback]:
+    """Return a Trainer's callbacks, the list itself."""
+    found: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return found
+
+
+def averaging(trainer: "Trainer") -> list[Callback]:
+    """Return those of a Trainer's callbacks that average weights."""
+    return [one for one in callbacks(trainer) if isinstance(one, (StochasticWeightAveraging, WeightAveraging))]
 
 
 def scales(strategy: Strategy) -> bool:

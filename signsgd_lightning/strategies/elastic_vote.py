@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
@@ -23,7 +22,7 @@ from ..local_steps.enable import check as check_local_steps
 from ..local_steps.options import LocalStepOptions
 from ..optimizer import find_signum, see_through
 from ..vote import VoteOptions
-from .common import scales, stepping
+from .common import averaging, scales, stepping
 from .files import naming, whole_file
 
 if TYPE_CHECKING:
@@ -183,12 +182,11 @@ class ElasticVoteStrategy(SingleDeviceStrategy):
                 f"workers that come and go count steps in common, and epochs each for itself, got max_steps="
                 f"{trainer.max_steps}: pass Trainer(max_steps=…)"
             )
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, (StochasticWeightAveraging, WeightAveraging)):
-                raise ValueError(
-                    f"{type(callback).__name__} keeps an average that a new worker does not take over, so that each "
-                    "would end with its own: average the checkpoints afterwards"
-                )
+        for callback in averaging(trainer):
+            raise ValueError(
+                f"{type(callback).__name__} keeps an average that a new worker does not take over, so that each would "
+                "end with its own: average the checkpoints afterwards"
+            )
         if isinstance(self.options, LocalStepOptions) and trainer.max_steps % self.options.sync_every:
             raise ValueError(
                 f"max_steps={trainer.max_steps} would end within a round of sync_every={self.options.sync_every} "

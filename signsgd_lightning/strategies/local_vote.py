@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.optim import Optimizer
 
@@ -14,6 +14,7 @@ from ..local_steps import LocalSteps
 from ..local_steps.enable import let_step
 from ..local_steps.options import LocalStepOptions
 from .base import StateDictType, WorkerStateStrategy
+from .common import averaging, callbacks
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -77,7 +78,7 @@ class LocalVoteStrategy(WorkerStateStrategy):
     def setup(self, trainer: "Trainer") -> None:
         """Set up the optimizers, then let them take steps of their own."""
         fits = trainer.state.fn == TrainerFn.FITTING
-        if fits and any(isinstance(callback, EMAWeightAveraging) for callback in _callbacks(trainer)):
+        if fits and any(isinstance(callback, EMAWeightAveraging) for callback in averaging(trainer)):
             raise ValueError(
                 "EMAWeightAveraging averages after every step, when parameters are each rank's own: take "
                 "StochasticWeightAveraging, which averages epochs, or strategy='majority_vote'"
@@ -85,8 +86,8 @@ class LocalVoteStrategy(WorkerStateStrategy):
         super().setup(trainer)
         if fits:
             assert self.model is not None
-            _callbacks(trainer).insert(0, self._first)
             self.local_steps = let_step(self.model, self._stepping, self.options, counts_steps=False)
+            callbacks(trainer).insert(0, self._first)
 
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:
         """Take a step and count it, also one that a gradient scaler skips: so ranks close rounds at the same batch."""
@@ -104,8 +105,8 @@ class LocalVoteStrategy(WorkerStateStrategy):
         """Let the optimizers go."""
         if self.local_steps is not None:
             assert self.lightning_module is not None
-            callbacks = _callbacks(self.lightning_module.trainer)
-            callbacks[:] = [callback for callback in callbacks if callback is not self._first]
+            there = callbacks(self.lightning_module.trainer)
+            there[:] = [callback for callback in there if callback is not self._first]
             self.local_steps.end()
             self.local_steps = None
         super().teardown()
@@ -125,14 +126,8 @@ class _Closing(Callback):
         self._close()
 
     def on_train_epoch_end(self, trainer: "Trainer", _: Any) -> None:
-        averaging = (StochasticWeightAveraging, WeightAveraging)
-        if any(isinstance(callback, averaging) for callback in _callbacks(trainer)):
+        if averaging(trainer):
             self._close()
 
     def on_train_end(self, *_: Any) -> None:
         self._close()
-
-
-def _callbacks(trainer: "Trainer") -> list[Callback]:
-    found: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    return found
