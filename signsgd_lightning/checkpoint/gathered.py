@@ -14,7 +14,7 @@ from ..state import ENTRIES, any_private, find, private
 from ..vote.agreement import Purpose, meet
 from ..vote.transport import Message
 from .inner import OUTER, gather_inner, of_a_vote, scatter_inner
-from .loading import OTHERS, SHARDS, Others, check, part, unsign
+from .loading import OTHERS, SHARDS, Others, check, check_kind, part, unsign
 
 
 def gather_state(optimizer: Optimizer) -> dict[str, Any]:
@@ -128,6 +128,8 @@ def check_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
         refuse_sharded(find_signum(optimizer), "scatter_state", _BY_TORCH)
         check(state)
         _check(find_signum(optimizer), *part(of_a_vote(state)))
+    else:
+        check_kind(inner, state)
     sizes = [[len(group["params"]) for group in groups] for groups in (state["param_groups"], inner.param_groups)]
     if sizes[0] != sizes[1]:
         raise ValueError(

@@ -75,10 +75,7 @@ def check(state_dict: dict[str, Any]) -> None:
     Raises:
         ValueError: if it is another optimizer's, naming what it looks like, or something else altogether.
     """
-    for name in ("state", "param_groups"):
-        if name not in state_dict:
-            has = ", ".join(map(repr, state_dict))
-            raise ValueError(f"this is no state of Signum: it has no {name!r}, only {has}")
+    _check_form("Signum", state_dict)
     for group in state_dict["param_groups"]:
         if "zeros" not in group or "verdict_momentum" not in group:
             raise ValueError(
@@ -88,18 +85,51 @@ def check(state_dict: dict[str, Any]) -> None:
             )
 
 
+def check_kind(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+    """Make sure that a state is not another optimizer's of torch, which would load, and fail in a step.
+
+    Raises:
+        ValueError: if a setting of the optimizer is missing and the others are all that another one has; for something
+            else altogether.
+    """
+    _check_form(type(optimizer).__name__, state_dict)
+    for group in state_dict["param_groups"]:
+        missing = sorted(optimizer.defaults.keys() - group.keys())
+        if missing and (names := _optimizers_of(_settings(group))):
+            raise ValueError(
+                f"this is the state of {' or '.join(names)}, not of {type(optimizer).__name__}, which needs "
+                f"{', '.join(missing)}: take the optimizer that saved it, or load the weights alone"
+            )
+
+
+def _check_form(kind: str, state_dict: dict[str, Any]) -> None:
+    for name in ("state", "param_groups"):
+        if name not in state_dict:
+            has = ", ".join(map(repr, state_dict))
+            raise ValueError(f"this is no state of {kind}: it has no {name!r}, only {has}")
+
+
 def _likely_optimizer(group: dict[str, Any]) -> str:
-    """Return which of torch's optimizers have just the settings of a saved parameter group."""
-    settings = set(group) - {"params", "initial_lr", "param_names"}
+    """Return which optimizer a saved parameter group is likely of."""
+    settings = _settings(group)
+    if names := _optimizers_of(settings):
+        return " or ".join(names)
+    return f"an optimizer with the settings {', '.join(sorted(settings))}" if settings else "another optimizer"
+
+
+def _settings(group: dict[str, Any]) -> set[str]:
+    return set(group) - {"params", "initial_lr", "param_names"}
+
+
+def _optimizers_of(settings: set[str]) -> list[str]:
+    """Return which of torch's optimizers have just these settings."""
     names = []
     for name, kind in vars(torch.optim).items():
         if isinstance(kind, type) and issubclass(kind, Optimizer) and kind is not Optimizer:
             with suppress(Exception):  # of one that takes other arguments
                 if set(kind([torch.zeros(1, 1)]).defaults) == settings:  # type: ignore[call-arg]
                     names.append(name)
-    if names:
-        return " or ".join(names)
-    return f"an optimizer with the settings {', '.join(sorted(settings))}" if settings else "another optimizer"
+    return names
 
 
 def sign(state_dict: dict[str, Any], worker: tuple[int, int]) -> dict[str, Any]:

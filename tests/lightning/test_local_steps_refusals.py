@@ -108,6 +108,21 @@ def _sgd_loaded_before(net: nn.Module) -> None:
     scatter_state(_sgd(net), gather_state(optimizer))
 
 
+def _adamws_state(net: nn.Module) -> None:
+    optimizer = _sgd(net)
+    enable_local_steps(net, optimizer)
+    try:
+        scatter_state(optimizer, torch.optim.AdamW(_net().parameters(), lr=0.3).state_dict())
+    finally:
+        assert optimizer.param_groups[0]["lr"] == 0.1
+
+
+def _weights(net: nn.Module) -> None:
+    optimizer = _sgd(net)
+    enable_local_steps(net, optimizer)
+    scatter_state(optimizer, net.state_dict())
+
+
 MISTAKES: dict[Callable[[nn.Module], None], str] = {
     _fsdp1: "ValueError: the model is wrapped in FullyShardedDataParallel, .*models that are whole on every rank",
     _zero: "TypeError: optimizer 0 is a ZeroRedundancyOptimizer, which exchanges parameters itself: pass an ordinary",
@@ -120,6 +135,8 @@ MISTAKES: dict[Callable[[nn.Module], None], str] = {
     _vote_too: "ValueError: optimizer 0 takes local steps: call LocalSteps.end, or make a new one that votes",
     _loaded_before_the_vote: "ValueError: optimizer 0 got the mean of .* call enable_majority_vote, then scatter_state",
     _loaded_before_local_steps: "ValueError: optimizer 0 got the mean of .* enable_local_steps, then scatter_state",
+    _adamws_state: "ValueError: this is the state of Adam or AdamW, not of SGD, which needs dampening, momentum",
+    _weights: "ValueError: this is no state of SGD: it has no 'state', only 'weight', 'bias'",
     _sgd_loaded_before: r"TypeError: SGD takes no local steps, .* call enable_local_steps\(model, optimizer\) before",
 }
 
