@@ -14,7 +14,6 @@ The lighthouse gives a worker up after a second without a sign of life, which is
 import argparse
 import multiprocessing
 import os
-import platform
 import queue
 import signal
 import sys
@@ -29,6 +28,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+from benchmarks.machine import machine
 
 os.environ.setdefault("RUST_LOG", "warn")
 
@@ -325,7 +326,7 @@ def main() -> None:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "signsgd_lightning.elastic"])
     command = f"python -m benchmarks.elastic_vote {' '.join(sys.argv[1:])}".strip()
-    lines = [f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, {WORKERS} workers; {command}"]
+    lines = [f"{machine()}, torch {torch.__version__}, {WORKERS} workers; {command}"]
     print(*lines)
     for size in [*options.sizes, *options.changes]:
         steps = measure_steps(context, size, options.rounds) if size in options.sizes else {}

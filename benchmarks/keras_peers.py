@@ -5,7 +5,6 @@ python -m benchmarks.keras_peers
 
 import argparse
 import os
-import platform
 import re
 import textwrap
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.keras_cluster import Cluster, index, is_worker, tell, wait_for_go
+from benchmarks.machine import machine
 
 os.environ["KERAS_BACKEND"] = "tensorflow"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -188,7 +188,7 @@ def main() -> None:
     from importlib.metadata import version
 
     packages = ", ".join(f"{name} {version(name)}" for name in ("keras", "tensorflow-cpu"))
-    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {packages}")
+    print(f"{machine()}, {packages}")
     print("theirs: Keras' Lion, MirroredStrategy, MultiWorkerMirroredStrategy")
     print("ours:   Signum, MirroredStrategy(cross_device_ops=MajorityVote()), MultiWorkerMajorityVoteStrategy")
     for rows in (on_one_machine, on_several):

@@ -5,7 +5,6 @@ python -m benchmarks.keras_step
 
 import argparse
 import os
-import platform
 import random
 import subprocess
 import sys
@@ -14,6 +13,8 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+
+from benchmarks.machine import machine
 
 MODES = (("tensorflow", "tf.function"), ("tensorflow", "XLA"), ("jax", "jit, donated"), ("torch", "eager"))
 SIDE, TENSORS, LIONS, WARMUP = 1000, 10, 3, 4
@@ -172,7 +173,7 @@ def main() -> None:
     from importlib.metadata import version
 
     packages = ", ".join(f"{name} {version(name)}" for name in ("keras", "tensorflow-cpu", "jax", "torch"))
-    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {packages}")
+    print(f"{machine()}, {packages}")
     print(f"{SIDE * SIDE * TENSORS:,} parameters in {TENSORS} tensors, medians of {options.rounds} interleaved rounds")
     print("columns: wall time; in steps of Keras' Lion, wall and processor time; the target, of wall time")
     for number, (backend, _) in enumerate(MODES):

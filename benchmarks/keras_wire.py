@@ -9,7 +9,6 @@ lets users make namespaces; elsewhere only the payload is counted, by the kernel
 
 import argparse
 import os
-import platform
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.keras_cluster import Cluster, index, is_worker, tell, wait_for_go
+from benchmarks.machine import machine
 from signsgd_core.network.traffic import majority_vote, ring_all_reduce, sent_since, socket_bytes
 
 TENSORS, WARMUP = 10, 3
@@ -130,7 +130,7 @@ def main() -> None:
     from importlib.metadata import version
 
     packages = ", ".join(f"{name} {version(name)}" for name in ("keras", "tensorflow-cpu"))
-    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {packages}, {options.steps} steps")
+    print(f"{machine()}, {packages}, {options.steps} steps")
     if inside:
         print(
             "interface: lo of a network namespace of the workers' own; its packets hold up to 64 KiB behind one header"

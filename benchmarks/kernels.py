@@ -10,8 +10,6 @@ idle moment to the next.
 import argparse
 import functools
 import importlib.util
-import os
-import platform
 import sys
 import time
 from collections.abc import Callable
@@ -23,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from benchmarks.machine import machine
 from signsgd_lightning import Signum
 from signsgd_lightning.kernels import DEVICE, Kernel, NativeKernel, NumpyKernel, build, for_device
 from signsgd_lightning.views import FlatView, lay_out
@@ -178,7 +177,7 @@ def main() -> None:
     library = build.load()
     command = " ".join(["python", "-m", "benchmarks.kernels", *sys.argv[1:]])
     said = [
-        f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
+        f"{machine()}, torch {torch.__version__}",
         f"{command}: {chosen.parameters:,} parameters, median of {chosen.rounds} rounds",
     ]
     kernels: dict[str, Kernel] = {} if library is None else {"compiled": NativeKernel(library)}

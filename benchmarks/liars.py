@@ -8,7 +8,6 @@ gradient. Each method gets in each column the best learning rate of a grid by it
 
 import argparse
 import os
-import platform
 import socket
 import sys
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from benchmarks.machine import machine
 from signsgd_core import demo
 from signsgd_core.adversaries import Adversary, invert, send_nan
 from signsgd_lightning import Signum, enable_majority_vote
@@ -167,7 +167,7 @@ def report(runs: list[Run], options: argparse.Namespace) -> None:
             cell = [run for run in runs if (run.method, run.column) == (method, column)]
             best = max((run for run in cell if run.seed == 0), key=lambda run: run.accuracy).rate
             table[method, column] = [run for run in cell if run.rate == best]
-    print(f"\n{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}")
+    print(f"\n{machine()}, torch {torch.__version__}")
     print(f"{' '.join(['python', *sys.argv])}: {WORKERS} workers, {options.steps} steps, {options.seeds} seeds")
     print(f"{'test accuracy, mean (worst), at learning rate':<46}" + "".join(f"{column:>24}" for column in COLUMNS))
     for method, name in NAMES.items():

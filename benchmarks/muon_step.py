@@ -9,8 +9,6 @@ processes count little, on a GPU of the time until it is done. Gradients are the
 """
 
 import argparse
-import os
-import platform
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -25,6 +23,7 @@ from tqdm import tqdm
 
 from signsgd_lightning import Signum
 
+from .machine import machine
 from .papers.methods import Job, Muon, give_gradients, hidden_groups, muon_optimizers
 from .papers.tasks import GPT, resnet
 
@@ -119,10 +118,10 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     device = "" if options.device == "cpu" else f"{torch.cuda.get_device_name()}, "
-    machine = f"{device}{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
+    where = f"{device}{machine()}, torch {torch.__version__}"
     command = " ".join([parser.prog, *sys.argv[1:]])
     measured = {name: measure(name, options.rounds, options.device) for name in options.models}
-    lines = [f"{machine}, threads: {options.threads}; {command}", *table(measured)]
+    lines = [f"{where}, threads: {options.threads}; {command}", *table(measured)]
     print("\n".join(lines))
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)

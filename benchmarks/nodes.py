@@ -10,7 +10,6 @@ iproute2.
 
 import argparse
 import os
-import platform
 import signal
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from statistics import median
 import torch
 import torch.distributed as dist
 
+from benchmarks.machine import machine
 from benchmarks.network import Network, available
 from benchmarks.wire_worker import LIMIT, NONE, TakeStep, averaging, measure, square_layers, voting
 from signsgd_core.network.traffic import majority_vote
@@ -124,7 +124,7 @@ def main() -> None:
     if not available():
         sys.exit("benchmarks/nodes.py makes network namespaces: run it as root, with iproute2 installed")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the namespaces go, too
-    print(f"{platform.machine()}, {os.cpu_count()} cores, {options.nodes} nodes of {options.ranks} ranks")
+    print(f"{machine()}, {options.nodes} nodes of {options.ranks} ranks")
     print(f"{' '.join(['python', '-m', 'benchmarks.nodes', *sys.argv[1:]])}: median of {options.rounds} rounds of the")
     print("slowest rank's step, one thread a rank")
     for mbits in options.mbits:

@@ -10,7 +10,6 @@ after each step that copies, or ranks, hold the same bits.
 
 import argparse
 import os
-import platform
 import sys
 import time
 from collections.abc import Callable
@@ -27,6 +26,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 
+from benchmarks.machine import machine
 from signsgd_core.network.traffic import majority_vote, sent_since, socket_bytes
 from signsgd_lightning import (
     FabricMajorityVoteStrategy,
@@ -191,7 +191,7 @@ def main() -> None:
     shape = options.replicas, ranks // options.replicas
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
     lines = [
-        f"{torch.cuda.get_device_name() if device.type == 'cuda' else platform.machine()}, {os.cpu_count()} cores, "
+        f"{torch.cuda.get_device_name() + ', ' if device.type == 'cuda' else ''}{machine()}, "
         f"torch {torch.__version__}, {shape[0]} copies of {shape[1]} ranks",
         f"torchrun --nproc-per-node {ranks} -m benchmarks.sharded {' '.join(sys.argv[1:])}".rstrip(),
         *table(options, mesh, device),

@@ -23,6 +23,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from benchmarks.machine import machine
+
 ROOT = Path(__file__).parents[1]
 CORE = [f"core/test_{name}.py" for name in ("reference", "ballots", "polar", "geometry", "theory")]
 TORCH = [
@@ -44,7 +46,7 @@ TORCH = [
 KERAS = [f"keras/test_{name}.py" for name in ("ballots", "cross_device_ops", "transport", "multi_worker")]
 TOOLS = ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ml-dtypes"]
 OF_TORCH = ["lightning", "torchft", "accelerate", "transformers", "tensorboard"]
-HEAD = f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}; python -m benchmarks.versions"
+HEAD = f"{machine()}, {platform.system()}; python -m benchmarks.versions"
 NAMES = ["torch", "lightning", "keras", "tensorflow-cpu"]
 """Packages that tell combinations apart."""
 SHOWN = 8

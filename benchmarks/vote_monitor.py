@@ -4,8 +4,6 @@ python -m benchmarks.vote_monitor
 """
 
 import argparse
-import os
-import platform
 import tempfile
 import time
 from statistics import median
@@ -16,6 +14,7 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from benchmarks.machine import machine
 from signsgd_lightning import Signum, enable_majority_vote
 from signsgd_lightning.vote.observers import VoteStatistics
 
@@ -65,7 +64,7 @@ def main() -> None:
         worker, (options.workers, options.batch, store, results), nprocs=options.workers
     )
     off, on, busy_off, busy_on, parameters = results.get()
-    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}")
+    print(f"{machine()}, torch {torch.__version__}")
     print(f"{options.workers} workers, {parameters:,} parameters, batch {options.batch}, medians of {ROUNDS} rounds")
     print(f"wall time of a step without monitor {off * 1e3:.2f} ms, with {on * 1e3:.2f} ms, ratio {on / off:.3f}")
     print(

@@ -12,7 +12,6 @@ import argparse
 import itertools
 import json
 import os
-import platform
 import signal
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.machine import machine
 from benchmarks.network import Network, available
 from benchmarks.wire_worker import NONE, OURS, ROUNDS, SLOW, SLOW_ROUNDS
 from signsgd_core.network.traffic import majority_vote
@@ -177,7 +177,7 @@ def main() -> None:
     product = itertools.product(options.mbits or (), options.delays, options.workers, options.millions)
     control = Path("/proc/sys/net/ipv4/tcp_congestion_control").read_text().strip()
     said = [
-        f"{platform.machine()}, {os.cpu_count()} cores, TCP congestion control {control}",
+        f"{machine()}, TCP congestion control {control}",
         f"{' '.join(['python', '-m', 'benchmarks.wire', *sys.argv[1:]])}: batch {options.batch_size}, one thread a "
         f"worker; the slowest worker's step, median of {ROUNDS} rounds ({SLOW_ROUNDS} of a step over {SLOW:g} s)",
     ]

@@ -15,6 +15,8 @@ import numpy.typing as npt
 from signsgd_core.adversaries import Adversary
 from signsgd_core.update import update_parameters
 
+from ..machine import machine
+
 Array = npt.NDArray[Any]
 
 
@@ -116,14 +118,14 @@ def main(name: str, document: str | None, experiment: Callable[[bool], Outcome])
     begin = time.perf_counter()
     lines, draw = experiment(options.short)
     command = " ".join([parser.prog, *sys.argv[1:]])
-    machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, one process"
-    lines = [f"{machine}: {command}: {time.perf_counter() - begin:.0f} s", *lines]
+    lines = [f"{machine()}, one process: {command}: {time.perf_counter() - begin:.0f} s", *lines]
     publish(name, lines, draw, options.out)
 
 
 def heading(name: str) -> str:
     """Return the machine and the command, the first line of a table."""
     command = " ".join([f"python -m benchmarks.papers.{name}", *sys.argv[1:]])
+    # no processor, since trainings that are kept may have run on several
     return f"{platform.machine()}, {os.cpu_count()} cores; {command}"
 
 

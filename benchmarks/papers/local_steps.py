@@ -5,8 +5,8 @@ python -m benchmarks.papers.local_steps --text FILE --images DIR --out benchmark
 The inner learning rates are about the best that signmuon.py found of the same optimizer; every row of local steps has
 as many tuning runs: three inner rates, two outer settings. The two best have two more seeds, and the better mean
 counts. Then the vote with other numbers of workers, and a longer training of the GPT by vote and mean with the first
-optimizer inside, at these rates, halved until worse. Each task has a result file of its own. What was trained is kept
-in trainings.json: started again, it goes on where it was.
+optimizer inside, by both outer steps at these rates, halved until worse. Each task has a result file of its own. What
+was trained is kept in trainings.json: started again, it goes on where it was.
 """
 
 import argparse
@@ -118,10 +118,16 @@ def measure(kind: str, options: argparse.Namespace, store: Store) -> Table:
     for one in found:
         here = one.sync_every in options.long and one.row.job.method == options.inner[0]
         if here and kind == "gpt" and not one.row.job.outer_momentum:
-            job = one.row.job._replace(steps=4 if options.short else LONG_STEPS)
-            job = halved_until_worse(task, store, job)
-            long.append(one._replace(row=Row(job, store.run(task, [job], "")), tried=0))
+            long += longer(task, store, one, 4 if options.short else LONG_STEPS)
     return Table(task, steps, found, others, long)
+
+
+def longer(task: Task, store: Store, one: Found, steps: int) -> Iterator[Found]:
+    """Return a way of a longer training by each outer step, at its rates, halved until worse."""
+    for _, outer_lr, _ in OUTER[str(one.row.job.exchange)]:
+        job = one.row.job._replace(steps=steps, outer_lr=outer_lr)
+        job = halved_until_worse(task, store, job)
+        yield one._replace(row=Row(job, store.run(task, [job], "")), tried=0)
 
 
 def table(measured: Table) -> Iterator[str]:

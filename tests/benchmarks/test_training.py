@@ -167,7 +167,7 @@ TRAINED = {
     "local_steps": (
         ["--every", "4", "--workers", "2", "--long", "2", "--inner", MUON],
         rf"^  {MUON}, (vote|mean|DiLoCo) +2 ",
-        2 * 3 + 2,
+        2 * 3 + 4,
     ),
     "whole": (["--methods", "SignMuon", "local steps"], rf"^  (SignMuon|{MUON}, vote every 16) ", 2 * 2),
 }
