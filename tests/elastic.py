@@ -197,10 +197,19 @@ def crew(folder: Path) -> Iterator[tuple[Crew, Lighthouse]]:
 
 def ask_apart(lighthouse: Lighthouse, seconds: float) -> list[float]:
     """Let two workers ask for their third quorum, the second one so much later; return how long each waited."""
+    return _run_two(_ask, lighthouse.address, seconds)
+
+
+def give_up(lighthouse: Lighthouse) -> float:
+    """Let one of two workers give up a step in which the other waits for it; return how long that waited."""
+    return max(_run_two(_give_up, lighthouse.address))
+
+
+def _run_two(function: Callable[..., None], *arguments: Any) -> list[float]:
+    """Return what two processes measure: each puts its number and that."""
     context = _context()
-    barrier, answers = context.Barrier(2), context.Queue()
-    arguments = (lighthouse.address, seconds, barrier, answers)
-    processes = [context.Process(target=_ask, args=(k, *arguments), daemon=True) for k in range(2)]
+    arguments = (*arguments, context.Barrier(2), answers := context.Queue())
+    processes = [context.Process(target=function, args=(k, *arguments), daemon=True) for k in range(2)]
     try:
         for process in processes:
             process.start()
@@ -211,15 +220,17 @@ def ask_apart(lighthouse: Lighthouse, seconds: float) -> list[float]:
             process.join()
 
 
-def _ask(number: int, lighthouse: str, seconds: float, barrier: Any, answers: Any) -> None:
+def _membership(lighthouse: str) -> Any:
     from signsgd_lightning.elastic.membership import Membership, Place
     from signsgd_lightning.elastic.transport import Members
 
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     timeout = timedelta(seconds=TIMEOUT)
-    membership = Membership(
-        Place(lighthouse, 2, timeout, "127.0.0.1"), Members(timeout), dict, lambda _: None, lambda: 0
-    )
+    return Membership(Place(lighthouse, 2, timeout, "127.0.0.1"), Members(timeout), dict, lambda _: None, lambda: 0)
+
+
+def _ask(number: int, lighthouse: str, seconds: float, barrier: Any, answers: Any) -> None:
+    membership = _membership(lighthouse)
     for late in (0.0, 0.0, seconds):
         barrier.wait(20)
         time.sleep(late * number)
@@ -230,6 +241,32 @@ def _ask(number: int, lighthouse: str, seconds: float, barrier: Any, answers: An
         membership.commit()
     answers.put((number, waited))
     barrier.wait(20)
+
+
+def _give_up(number: int, lighthouse: str, barrier: Any, answers: Any) -> None:
+    import torch
+
+    from signsgd_lightning.vote import PeerLostError
+    from signsgd_lightning.vote.transport import Message
+
+    def exchange(message: Message) -> None:
+        wait = membership.workers.swap(torch.zeros(2, 1), torch.zeros(2, 1), message)
+        if number == 1:
+            raise PeerLostError("as if a third one had been lost")
+        wait()
+
+    membership = _membership(lighthouse)
+    membership.meet()
+    barrier.wait(20)
+    begin, kept = time.monotonic(), None
+    try:
+        exchange((Message.BALLOTS, Message.HEADER)[number])
+    except PeerLostError as error:
+        kept = error
+        membership.fail(error)
+    answers.put((number, time.monotonic() - begin))
+    barrier.wait(20)
+    assert kept
 
 
 def _context() -> Any:

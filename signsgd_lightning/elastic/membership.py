@@ -5,6 +5,7 @@ import os
 import pickle
 import socket
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -195,7 +196,7 @@ class Membership:
         """Give up the step: let the others know by closing all connections; the next quorum opens new ones."""
         if self._manager is None:
             return
-        self.workers.gloo.abort()
+        self._close_connections(error)
         self._manager.report_error(error)
         self.commit()
 
@@ -220,7 +221,7 @@ class Membership:
         if manager is not None:
             self._joined.close()
             self._progress = manager.state_dict()
-            self.workers.gloo.abort()
+            self._close_connections()
             manager.shutdown()
 
     def _ask(self) -> Manager | None:
@@ -283,6 +284,14 @@ class Membership:
         manager.load_state_dict(self._progress)
         self._store = store  # it lives as long as the membership
         return manager
+
+    def _close_connections(self, error: BaseException | None = None) -> None:
+        """Close those to the others: Gloo does so when nothing holds the group any more, nor one of its messages."""
+        self._group = None
+        while error is not None:
+            traceback.clear_frames(error.__traceback__)
+            error = error.__cause__ or error.__context__
+        self.workers.gloo.abort()
 
     def _take_pending(self, state: Mapping[str, Any]) -> None:
         self._pending = state

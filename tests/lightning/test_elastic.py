@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from signsgd_core import Reference
-from tests.elastic import SHARED, TIMEOUT, Crew, Lighthouse, Task, ask_apart, crew, gradient
+from tests.elastic import SHARED, TIMEOUT, Crew, Lighthouse, Task, ask_apart, crew, give_up, gradient
 
 pytest.importorskip("torchft", reason="the extra `elastic` is not installed")
 pytestmark = pytest.mark.multiprocess
@@ -205,6 +205,10 @@ def test_a_memory_error_is_mended(here: Here) -> None:
     assert "differ from the others in 0, and take over their state" in workers.said(names[0])
     ends = [workers.log(name)[-1] for name in names]
     assert len({line["bits"] for line in ends}) == 1
+
+
+def test_who_gives_up_a_step_lets_the_others_know(here: Here) -> None:
+    assert give_up(here[1]) < TIMEOUT / 2
 
 
 def test_a_question_outlasts_who_is_stuck(here: Here) -> None:
