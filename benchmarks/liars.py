@@ -1,6 +1,6 @@
 """The second paper's table of faults redone: how many workers may lie, under a vote and under fp32 averaging.
 
-python -m benchmarks.liars
+python -m benchmarks.liars --out benchmarks/results
 
 Seven real worker processes over Gloo train a perceptron on handwritten digits, of which some lie about every
 gradient. Each method gets in each column the best learning rate of a grid by its first seed, then runs all seeds.
@@ -160,23 +160,29 @@ def worker(rank: int, port: int, options: argparse.Namespace) -> None:
 
 
 def report(runs: list[Run], options: argparse.Namespace) -> None:
-    """Print the table and save the plot."""
+    """Print the table; save it and the plot."""
     table: dict[tuple[str, str], list[Run]] = {}
     for method in RATES:
         for column in COLUMNS:
             cell = [run for run in runs if (run.method, run.column) == (method, column)]
             best = max((run for run in cell if run.seed == 0), key=lambda run: run.accuracy).rate
             table[method, column] = [run for run in cell if run.rate == best]
-    print(f"\n{machine()}, torch {torch.__version__}")
-    print(f"{' '.join(['python', *sys.argv])}: {WORKERS} workers, {options.steps} steps, {options.seeds} seeds")
-    print(f"{'test accuracy, mean (worst), at learning rate':<46}" + "".join(f"{column:>24}" for column in COLUMNS))
+    command = " ".join(["python -m benchmarks.liars", *sys.argv[1:]])
+    lines = [
+        f"{machine()}, torch {torch.__version__}",
+        f"{command}: {WORKERS} workers, {options.steps} steps, {options.seeds} seeds",
+        f"{'test accuracy, mean (worst), at learning rate':<46}" + "".join(f"{column:>24}" for column in COLUMNS),
+    ]
     for method, name in NAMES.items():
         cells = []
         for column in COLUMNS:
             accuracies = [run.accuracy for run in table[method, column]]
             rate = table[method, column][0].rate
             cells.append(f"{np.mean(accuracies):>9.1%} ({min(accuracies):.1%}) {rate:<6g}")
-        print(f"{name:<46}" + "".join(f"{cell:>24}" for cell in cells))
+        lines.append(f"{name:<46}" + "".join(f"{cell:>24}" for cell in cells))
+    print("\n" + "\n".join(lines))
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "liars.txt").write_text("\n".join(lines) + "\n")
     save_plot(table, options.out / "liars.png")
 
 
@@ -196,7 +202,6 @@ def save_plot(table: dict[tuple[str, str], list[Run]], path: Path) -> None:
             axes.plot([place] * len(cell), cell, "k.", markersize=4)
     axes.set(xticks=range(len(COLUMNS)), xticklabels=COLUMNS, ylabel="test accuracy", ylim=(0, 1))
     axes.legend(loc="lower left")
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 
 
@@ -204,7 +209,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=240)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=Path("signsgd_demo"), help="where to save the plot")
+    parser.add_argument("--out", type=Path, default=Path("signsgd_demo"), help="where to save both")
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         free = listener.getsockname()[1]
