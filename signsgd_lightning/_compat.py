@@ -28,6 +28,14 @@ if TYPE_CHECKING:
 
 _STATE_DICT = "torch.distributed.checkpoint.state_dict"
 
+# Asked of every tensor in every step, so that a function around each would be felt.
+is_zero_tensor = Tensor._is_zerotensor
+"""Tells whether a tensor is zeros without memory; for `memory`."""
+is_functional = torch._is_functional_tensor
+"""Tells whether a tensor stands for one within functionalization; for `memory`."""
+is_in_transform = torch._C._functorch.is_functorch_wrapped_tensor
+"""Tells whether a tensor stands for one within `torch.func` transforms; for `memory`."""
+
 
 def prefix_store(prefix: str) -> PrefixStore:
     """Return the store through which the ranks found each other, under a prefix; for `vote.failures`."""
@@ -79,16 +87,6 @@ def streaming_load(stream: IO[bytes]) -> Any:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given buffer is not writable")  # its tensors are only read
         return _streaming_load(stream, weights_only=True)  # type: ignore[arg-type]
-
-
-def is_zero_tensor(tensor: Tensor) -> bool:
-    """Tell whether a tensor is zeros without memory; for `memory`."""
-    return tensor._is_zerotensor()
-
-
-def is_wrapped_by_transform(tensor: Tensor) -> bool:
-    """Tell whether a tensor stands for one within `torch.func` transforms or functionalization; for `memory`."""
-    return torch._is_functional_tensor(tensor) or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def arrived(tensor: Tensor) -> Tensor:

@@ -3,7 +3,9 @@
 import torch
 from torch import Tensor
 
-from ._compat import is_wrapped_by_transform, is_zero_tensor
+from ._compat import is_functional, is_in_transform, is_zero_tensor
+
+_ORDINARY = Tensor.__torch_dispatch__
 
 
 def is_plain(tensor: Tensor) -> bool:
@@ -29,9 +31,12 @@ def plain(tensor: Tensor, name: str = "a tensor") -> Tensor:
         TypeError: if it stands for values that are elsewhere: sharded, replicated on a mesh, nested, traced.
     """
     check_memory(tensor, name)
-    if is_zero_tensor(tensor):
-        return tensor.clone()
-    return tensor.resolve_conj().resolve_neg()
+    return resolved(tensor)
+
+
+def resolved(tensor: Tensor) -> Tensor:
+    """Return a tensor as `plain` does, of one that `check_memory` let pass."""
+    return tensor.clone() if is_zero_tensor(tensor) else tensor.resolve_conj().resolve_neg()
 
 
 def as_bytes(tensor: Tensor) -> Tensor:
@@ -75,10 +80,10 @@ def check_memory(tensor: Tensor, name: str) -> None:
 
 def _wrapper(tensor: Tensor) -> str | None:
     """Return what kind of wrapper a tensor is, None for one with memory of its own."""
-    if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+    if type(tensor).__torch_dispatch__ is not _ORDINARY:
         return type(tensor).__name__
     if tensor.is_nested:
         return "nested tensor"
-    if is_wrapped_by_transform(tensor):
+    if is_functional(tensor) or is_in_transform(tensor):
         return "tensor of a function transform"
     return None

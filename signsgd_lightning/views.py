@@ -13,7 +13,7 @@ from torch import Tensor
 import signsgd_core as core
 from signsgd_core.adversaries import Adversary
 
-from .memory import plain
+from .memory import resolved
 from .state import ENTRIES, MOMENTUM, VERDICT_MOMENTUM, Entry
 
 
@@ -32,6 +32,7 @@ class FlatView:
         shape: of the model's parameter that this is all of, where `parameter` is flat.
         orthogonal: whether its gradient is a polar factor, so that step 2b is done.
         owner: the model's parameter, where `parameter` is the local shard of it.
+        magnitude: how far a round of local steps moves each coordinate, in place of the factor of step 8.
     """
 
     parameter: Tensor
@@ -44,6 +45,7 @@ class FlatView:
     shape: torch.Size | None = None
     orthogonal: bool = False
     owner: Tensor | None = None
+    magnitude: float | None = None
 
     @property
     def stop(self) -> int:
@@ -65,7 +67,7 @@ class FlatView:
         """The gradient in memory that holds its value, of the parameter's shape or flat; an adversary's is its lie."""
         gradient = self.parameter.grad if self.sent is None else self.sent
         assert gradient is not None
-        return plain(gradient.detach())
+        return resolved(gradient.detach())
 
     @cached_property
     def flat_gradient(self) -> Tensor:
@@ -109,9 +111,11 @@ class FlatView:
         """How the parameter is matrices, where its group is orthogonalized."""
         return core.matrices(self.shape or self.parameter.shape, self.group["matrices"])
 
-    @cached_property
+    @property
     def scale(self) -> float:
         """The factor on the verdict, or its momentum, in step 8: ``1/√fan_in`` of a matrix, else 1."""
+        if self.magnitude is not None:
+            return self.magnitude
         return self.matrices.scale if self.group["orthogonalize"] else 1.0
 
     @property

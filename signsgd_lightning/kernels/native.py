@@ -69,7 +69,7 @@ class NativeKernel(NumpyKernel):
             if not view.present:
                 continue
             at, m, chosen = view.start - lo, view.momentum, settings.cast(view)
-            if _is_fast(view.raw_gradient):
+            if _is_row(view.raw_gradient):
                 g = _address(view.raw_gradient, a)
                 tiles.append((b - a, at + a, g, _address(m, a), 0, 0, chosen, 0))
             else:
@@ -106,7 +106,7 @@ class NativeKernel(NumpyKernel):
         for view in views:
             p, gradient = view.parameter, view.raw_gradient
             n = p.numel()
-            if not (_is_fast(p) and _is_fast(gradient)):
+            if not (_is_fast(p) and _is_row(gradient)):
                 others.append(view)
             elif n:
                 g, m, x, u = map(_address, (gradient, view.momentum, p, view.verdict_momentum))
@@ -181,7 +181,12 @@ os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not come alo
 
 
 def _is_fast(values: Tensor) -> bool:
-    return values.dtype is torch.float32 and values.is_contiguous() and is_plain(values)
+    return _is_row(values) and is_plain(values)
+
+
+def _is_row(values: Tensor) -> bool:
+    """Tell whether a plain tensor is one row of float32."""
+    return values.dtype is torch.float32 and values.is_contiguous()
 
 
 def _zero(zeros: Zeros, step: int, worker: int) -> int:

@@ -273,7 +273,7 @@ class LocalSteps:
         for verdict in verdicts:
             bits, move = verdict.bits.to(self._device), kernels.for_device(self._device).apply
             for view in verdict.views:
-                view.scale = magnitude[id(view.parameter)]
+                view.magnitude = magnitude[id(view.parameter)]
             if not self.options.outer_momentum:
                 move(verdict.views, 0, verdict.views[-1].stop, bits)  # x_0 - η·s·V
                 continue
@@ -345,9 +345,8 @@ _BETWEEN_ROUNDS = (
 def _zeros(view: FlatView) -> FlatView:
     """Return zeros from which a verdict takes ``−s·V``, in the memory of a displacement."""
     assert view.sent is not None
-    part = FlatView(view.sent.zero_(), {**view.group, "lr": -1.0}, {}, present=True, start=view.start)
-    part.scale = view.scale
-    return part
+    group = {**view.group, "lr": -1.0}
+    return FlatView(view.sent.zero_(), group, {}, present=True, start=view.start, magnitude=view.magnitude)
 
 
 def _lie(adversary: Adversary, delta: Tensor) -> Tensor:

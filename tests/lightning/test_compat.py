@@ -29,9 +29,9 @@ NAMES: dict[str, tuple[Any, str]] = {
     "_get_backend": (dist.ProcessGroup, "_compat.backend and _compat.timeout"),
     "_execution_engine": (torch.autograd.Variable, "_compat.queue_callback"),
     "_streaming_load": (_serialization, "_compat.streaming_load"),
-    "_is_zerotensor": (torch.Tensor, "_compat.is_zero_tensor"),
-    "_is_functional_tensor": (torch, "_compat.is_wrapped_by_transform"),
-    "is_functorch_wrapped_tensor": (torch._C._functorch, "_compat.is_wrapped_by_transform"),
+    "_is_zerotensor": (torch.Tensor, "memory, as _compat.is_zero_tensor"),
+    "_is_functional_tensor": (torch, "memory, as _compat.is_functional"),
+    "is_functorch_wrapped_tensor": (torch._C._functorch, "memory, as _compat.is_in_transform"),
     "_init_optim_state": (checkpoint, "Signum.step, by _compat.called_by_torch"),
     "_load_optim_state_dict": (checkpoint, "checkpoint.loading, by _compat.called_by_torch"),
     "_MockOptimizer": (lightning_optimizer, "_compat.stands_for_no_optimizer"),
@@ -83,13 +83,19 @@ def test_queue_callback() -> None:
 def test_tensors() -> None:
     assert _compat.is_zero_tensor(torch._efficientzerotensor(3))
     assert not _compat.is_zero_tensor(torch.zeros(3))
-    assert not _compat.is_wrapped_by_transform(torch.zeros(3))
+    assert not _compat.is_in_transform(torch.zeros(3))
+    assert not _compat.is_functional(torch.zeros(3))
 
-    def ask(x: torch.Tensor) -> torch.Tensor:
-        assert _compat.is_wrapped_by_transform(x)
+    def in_transform(x: torch.Tensor) -> torch.Tensor:
+        assert _compat.is_in_transform(x)
         return x
 
-    torch.func.vmap(ask)(torch.zeros(3))
+    def functional(x: torch.Tensor) -> torch.Tensor:
+        assert _compat.is_functional(x)
+        return x
+
+    torch.func.vmap(in_transform)(torch.zeros(3))
+    torch.func.functionalize(functional)(torch.zeros(3))
 
 
 def test_version() -> None:
