@@ -74,7 +74,7 @@ def _of(gradients: list[list[list[Array]]], replica: int) -> tuple[list[list[Arr
     return own[::2], own[1::2]
 
 
-@pytest.mark.parametrize("eager", [False, True])
+@pytest.mark.parametrize("eager", [False, pytest.param(True, marks=pytest.mark.nightly)])
 def test_fit_and_its_monitor(eager: bool) -> None:
     """What lies send counts as not finite where it is so; parameters stay the same on all."""
     with strategy({1: send_nan, 2: invert}).scope():

@@ -244,6 +244,7 @@ def test_without_a_compiler_numpy_goes_on(tmp_path: Path) -> None:
     assert "there-is-no-such-compiler" in said
 
 
+@pytest.mark.nightly
 @pytest.mark.multiprocess
 def test_it_is_compiled_once_and_anew_with_other_options(tmp_path: Path) -> None:
     assert _kernel(tmp_path, CC="cc") == "NativeKernel\n"
