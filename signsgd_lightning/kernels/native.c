@@ -5,6 +5,9 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+#if defined(__AVX__) && !defined(__AVX512F__)
+#include <immintrin.h>
+#endif
 
 enum { WORD = 64 };     // coordinates that are worked on together: they stay in the core's first cache
 enum { WORDS = 128 };   // words of 64 coordinates tallied at a time
@@ -131,6 +134,18 @@ static const uint32_t BIT[32] = {
 };
 
 // A bit for each of WORD numbers, the first lowest: which are negative, or positive.
+#if defined(__AVX__) && !defined(__AVX512F__)
+// Where a comparison leaves a vector of masks: their sign bits in one instruction, half the time of the loops below.
+#define BITS(OF) \
+    uint64_t bits = 0; \
+    for (int k = 0; k < WORD; k += 8) { \
+        const __m256 eight = _mm256_cmp_ps(_mm256_loadu_ps(c + k), _mm256_setzero_ps(), OF); \
+        bits |= (uint64_t)(uint32_t)_mm256_movemask_ps(eight) << k; \
+    } \
+    return bits;
+static inline uint64_t negative(const float *restrict c) { BITS(_CMP_LT_OQ) }
+static inline uint64_t positive(const float *restrict c) { BITS(_CMP_GT_OQ) }
+#else
 static inline uint64_t negative(const float *restrict c) {
     uint32_t low = 0, high = 0;
     for (int j = 0; j < 32; j++) low |= c[j] < 0.0f ? BIT[j] : 0;
@@ -143,6 +158,7 @@ static inline uint64_t positive(const float *restrict c) {
     for (int j = 0; j < 32; j++) high |= c[32 + j] > 0.0f ? BIT[j] : 0;
     return low | (uint64_t)high << 32;
 }
+#endif
 
 // V as float32: 1 with the sign bit, or 0 where nobody voted.
 static inline void expand(uint64_t signs, uint64_t votes, float *restrict v) {

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import platform
 import subprocess
 import sys
 from collections import defaultdict
@@ -43,6 +44,18 @@ KERNELS: list[Kernel] = [NumpyKernel(), DeviceKernel()]
 def compiled() -> Kernel:
     library = build.load()
     assert library is not None, "this machine has no C compiler, so the compiled loops were not tested"
+    return NativeKernel(library)
+
+
+@pytest.fixture(scope="module")
+def without_avx() -> Kernel:
+    """The loops as they are on processors without AVX, or with AVX-512."""
+    if platform.machine() != "x86_64":
+        pytest.skip("the loops of other processors are those that all tests take")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CC", "cc -mno-avx")
+        library = build.load.__wrapped__()
+    assert library is not None
     return NativeKernel(library)
 
 
@@ -122,6 +135,16 @@ def test_a_voted_step(chosen: dict[str, Any], dtype: torch.dtype, zeros: Any, sc
             outcomes.append([ballot, *outcome(views, state)])
         assert outcomes[0] == outcomes[1]
         assert outcomes[0] == outcomes[2]
+
+
+@pytest.mark.parametrize("zeros", ZEROS)
+@pytest.mark.parametrize("chosen", SETTINGS, ids=str)
+def test_a_voted_step_without_avx(chosen: dict[str, Any], zeros: Any, without_avx: Kernel) -> None:
+    outcomes = []
+    for kernel in (without_avx, NumpyKernel()):
+        views, state = views_of(1, torch.float32, chosen, None, 1)
+        outcomes.append([one_step(kernel, views, zeros, 1, 0), *outcome(views, state)])
+    assert outcomes[0] == outcomes[1]
 
 
 @pytest.mark.parametrize("zeros", ZEROS)
