@@ -5,8 +5,8 @@ python -m benchmarks.papers.local_steps --text FILE --images DIR --out benchmark
 The inner learning rates are about the best that signmuon.py found of the same optimizer; every row of local steps has
 as many tuning runs: three inner rates, two outer settings. The two best have two more seeds, and the better mean
 counts. Then the vote with other numbers of workers, and a longer training of the GPT by vote and mean with the first
-optimizer inside, by both outer steps at these rates, halved until worse. Each task has a result file of its own. What
-was trained is kept in trainings.json: started again, it goes on where it was.
+optimizer inside, at these rates, halved until worse, and by the other outer step from the best of these on. Each task
+has a result file of its own. What was trained is kept in trainings.json: started again, it goes on where it was.
 """
 
 import argparse
@@ -123,10 +123,10 @@ def measure(kind: str, options: argparse.Namespace, store: Store) -> Table:
 
 
 def longer(task: Task, store: Store, one: Found, steps: int) -> Iterator[Found]:
-    """Return a way of a longer training by each outer step, at its rates, halved until worse."""
-    for _, outer_lr, _ in OUTER[str(one.row.job.exchange)]:
-        job = one.row.job._replace(steps=steps, outer_lr=outer_lr)
-        job = halved_until_worse(task, store, job)
+    """Return a way of a longer training by each outer step: at its rates, halved until worse; then from the best on."""
+    job = one.row.job._replace(steps=steps)
+    for _, outer_lr, _ in OUTER[str(job.exchange)]:
+        job = halved_until_worse(task, store, job._replace(outer_lr=outer_lr))
         yield one._replace(row=Row(job, store.run(task, [job], "")), tried=0)
 
 
