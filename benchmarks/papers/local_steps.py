@@ -3,7 +3,7 @@
 python -m benchmarks.papers.local_steps --text FILE --images DIR --out benchmarks/results/papers
 
 The inner learning rates are about the best that signmuon.py found of the same optimizer; every row of local steps has
-as many tuning runs: three inner rates, two outer settings. The two best have two more seeds, and the better mean
+as many tuning runs: three inner rates, two outer settings, and DiLoCo's three. The two best have two more seeds, and the better mean
 counts. Then the vote with other numbers of workers, and a longer training of the GPT by vote and mean with the first
 optimizer inside, at these rates, halved until worse, and by the other outer step from the best of these on. Each task
 has a result file of its own. What was trained is kept in trainings.json: started again, it goes on where it was.
@@ -32,7 +32,7 @@ BEST: dict[str, dict[str, tuple[float, float | None]]] = {
 OUTER: dict[str, list[tuple[str, float, float]]] = {
     "vote": [("vote", 1.0, 0.0), ("vote", 1.4, 0.0)],
     "mean": [("mean", 1.0, 0.0), ("mean", 1.4, 0.0)],
-    "DiLoCo": [("mean", 0.7, 0.9), ("mean", 0.35, 0.9)],
+    "DiLoCo": [("mean", 0.7, 0.9), ("mean", 0.35, 0.9), ("mean", 0.175, 0.9)],
 }
 """What is tried of each outer step: what is exchanged, η, μ with Nesterov's momentum."""
 RATES = (1.0, 2.0, 0.5)
