@@ -2,11 +2,11 @@
 
 python -m benchmarks.papers.local_steps --text FILE --images DIR --out benchmarks/results/papers
 
-The inner learning rates are about the best that signmuon.py found of the same optimizer; every row of local steps has
-as many tuning runs: three inner rates, two outer settings, and DiLoCo's three. The two best have two more seeds, and the better mean
-counts. Then the vote with other numbers of workers, and a longer training of the GPT by vote and mean with the first
-optimizer inside, at these rates, halved until worse, and by the other outer step from the best of these on. Each task
-has a result file of its own. What was trained is kept in trainings.json: started again, it goes on where it was.
+The inner learning rates are about the best that signmuon.py found of the same optimizer. Every row of local steps has
+three inner rates and two outer settings to be tuned by, DiLoCo three. The two best have two more seeds, and the better
+mean counts. Then the vote with other numbers of workers, and a longer training of the GPT by vote and mean with the
+first optimizer inside, at these rates, halved until worse, and by the other outer step from the best of these on. Each
+task has a result file of its own. What was trained is kept in trainings.json: started again, it goes on where it was.
 """
 
 import argparse
