@@ -3,10 +3,11 @@
 python -m benchmarks.papers.local_steps --text FILE --images DIR --out benchmarks/results/papers
 
 The inner learning rates are about the best that signmuon.py found of the same optimizer. Every row of local steps has
-three inner rates and two outer settings to be tuned by, DiLoCo three. The two best have two more seeds, and the better
-mean counts. Then the vote with other numbers of workers, and a longer training of the GPT by vote and mean with the
-first optimizer inside, at these rates, halved until worse, and by the other outer step from the best of these on. Each
-task has a result file of its own. What was trained is kept in trainings.json: started again, it goes on where it was.
+three inner rates and two outer settings to be tuned by; of DiLoCo, the peer, the best one's neighbours are tried, too,
+until the best is at no edge. The two best have two more seeds, and the better mean counts. Then the vote with other
+numbers of workers, and a longer training of the GPT by vote and mean with the first optimizer inside, at these rates,
+halved until worse, and by the other outer step from the best of these on. Each task has a result file of its own. What
+was trained is kept in trainings.json: started again, it goes on where it was.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from typing import Any, NamedTuple
 
 from .common import command_line, heading, publish
 from .methods import CLIPPED, Job
-from .search import halved_until_worse
+from .search import halved, halved_until_worse
 from .signmuon import LONG_STEPS
 from .tasks import Task, add_arguments, shared_task
 from .training import SEEDS, Row, Store, add_device, tuned
@@ -32,11 +33,13 @@ BEST: dict[str, dict[str, tuple[float, float | None]]] = {
 OUTER: dict[str, list[tuple[str, float, float]]] = {
     "vote": [("vote", 1.0, 0.0), ("vote", 1.4, 0.0)],
     "mean": [("mean", 1.0, 0.0), ("mean", 1.4, 0.0)],
-    "DiLoCo": [("mean", 0.7, 0.9), ("mean", 0.35, 0.9), ("mean", 0.175, 0.9)],
+    "DiLoCo": [("mean", 0.7, 0.9), ("mean", 0.35, 0.9)],
 }
 """What is tried of each outer step: what is exchanged, η, μ with Nesterov's momentum."""
 RATES = (1.0, 2.0, 0.5)
 """Shares of the best inner learning rate that are tried."""
+MOST = 16
+"""Runs that tune a row."""
 EVERY = {MUON: (4, 16, 64), ADAMW: (16,)}
 """Steps between exchanges, with each optimizer inside."""
 MANY, OTHERS, LONG = 4, (2, 8), (16,)
@@ -91,6 +94,21 @@ def candidates(start: Job, outer: str, sync_every: int) -> list[Job]:
     ]
 
 
+def inside(task: Task, store: Store, jobs: list[Job]) -> list[Job]:
+    """Return jobs and as many more as leave the best of them with half and twice each of its rates beside it."""
+    while new := [job for job in _neighbours(tuned(task, store, jobs, SEEDS[:1]).job) if job not in jobs]:
+        jobs = [*jobs, *new[: MOST - len(jobs)]]
+        if len(jobs) == MOST:
+            break
+    return jobs
+
+
+def _neighbours(job: Job) -> list[Job]:
+    assert job.outer_lr is not None
+    twice = job._replace(lr=2 * job.lr, other_lr=job.other_lr and 2 * job.other_lr)
+    return [halved(job), twice, *(job._replace(outer_lr=job.outer_lr * by) for by in (0.5, 2.0))]
+
+
 def better_of_two(task: Task, store: Store, jobs: list[Job]) -> Row:
     """Return the better mean of the two best jobs by one seed: settings that are near each other are told by seeds."""
     first = tuned(task, store, jobs)
@@ -110,6 +128,8 @@ def measure(kind: str, options: argparse.Namespace, store: Store) -> Table:
     for (method, every), outer in itertools.product(chosen, options.outer):
         sync_every = 2 if options.short else every
         jobs = candidates(base(task, kind, method, steps), outer, sync_every)
+        if outer == "DiLoCo":
+            jobs = inside(task, store, jobs)
         found.append(Found(f"{method}, {outer}", sync_every, better_of_two(task, store, jobs), len(jobs)))
     votes = [one.row.job for one in found if one.row.job.exchange == "vote"]
     jobs = [job._replace(workers=workers) for job in votes for workers in options.workers]
