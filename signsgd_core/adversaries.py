@@ -123,7 +123,7 @@ def check_adversaries(adversaries: Mapping[int, Adversary] | None, workers: int,
     """
     if not isinstance(adversaries, Mapping | None):
         raise TypeError(f"adversaries must map a {kind} to its function, such as {{0: invert}}, got {adversaries!r}")
-    unknown = sorted(set(adversaries or {}) - set(range(workers)))
+    unknown = sorted(set(adversaries or {}) - set(range(workers)), key=repr)
     if unknown:
         raise ValueError(f"adversaries must be {kind}s 0 to {workers - 1}, got {unknown}")
     for number, adversary in (adversaries or {}).items():

@@ -122,13 +122,16 @@ def unpack(ballot: Ballot, length: int, out: npt.NDArray[np.float32] | None = No
         float32 of shape (length,).
 
     Raises:
-        ValueError: if the ballot is too short for `length` or has not one or two planes; if `out` is not as above.
+        ValueError: if the ballot is not uint8, too short for `length`, or has not one or two planes; if `out` is not as
+            above.
 
     Example:
         >>> unpack(np.array([[9], [13]], np.uint8), 4)
         array([-1.,  0.,  1., -1.], dtype=float32)
     """
     width = -(-length // 8)
+    if ballot.dtype != np.uint8:
+        raise ValueError(f"a ballot is uint8, got {ballot.dtype}")
     if ballot.ndim != 2 or ballot.shape[0] not in (1, 2) or ballot.shape[1] < width:
         raise ValueError(f"a ballot of {length} coordinates has shape (1 or 2, {width}), got {ballot.shape}")
     if out is None:

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from .adversaries import Adversary, check_adversaries
 from .ballots import Zeros
 from .reference import Reference
-from .settings import check_share, check_size
+from .settings import check_count, check_share, check_size
 from .update import finite
 
 Array = Any
@@ -38,8 +38,7 @@ def check_local_steps(sync_every: Any, outer_lr: Any, outer_momentum: Any) -> No
         Traceback (most recent call last):
         ValueError: sync_every must be a whole number of 1 or more, got 0
     """
-    if not isinstance(sync_every, int) or isinstance(sync_every, bool) or sync_every < 1:
-        raise ValueError(f"sync_every must be a whole number of 1 or more, got {sync_every!r}")
+    check_count("sync_every", sync_every, 1)
     check_size("outer_lr", outer_lr)
     check_share("outer_momentum", outer_momentum)
 
@@ -137,8 +136,8 @@ class LocalReference:
         check_local_steps(1, outer_lr, outer_momentum)
         self._vote = Reference(parameters, workers, lr=0.0, betas=(0, 0), zeros=zeros)
         self.parameters = self._vote.parameters  # a learning rate of 0 leaves them to L4
+        check_adversaries(adversaries, workers)
         self.outer_lr, self.outer_momentum, self.adversaries = outer_lr, outer_momentum, dict(adversaries or {})
-        check_adversaries(self.adversaries, workers)
         self.momenta = [np.zeros(x.shape, np.float32) for x in self.parameters]
         self.magnitudes = np.zeros(len(self.parameters), np.float32)
 
@@ -152,7 +151,11 @@ class LocalReference:
 
         Args:
             moved: ``moved[i][k]``, tensor `k` after worker `i`'s steps.
+
+        Raises:
+            ValueError: if they are not one a worker and tensor, each of the tensor's shape.
         """
+        self._vote.check_tensors(moved, "tensor")
         cast = [[self._displacement(i, k, x) for k, x in enumerate(tensors)] for i, tensors in enumerate(moved)]
         s_i = np.array([[magnitude(delta) for delta in of_worker] for of_worker in cast])  # L2
         if not s_i.any():

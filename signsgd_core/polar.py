@@ -48,7 +48,7 @@ def matrices(shape: Sequence[int], count: int = 1, name: str = "a parameter") ->
         name: of the parameter, for the error.
 
     Raises:
-        ValueError: if it has another number of dimensions, or rows that `count` does not divide.
+        ValueError: if it has another number of dimensions, or rows that `count` does not divide; for a `count` below 1.
 
     Example:
         >>> matrices((64, 16, 3, 3)), matrices((192, 64), count=3)
@@ -59,6 +59,8 @@ def matrices(shape: Sequence[int], count: int = 1, name: str = "a parameter") ->
             f"orthogonalize=True takes parameters of 2 to 4 dimensions, {name} has the shape {tuple(shape)}: put it "
             "in a group with orthogonalize=False"
         )
+    if count < 1:
+        raise ValueError(f"{name} must hold 1 matrix or more, got {count!r}")
     if shape[0] % count:
         raise ValueError(
             f"{name} of shape {tuple(shape)} is to hold {count} matrices, which do not divide its {shape[0]} rows: "

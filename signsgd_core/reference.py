@@ -84,12 +84,17 @@ class Reference:
         if any(x.dtype.kind != "f" and x.dtype.name != "bfloat16" for x in self.parameters):
             raise ValueError(f"parameters must be floating point, got {[str(x.dtype) for x in self.parameters]}")
         check_newton_schulz(ns_steps, ns_coefficients)
+        if not isinstance(orthogonalize, Mapping | None) or set(orthogonalize or ()) - set(range(len(self.parameters))):
+            raise ValueError(
+                f"orthogonalize must map numbers of the {len(self.parameters)} tensors to how many matrices each "
+                f"holds, such as {{0: 1}}, got {orthogonalize!r}"
+            )
         self.orthogonalize = dict(orthogonalize or {})
         shapes = {k: (self.parameters[k].shape, count) for k, count in self.orthogonalize.items()}
         self.scales = {k: matrices(*shape, f"tensor {k}").scale for k, shape in shapes.items()}
         self.ns_steps, self.ns_coefficients, self.tolerance = ns_steps, tuple(ns_coefficients), tolerance
+        check_adversaries(adversaries, workers)
         self.adversaries = dict(adversaries or {})
-        check_adversaries(self.adversaries, workers)
         self.workers, self.lr, self.betas, self.weight_decay = workers, lr, betas, weight_decay
         self.gamma = verdict_momentum
         self.warmup_steps = check_warmup_steps(warmup_steps, betas[1])
@@ -109,7 +114,7 @@ class Reference:
         Raises:
             ValueError: if they are not one a worker and tensor, each of the tensor's shape.
         """
-        self._check(gradients)
+        self.check_tensors(gradients)
         for k, x in enumerate(self.parameters):
             directions = [self._direction(i, k, gradients[i][k]) for i in range(self.workers)]
             cast = {i: c for i, c in enumerate(directions) if c is not None}
@@ -129,6 +134,11 @@ class Reference:
         """Steps 1-3 and 2b: what worker `i` votes with on tensor `k`, or `None` if it has no gradient."""
         if gradient is not None and i in self.adversaries:
             gradient = self.adversaries[i](gradient)
+            if gradient is not None and np.shape(gradient) != self.parameters[k].shape:
+                raise ValueError(
+                    f"an adversary must return a gradient of the shape {self.parameters[k].shape} that it got, not "
+                    f"{np.shape(gradient)}"
+                )
         if gradient is None:
             return None
         beta1, beta2 = self.betas
@@ -175,14 +185,21 @@ class Reference:
         bit = zero_bit(self.zeros, self.t, worker)
         return 0 if bit is None else 1 - 2 * bit
 
-    def _check(self, gradients: Sequence[Sequence[Array | None]]) -> None:
-        if len(gradients) != self.workers:
-            raise ValueError(f"gradients must be those of {self.workers} workers, got {len(gradients)}")
-        for i, worker in enumerate(gradients):
+    def check_tensors(self, given: Sequence[Sequence[Array | None]], kind: str = "gradient") -> None:
+        """Make sure that something is given of each worker and tensor, of its shape.
+
+        Args:
+            given: ``given[i][k]``, of worker `i` and tensor `k`.
+            kind: what it is.
+
+        Raises:
+            ValueError: if not.
+        """
+        if len(given) != self.workers:
+            raise ValueError(f"{kind}s must be those of {self.workers} workers, got {len(given)}")
+        for i, worker in enumerate(given):
             if len(worker) != len(self.parameters):
-                raise ValueError(f"worker {i} must have {len(self.parameters)} gradients, got {len(worker)}")
-            for k, (gradient, x) in enumerate(zip(worker, self.parameters, strict=True)):
-                if gradient is not None and np.shape(gradient) != x.shape:
-                    raise ValueError(
-                        f"worker {i}'s gradient {k} must have the shape {x.shape}, got {np.shape(gradient)}"
-                    )
+                raise ValueError(f"worker {i} must have {len(self.parameters)} {kind}s, got {len(worker)}")
+            for k, (one, x) in enumerate(zip(worker, self.parameters, strict=True)):
+                if one is not None and np.shape(one) != x.shape:
+                    raise ValueError(f"worker {i}'s {kind} {k} must have the shape {x.shape}, got {np.shape(one)}")

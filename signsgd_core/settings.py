@@ -53,7 +53,9 @@ def check_count(name: str, value: Any, least: int) -> None:
     Raises:
         ValueError: if it is not.
     """
-    if not isinstance(value, int) or value < least:
+    if isinstance(value, Integral) and not isinstance(value, int):
+        raise ValueError(f"{name} must be an int, got {value!r}: pass int({value})")
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name} must be a whole number of {least} or more, got {value!r}")
 
 

@@ -212,7 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--workers", type=_workers, default=4, help="that exchange (default: %(default)s)")
     add("--parameters", type=_parameters, default=10_000_000, help="of the model (default: %(default)s)")
     add("--step-ms", type=_step, metavar="MS", help="without exchange (default: a perceptron's, measured)")
-    add("--out", type=Path, default=Path("signsgd_demo"), help="where to save the plot (default: %(default)s)")
+    add("--out", type=_folder, default=Path("signsgd_demo"), help="where to save the plot (default: %(default)s)")
     options = parser.parse_args(arguments)
     work = measure(options.parameters, options.workers, options.step_ms is None)
     compute = work["step"] * options.parameters if options.step_ms is None else options.step_ms / 1e3
@@ -224,8 +224,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(report(options, costs))
     print(report_local_steps(options, round_cost(options, work, compute), compute))
     path = options.out / "breakeven.png"
-    save_plot(options, costs, path)
-    print(f"plot: {path}")
+    try:
+        save_plot(options, costs, path)
+    except ModuleNotFoundError:
+        print("no plot, which needs matplotlib: pip install 'signsgd[demo]'")
+    else:
+        print(f"plot: {path}")
 
 
 def _beside_ours(cost: Cost, ours: Cost) -> str:
@@ -275,6 +279,12 @@ def _parameters(text: str) -> int:
     if not 1 <= value < math.inf or value != int(value):
         raise argparse.ArgumentTypeError(f"must be a whole number of 1 or more, such as 25000000 or 25e6, got {text!r}")
     return int(value)
+
+
+def _folder(text: str) -> Path:
+    if Path(text).is_file():
+        raise argparse.ArgumentTypeError(f"must be a folder, and {text!r} is a file")
+    return Path(text)
 
 
 def _number(text: str) -> float:

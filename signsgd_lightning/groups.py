@@ -7,6 +7,8 @@ from typing import Any
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from signsgd_core import check_count
+
 _BETAS = (0.9, 0.95)
 
 _GATES = {nn.LSTM: 4, nn.GRU: 3}
@@ -41,7 +43,9 @@ def signmuon_groups(
             others. Names may have wildcards, as ``"blocks.*.qkv.weight"``.
 
     Raises:
-        ValueError: if a name is none of the model's, it has lazy parameters, or no matrix.
+        ValueError: if a name is none of the model's, it has lazy parameters, or no matrix; for a number of matrices
+            below 0.
+        TypeError: if it is no model, or `matrices` no mapping.
 
     Example:
         >>> from signsgd_lightning import Signum
@@ -49,12 +53,17 @@ def signmuon_groups(
         >>> [(group["name"], group["param_names"]) for group in Signum(signmuon_groups(model)).param_groups]
         [('matrices', ['0.weight']), ('others', ['0.bias', '2.weight', '2.bias'])]
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"signmuon_groups takes a model, got a {type(model).__name__}: pass model, not its parameters")
+    if not isinstance(matrices, Mapping | None):
+        raise TypeError(f"matrices must map names to numbers, such as {{'qkv.weight': 3}}, got {matrices!r}")
     named = dict(model.named_parameters())
     if any(is_lazy(p) for p in named.values()):
         raise ValueError("the model has lazy parameters of unknown shapes: run one batch through it first")
     counts = _counts(model, output)
     every = dict(model.named_parameters(remove_duplicate=False))  # one that modules share has a name in each
     for pattern, count in (matrices or {}).items():
+        check_count(f"matrices[{pattern!r}]", count, 0)
         found = [name for name in every if fnmatchcase(name, pattern)]
         if not found:
             raise ValueError(f"matrices names {pattern!r}, which is no parameter of the model: it has {_some(named)}")

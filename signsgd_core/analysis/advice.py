@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from ..settings import check_count
 from ..update import warmup_steps
 from .geometry import NAMES
 from .theory import CRITICAL_SNR
@@ -157,8 +158,12 @@ def read(path: Path) -> dict[str, Any]:
     """
     try:
         document = json.loads(path.read_text())
-        return {"records": list(document["records"]), "workers": int(document["workers"])}
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
+        records, workers = list(document["records"]), int(document["workers"])
+        check_count("workers", workers, 1)
+        if not all(value is None or float(value) == value for record in records for value in record.values()):
+            raise ValueError("its records hold something else than numbers")
+        return {"records": records, "workers": workers}
+    except (UnicodeDecodeError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{str(path)!r} is no file of a GeometryMonitor: {error}") from error
 
 

@@ -13,7 +13,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from ..settings import check_factor, check_size
+from ..settings import check_count, check_factor, check_size
 
 
 def matrix_descent(norm: float, smoothness: float, lr: float, shape: tuple[int, int]) -> float:
@@ -90,6 +90,8 @@ def matrix_vote_bound(
 
 
 def _root(shape: tuple[int, int]) -> float:
+    for side in shape:
+        check_count("each side of a matrix", side, 1)
     return math.sqrt(math.prod(shape))
 
 

@@ -172,7 +172,7 @@ def mixed_norm(gradient: npt.ArrayLike, noise: npt.ArrayLike) -> float:
     """
     g, sigma = np.abs(np.asarray(gradient, np.float64)), np.asarray(noise, np.float64)
     if not (sigma >= 0).all():
-        raise ValueError("noise must be 0 or more everywhere, got a negative standard deviation")
+        raise ValueError(f"noise must be 0 or more everywhere, got {sigma.min()}")
     sure = g > CRITICAL_SNR * sigma
     return float(np.where(sure, g, g**2 / np.where(sigma > 0, sigma, 1.0)).sum())
 
@@ -193,7 +193,7 @@ def small_batch_bound(gap: float, curvature: Vector, calls: int) -> float:
         >>> small_batch_bound(1.0, [1.0], calls=900)
         0.1
     """
-    curve, _ = _check(gap, curvature, [0.0] * len(curvature), calls)
+    curve, _ = _check(gap, curvature, np.zeros(np.shape(curvature)), calls)
     return float(3 * (curve.sum() * gap / calls) ** 0.5)
 
 
@@ -241,7 +241,7 @@ def learning_rate(curvature: Vector, steps: int, gap: float = 1.0) -> float:
         >>> learning_rate([1.0, 3.0], steps=25)
         0.1
     """
-    curve, _ = _check(gap, curvature, [0.0] * len(curvature), steps)
+    curve, _ = _check(gap, curvature, np.zeros(np.shape(curvature)), steps)
     return float((gap / (curve.sum() * steps)) ** 0.5)
 
 

@@ -144,7 +144,7 @@ def flat(
     if scheme not in _KNOWN:
         raise ValueError(f"unknown scheme {scheme!r}, take one of {', '.join(map(repr, _KNOWN))}")
     for name, value in (("parameters", parameters), ("workers", workers)):
-        if value < 1:
+        if not value >= 1:
             raise ValueError(f"{name} must be 1 or more, got {value!r}")
     sent, rounds, messages = _KNOWN[scheme]
     count = messages(parameters, workers) if messages else rounds(workers)

@@ -29,7 +29,7 @@ def majority_vote(parameters: int, workers: int, zeros: Zeros = "alternate") -> 
 
 
 def local_steps(parameters: int, workers: int, sync_every: int, tensors: int = 0) -> float:
-    """Our vote on displacements: ``2·(M−1)/M·d/H`` bits a step, and a header and 4 bytes a tensor a peer and round.
+    """Our vote on displacements: ``2·(M−1)/M·d/H`` bits a step, and ``4·(tensors + 1)`` bytes a peer and round.
 
     Args:
         parameters: `d`.

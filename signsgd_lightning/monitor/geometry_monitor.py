@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,9 @@ from ..vote.transport import Message, PointToPoint
 class GeometryMonitor(Callback):
     r"""Log densities and signal-to-noise of gradients, and say at the end what they mean for training by signs.
 
-    Each `every_n_steps` steps the gradients of `samples` consecutive ones, as the optimizer gets them, become mean and
-    moments of a random choice of coordinates; names and meaning: see `signsgd_core.analysis.geometry`. Under a vote
-    those of all ranks are taken together; where workers come and go, or take local steps, each looks at its own.
+    Each `every_n_steps` steps the gradients of `samples` consecutive ones, clipped as the optimizer gets them, become
+    mean and moments of a random choice of coordinates; names and meaning: see `signsgd_core.analysis.geometry`. Under a
+    vote those of all ranks are taken together; where workers come and go, or take local steps, each looks at its own.
     Elsewhere DDP has averaged them, and they are of all ranks' batches. It works with every optimizer, of several with
     the first. A gradient that is not finite is left out. Sharded models are refused: densities of a shard are not those
     of the model.
@@ -49,7 +50,7 @@ class GeometryMonitor(Callback):
         directory: for the files, inside the run's own; None writes none.
 
     Raises:
-        ValueError: if a number is outside its range.
+        ValueError: if a number is outside its range; at the start of `fit` without an optimizer.
         TypeError: at the start of `fit`, if a parameter is a DTensor.
 
     Example:
@@ -68,15 +69,19 @@ class GeometryMonitor(Callback):
         check_monitor(every_n_steps, samples, coordinates)
         self.every_n_steps, self.samples, self.coordinates = every_n_steps, samples, coordinates
         self.curvature_loss, self.directory = curvature_loss, directory
-        self._optimizer: Optimizer | None = None
+        self._end: Callable[[], None] = lambda: None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Choose the coordinates."""
         optimizer = see_through(trainer.optimizers[0])
         refuse_sharded(optimizer, "GeometryMonitor", _WHOLE)
-        self._optimizer, self._steps, self._rows = optimizer, 0, list[Tensor]()
-        self._first = trainer.global_step
+        self._steps, self._rows, self._first = 0, list[Tensor](), trainer.global_step
         self._parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+        if not self._parameters:
+            raise ValueError(
+                "GeometryMonitor looks at the gradients of an optimizer's parameters, and there are none that train: "
+                "return an optimizer from configure_optimizers"
+            )
         sizes = [p.numel() for p in self._parameters]
         self._chosen = [
             torch.from_numpy(chosen).to(p.device)
@@ -90,11 +95,11 @@ class GeometryMonitor(Callback):
         self._everyone: PointToPoint | None = vote.topology.everyone if vote and gathers else None
         workers = self._everyone.world_size if self._everyone else 1
         self.report = GeometryReport(workers, sum(sizes), sum(map(len, self._chosen)))
+        self._end()  # of a fit that ended in an error
+        self._end = optimizer.register_step_post_hook(partial(self._look, trainer, pl_module)).remove
 
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Look at the gradients."""
-        if see_through(optimizer) is not self._optimizer:
-            return
+    def _look(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer, *_: object) -> None:
+        """Look at the gradients behind a step: Lightning's hooks come before it clips them, and for each closure."""
         if self._steps % self.every_n_steps < self.samples:
             self._rows.append(_taken(self._parameters, self._chosen) / _scale(trainer, optimizer))
         if self._come_and_go:  # a worker that joins goes on from the others' step, and may take one again
@@ -111,7 +116,13 @@ class GeometryMonitor(Callback):
         if trainer.is_global_zero:
             for sentence in self.report.save(None if self.directory is None else Path(base) / self.directory):
                 rank_zero_info(sentence)
-        self._optimizer = None
+            if self.directory is not None and self.report.records:
+                rank_zero_info(f"figures: {Path(base) / self.directory / 'geometry.json'}")
+        self._end()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave the optimizer."""
+        self._end()
 
     def _record(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the figures of the gradients looked at since the last time; ranks that gather do it at the same step."""
@@ -140,9 +151,10 @@ class GeometryMonitor(Callback):
             return own
         row = torch.from_numpy(Moments.pack(own, self.report.coordinates))
         everyone = self._everyone
-        wire = everyone.wire(self._parameters[0].device)
+        wire, traffic = everyone.wire(self._parameters[0].device), (everyone.sent_bytes, everyone.waited_seconds)
         meet(everyone, Purpose.MOMENTS, wire)
         rows = everyone.gather(row.to(wire), Message.FIGURES)
+        everyone.sent_bytes, everyone.waited_seconds = traffic  # which VoteMonitor shows: this is no vote's
         return Moments.unpack(rows.cpu().numpy())
 
 
@@ -195,7 +207,7 @@ def hessian_diagonal(loss: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]
 
 def _taken(parameters: Sequence[Tensor], chosen: Sequence[Tensor]) -> Tensor:
     """Return the chosen coordinates of gradients, zeros of those that lack one, as float32."""
-    return _sampled([p.new_zeros(p.shape) if p.grad is None else p.grad for p in parameters], chosen)
+    return _sampled([p.new_zeros(p.shape) if p.grad is None else p.grad.to_dense() for p in parameters], chosen)
 
 
 def _sampled(tensors: Sequence[Tensor], chosen: Sequence[Tensor]) -> Tensor:
@@ -203,6 +215,7 @@ def _sampled(tensors: Sequence[Tensor], chosen: Sequence[Tensor]) -> Tensor:
 
 
 def _scale(trainer: Trainer, optimizer: Optimizer) -> float:
-    """Return by what a gradient scaler multiplied gradients that are still to be unscaled, as `Signum`'s are."""
+    """Return by what a gradient scaler multiplied gradients that are scaled still behind a step, as `Signum`'s are."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
-    return float(scaler.get_scale()) if scaler and getattr(optimizer, "_step_supports_amp_scaling", False) else 1.0
+    scaled = isinstance(optimizer, Signum) and getattr(optimizer, "_step_supports_amp_scaling", False)
+    return float(scaler.get_scale()) if scaler and scaled else 1.0

@@ -156,7 +156,19 @@ def test_records_stay_bounded() -> None:
     assert report.records[0]["step"] == 0
 
 
-@pytest.mark.parametrize("content", ["", "[1]", '{"workers": 2}', '{"workers": 2, "records": [{}]}', "\udcff"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[1]",
+        '{"workers": 2}',
+        '{"workers": 2, "records": [{}]}',
+        '{"workers": 2, "records": [1]}',
+        '{"workers": 2, "records": [{"step": 1, "samples": "many"}]}',
+        '{"workers": 0, "records": []}',
+        "\udcff",
+    ],
+)
 def test_files_that_are_none(tmp_path: Path, content: str) -> None:
     path = tmp_path / "wrong.json"
     path.write_bytes(content.encode(errors="surrogateescape"))

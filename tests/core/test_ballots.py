@@ -183,3 +183,8 @@ def test_wrong_out(out: npt.NDArray[Any]) -> None:
 def test_wrong_ballot(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"^a ballot of 9 coordinates has shape \(1 or 2, 2\), got \("):
         unpack(np.zeros(shape, np.uint8), 9)
+
+
+def test_a_ballot_is_bytes() -> None:
+    with pytest.raises(ValueError, match="^a ballot is uint8, got int8$"):
+        unpack(np.array([[-1]], np.int8), 8)

@@ -127,6 +127,8 @@ def test_what_makes_no_sense_is_refused() -> None:
         flat("pigeon", 1, 2)
     with pytest.raises(ValueError, match="parameters must be 1 or more, got 0"):
         flat(OURS, 0, 2)
+    with pytest.raises(ValueError, match="parameters must be 1 or more, got nan"):
+        flat(OURS, float("nan"), 2)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="workers must be 1 or more, got 0"):
         flat(OURS, 1, 0)
     with pytest.raises(ValueError, match="ranks_per_node must be 1 or more, got 0"):

@@ -147,3 +147,19 @@ def test_sync_every_is_a_whole_number(sync_every: Any) -> None:
 def test_traffic() -> None:
     """A vote, and for each peer a float a tensor and one more; all of it once in `H` steps."""
     assert local_steps(10**6, 4, 16, tensors=10) == (majority_vote(10**6, 4) + 3 * 44) / 16
+
+
+@pytest.mark.parametrize(
+    ("moved", "sentence"),
+    [
+        ([], "tensors must be those of 2 workers, got 0"),
+        ([[np.ones(2)], [np.array(5.0)]], "worker 1's tensor 0 must have the shape (2,), got ()"),
+        ([[np.ones(2), np.ones(2)], [np.ones(2)]], "worker 0 must have 1 tensors, got 2"),
+    ],
+)
+def test_what_moved_has_the_tensors_shapes(moved: list[list[Any]], sentence: str) -> None:
+    reference = LocalReference([np.zeros(2)], workers=2)
+    with pytest.raises(ValueError, match="must") as error:
+        reference.close(moved)
+    assert str(error.value) == sentence
+    assert not reference.parameters[0].any()

@@ -78,6 +78,7 @@ def test_the_noise_term_falls_with_the_root_of_the_workers() -> None:
     [
         (lambda: matrix_descent(-1.0, 1.0, 1.0, SHAPE), "norm must be 0 or more and finite, got -1.0"),
         (lambda: matrix_descent(1.0, 0.0, 1.0, SHAPE), "smoothness must be above 0 and finite, got 0.0"),
+        (lambda: matrix_descent(1.0, 1.0, 1.0, (0, 4)), "each side of a matrix must be a whole number of 1 or more"),
         (lambda: matrix_learning_rate(1.0, 1.0, 0), "steps must be above 0 and finite, got 0"),
         (lambda: matrix_vote_bound(1.0, 1.0, [1.0], 5), r"noise must be a matrix .* got \[1.0\]"),
         (lambda: matrix_vote_bound(1.0, 1.0, [[1.0]], 5, workers=0), "workers must be above 0"),

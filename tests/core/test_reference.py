@@ -217,6 +217,9 @@ def test_packed_vote_agrees(workers: int, seed: int, step: int, zeros: Zeros, be
         np.testing.assert_array_equal(unpack(np.array(elected), 50), reference.verdicts[0])
 
 
+_MAP = "orthogonalize must map numbers of the 1 tensors to how many matrices each holds, such as {0: 1}, got"
+
+
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
@@ -228,7 +231,13 @@ def test_packed_vote_agrees(workers: int, seed: int, step: int, zeros: Zeros, be
         ({"verdict_momentum": 1.5}, "verdict_momentum must lie in [0, 1), got 1.5"),
         ({"warmup_steps": -1}, "warmup_steps must be 'auto' or a whole number of 0 or more, got -1"),
         ({"warmup_steps": "all"}, "warmup_steps must be 'auto' or a whole number of 0 or more, got 'all'"),
+        ({"workers": np.int64(2)}, "workers must be an int, got np.int64(2): pass int(2)"),
+        ({"workers": True}, "workers must be a whole number of 1 or more, got True"),
         ({"adversaries": {2: invert}}, "adversaries must be workers 0 to 1, got [2]"),
+        ({"adversaries": {"a": invert, 9: invert}}, "adversaries must be workers 0 to 1, got ['a', 9]"),
+        ({"orthogonalize": {5: 1}}, f"{_MAP} {{5: 1}}"),
+        ({"orthogonalize": True}, f"{_MAP} True"),
+        ({"parameters": [np.zeros((2, 2))], "orthogonalize": {0: 0}}, "tensor 0 must hold 1 matrix or more, got 0"),
         ({"parameters": [np.zeros(1, int)]}, "parameters must be floating point, got ['int64']"),
         ({"zeros": "random"}, "zeros must be one of 'alternate', 'abstain', 'positive', got 'random'"),
     ],
@@ -253,3 +262,10 @@ def test_wrong_gradients_change_nothing(gradients: list[list[Any]], sentence: st
         reference.step(gradients)
     assert str(error.value) == sentence
     assert reference.parameters[0] == 0
+
+
+def test_a_lie_has_the_gradients_shape() -> None:
+    reference = Reference([np.zeros(3)], workers=1, lr=0.1, adversaries={0: lambda g: g[:1]})
+    with pytest.raises(ValueError, match=r"must return a gradient of the shape \(3,\) that it got, not \(1,\)"):
+        reference.step([[np.ones(3)]])
+    assert not reference.parameters[0].any()

@@ -185,7 +185,10 @@ BAD: list[tuple[Callable[[], object], str]] = [
     (lambda: theory.sgd_bound(1.0, [0.0], [1.0], 4), "curvature must be above 0 somewhere"),
     (lambda: theory.majority_vote_bound(1.0, [1.0], [1.0], 4, 0, True), "workers must be 1 or more, got 0"),
     (lambda: theory.inverters_bound(1.0, [1.0], [1.0], 4, 4, 0.5), r"share in \[0, 0\.5\): half .*, got 0\.5"),
-    (lambda: theory.mixed_norm([1.0], [-1.0]), "noise must be 0 or more everywhere"),
+    (lambda: theory.mixed_norm([1.0], [-1.0]), r"noise must be 0 or more everywhere, got -1\.0"),
+    (lambda: theory.mixed_norm([1.0], [np.nan]), "noise must be 0 or more everywhere, got nan"),
+    (lambda: theory.learning_rate(np.array(4.0), 25), "curvature must be a vector of finite numbers"),
+    (lambda: theory.small_batch_bound(1.0, np.array(4.0), 900), "curvature must be a vector of finite numbers"),
     (lambda: theory.signum_rate(1.0, [1.0], [1.0], 100, 0.9, 0.1), r"the warmup of beta=0\.9 takes, 1485, got 100"),
     (lambda: theory.signum_rate(1.0, [1.0], [1.0], 100, 0.0, 0.0), r"lr must be above 0, got 0\.0"),
 ]

@@ -107,3 +107,19 @@ def test_wrong_options_end_in_a_sentence(option: str, sentence: str, capsys: pyt
         main([option])
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last == f"python -m signsgd_lightning.breakeven: error: argument {sentence}"
+
+
+def test_a_file_in_the_folders_place(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "plots"
+    path.write_text("mine")
+    with pytest.raises(SystemExit, match="^2$"):
+        main([f"--out={path}"])
+    assert f"argument --out: must be a folder, and '{path}' is a file" in capsys.readouterr().err
+
+
+def test_without_matplotlib(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    main(["--parameters=1000", "--step-ms=1", f"--out={tmp_path}"])
+    assert capsys.readouterr().out.endswith("no plot, which needs matplotlib: pip install 'signsgd[demo]'\n")

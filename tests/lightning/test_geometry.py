@@ -17,7 +17,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 
 from signsgd_core.analysis.geometry import Moments, figures
-from signsgd_lightning import GeometryMonitor
+from signsgd_lightning import GeometryMonitor, VoteMonitor
 from tests.workers import Workers
 
 from .models import QUIET, Given, GivenByTwo, Net, alone, array, trainer
@@ -46,9 +46,11 @@ def same(values: dict[str, Any], expected: dict[str, float]) -> None:
         assert values.get(name) == (None if math.isnan(value) else pytest.approx(value, rel=1e-5, abs=1e-9)), name
 
 
-def test_figures_of_one_process(tmp_path: Path) -> None:
+@pytest.mark.parametrize("clipped", [None, 0.01])
+def test_figures_of_one_process(clipped: float | None, tmp_path: Path) -> None:
+    """They are of gradients as the optimizer got them."""
     model, monitor = Plain(), GeometryMonitor(every_n_steps=6, samples=4, directory=tmp_path)
-    run = alone(model, monitor)
+    run = alone(model, monitor, gradient_clip_val=clipped)
     seen = np.array(model.seen)
     assert len(seen) == 16
     assert [record["step"] for record in monitor.report.records] == [6, 12]
@@ -197,6 +199,60 @@ def _two() -> list[dict[str, Any]]:
 def test_of_several_optimizers_the_first(workers: Workers) -> None:
     for records in workers.run(2, _two):
         assert [record["geometry/gradient_density"] for record in records] == [1.0, 1.0]
+
+
+class Sparse(Plain):
+    """An embedding's gradient has rows of what was looked up alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Embedding(10, 4, sparse=True), nn.Flatten(), self.net)
+
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        out: Tensor = self.net(torch.tensor([index % 10]))
+        return out.square().sum()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+def test_sparse_gradients() -> None:
+    monitor = GeometryMonitor(every_n_steps=8, samples=8, directory=None)
+    alone(Sparse(), monitor)
+    assert monitor.report.records[0]["samples"] == 8
+
+
+class ByLineSearch(Plain):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.LBFGS(self.net.parameters(), lr=0.01)
+
+
+def test_steps_are_counted_and_not_closures() -> None:
+    monitor = GeometryMonitor(every_n_steps=4, samples=4, directory=None)
+    run = alone(ByLineSearch(), monitor)
+    assert [record["step"] for record in monitor.report.records] == list(range(4, run.global_step + 1, 4))
+
+
+class Frozen(Plain):
+    def configure_optimizers(self) -> Any:
+        return None
+
+
+def test_without_an_optimizer() -> None:
+    with pytest.raises(ValueError, match="GeometryMonitor looks at the gradients of an optimizer's parameters, and"):
+        alone(Frozen(), GeometryMonitor(4, 4))
+
+
+def _counted(watched: bool) -> float:
+    given: Any = np.ones((4, dist.get_world_size(), 2, 3), np.float32)
+    also = [GeometryMonitor(every_n_steps=2, samples=2, directory=None)] if watched else []
+    run = trainer(callbacks=[VoteMonitor(), *also], log_every_n_steps=4)
+    run.fit(Given(given))
+    return float(run.callback_metrics["vote/bytes_per_step"])
+
+
+def test_its_own_messages_are_not_the_votes(workers: Workers) -> None:
+    assert workers.run(2, _counted, True) == workers.run(2, _counted, False)
 
 
 def test_training_is_the_same_bit_for_bit() -> None:

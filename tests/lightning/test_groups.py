@@ -117,12 +117,21 @@ def test_a_wrapped_model() -> None:
         ({"matrices": {"qkv": 3}}, r"matrices names 'qkv', which is no parameter of the model: it has '0\.weight'"),
         ({"matrices": {"0.weight": 5}}, r"0\.weight of shape \(4, 4\) is to hold 5 matrices"),
         ({"matrices": {"0.bias": 1}}, r"0\.bias has the shape \(4,\)"),
-        ({"matrices": {"0.weight": -1}}, "matrices must be a whole number of 1 or more, got -1"),
+        ({"matrices": {"0.weight": -1}}, r"matrices\['0.weight'\] must be a whole number of 0 or more, got -1"),
+        ({"matrices": {"0.weight": None}}, r"matrices\['0.weight'\] must be a whole number of 0 or more, got None"),
     ],
 )
 def test_what_cannot_be(options: dict[str, Any], error: str) -> None:
     with pytest.raises(ValueError, match=error):
         where(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), **options)
+
+
+def test_what_is_of_another_type() -> None:
+    model = nn.Linear(4, 4)
+    with pytest.raises(TypeError, match="signmuon_groups takes a model, got a generator: pass model, not its param"):
+        signmuon_groups(model.parameters())  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"matrices must map names to numbers, such as \{'qkv.weight': 3\}, got 3"):
+        signmuon_groups(model, matrices=3)  # type: ignore[arg-type]
 
 
 def test_without_matrices() -> None:
