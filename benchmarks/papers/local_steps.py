@@ -154,7 +154,7 @@ def table(measured: Table) -> Iterator[str]:
     """Return the lines."""
     task, steps, found, others, long = measured
     yield f"\n{task.name}, {steps} steps of {task.global_batch} examples, {MANY} workers: {task.measured}"
-    yield f"  {'optimizer, exchange':<28}{'H':>4}{'lr':>9}{'η':>6}{'μ':>6}{'runs':>5}{'bits':>9}{'mean':>9}{'±':>8}"
+    yield f"  {'optimizer, exchange':<28}{'H':>4}{'lr':>9}{'η':>7}{'μ':>6}{'runs':>5}{'bits':>9}{'mean':>9}{'±':>8}"
     yield from map(line, found)
     if others:
         yield "  the votes with other numbers of workers, same global batch and rates, one seed:"
@@ -170,10 +170,10 @@ def table(measured: Table) -> Iterator[str]:
 def line(found: Found) -> str:
     """Return a way's line; without tuning runs and a spread it is the longer training's."""
     name, sync_every, row, tried = found
-    outer = "".join(f"{'' if x is None else format(x, 'g'):>6}" for x in (row.job.outer_lr, row.job.outer_momentum))
+    eta, mu = ("" if x is None else format(x, "g") for x in (row.job.outer_lr, row.job.outer_momentum))
     spread = f"{row.spread:.4f}" if len(row.runs) > 1 else "-"
     return (
-        f"  {name:<28}{sync_every:>4}{row.job.lr:>9.3g}{outer}{tried or '':>5}{row.job.bits:>9,.0f}"
+        f"  {name:<28}{sync_every:>4}{row.job.lr:>9.3g}{eta:>7}{mu:>6}{tried or '':>5}{row.job.bits:>9,.0f}"
         f"{row.mean:>9.4f}{spread:>8}"
     )
 
