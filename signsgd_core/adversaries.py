@@ -104,6 +104,18 @@ ADVERSARIES: dict[str, Callable[[int], Adversary]] = {
 """Name -> the adversary that a worker with a seed of its own is."""
 
 
+def check_lie(sent: Any, shape: tuple[int, ...]) -> None:
+    """Make sure that what an adversary sends has the shape of the gradient that it got.
+
+    Raises:
+        ValueError: if not.
+    """
+    if np.shape(sent) != shape:
+        raise ValueError(
+            f"an adversary must return a gradient of the shape {tuple(shape)} that it got, not {np.shape(sent)}"
+        )
+
+
 def check_adversaries(adversaries: Mapping[int, Adversary] | None, workers: int, kind: str = "worker") -> None:
     """Make sure that only workers that there are get to lie, each by a function.
 

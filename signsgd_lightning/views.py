@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import signsgd_core as core
-from signsgd_core.adversaries import Adversary
+from signsgd_core.adversaries import Adversary, check_lie
 
 from .memory import resolved
 from .state import ENTRIES, MOMENTUM, VERDICT_MOMENTUM, Entry
@@ -129,11 +129,7 @@ class FlatView:
         sent = adversary(self.flat_gradient.float().cpu().numpy().reshape(self.parameter.shape))
         self.present = sent is not None
         if sent is not None:
-            if np.shape(sent) != self.parameter.shape:
-                raise ValueError(
-                    f"an adversary must return a gradient of the shape {tuple(self.parameter.shape)} that it got, not "
-                    f"{np.shape(sent)}"
-                )
+            check_lie(sent, self.parameter.shape)
             self.sent = torch.from_numpy(np.array(sent)).to(self.parameter.device)
             del self.flat_gradient, self.raw_gradient
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from .common import command_line, heading, publish
 from .methods import CLIPPED, Job
-from .search import halved, halved_until_worse
+from .search import halved_until_worse, scaled
 from .signmuon import LONG_STEPS
 from .tasks import Task, add_arguments, shared_task
 from .training import SEEDS, Row, Store, add_device, tuned
@@ -82,13 +82,8 @@ def base(task: Task, kind: str, method: str, steps: int, workers: int = MANY) ->
 def candidates(start: Job, outer: str, sync_every: int) -> list[Job]:
     """Return what is tried of one row."""
     return [
-        start._replace(
-            lr=start.lr * share,
-            other_lr=start.other_lr and start.other_lr * share,
-            sync_every=sync_every,
-            exchange=exchange,
-            outer_lr=outer_lr,
-            outer_momentum=momentum,
+        scaled(start, share)._replace(
+            sync_every=sync_every, exchange=exchange, outer_lr=outer_lr, outer_momentum=momentum
         )
         for share, (exchange, outer_lr, momentum) in itertools.product(RATES, OUTER[outer])
     ]
@@ -96,17 +91,17 @@ def candidates(start: Job, outer: str, sync_every: int) -> list[Job]:
 
 def inside(task: Task, store: Store, jobs: list[Job]) -> list[Job]:
     """Return jobs and as many more as leave the best of them with half and twice each of its rates beside it."""
-    while new := [job for job in _neighbours(tuned(task, store, jobs, SEEDS[:1]).job) if job not in jobs]:
-        jobs = [*jobs, *new[: MOST - len(jobs)]]
-        if len(jobs) == MOST:
-            break
+    new = jobs
+    while new and len(jobs) < MOST:
+        new = [job for job in _neighbours(tuned(task, store, jobs, SEEDS[:1]).job) if job not in jobs]
+        jobs = [*jobs, *new][:MOST]
     return jobs
 
 
 def _neighbours(job: Job) -> list[Job]:
     assert job.outer_lr is not None
-    twice = job._replace(lr=2 * job.lr, other_lr=job.other_lr and 2 * job.other_lr)
-    return [halved(job), twice, *(job._replace(outer_lr=job.outer_lr * by) for by in (0.5, 2.0))]
+    steps = (0.5, 2.0)
+    return [*(scaled(job, by) for by in steps), *(job._replace(outer_lr=job.outer_lr * by) for by in steps)]
 
 
 def better_of_two(task: Task, store: Store, jobs: list[Job]) -> Row:

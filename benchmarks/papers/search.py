@@ -71,7 +71,12 @@ def halved_until_worse(task: Task, store: Store, job: Job) -> Job:
 
 def halved(job: Job) -> Job:
     """Return a job at half its learning rates."""
-    return job._replace(lr=job.lr / 2, other_lr=job.other_lr and job.other_lr / 2)
+    return scaled(job, 0.5)
+
+
+def scaled(job: Job, by: float) -> Job:
+    """Return a job at `by` times its learning rates."""
+    return job._replace(lr=by * job.lr, other_lr=job.other_lr and by * job.other_lr)
 
 
 def missing(job: Job, decays: tuple[float, ...], tried: Mapping[Job, float]) -> list[Job]:

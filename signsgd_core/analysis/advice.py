@@ -163,7 +163,7 @@ def read(path: Path) -> dict[str, Any]:
         if not all(value is None or float(value) == value for record in records for value in record.values()):
             raise ValueError("its records hold something else than numbers")
         return {"records": records, "workers": workers}
-    except (UnicodeDecodeError, AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{str(path)!r} is no file of a GeometryMonitor: {error}") from error
 
 
