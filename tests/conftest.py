@@ -15,6 +15,8 @@ with contextlib.suppress(ImportError):
 
 os.environ["KERAS_BACKEND"] = "tensorflow"  # of this process; the others are in processes of their own
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+for _name in ("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS"):  # threads that spin where all cores are busy cost a fifth
+    os.environ.setdefault(_name, "1")  # before torch, TensorFlow, or a process that a test starts
 
 
 LEFT_OUT = ("nightly", "slow")

@@ -297,7 +297,6 @@ def _train(path: Path, lighthouse: str, task: Task) -> None:
 
     from signsgd_lightning import Signum, enable_elastic_vote
 
-    torch.set_num_threads(1)
     random = torch.Generator().manual_seed(os.getpid())  # each starts elsewhere
     model = nn.ParameterList([torch.rand(size, generator=random) for size in task.sizes])
     optimizer = Signum(model.parameters(), **task.signum)

@@ -57,7 +57,6 @@ def train_rounds(path: Path, lighthouse: str, task: Rounds) -> None:
 
     from signsgd_lightning import enable_elastic_local_steps
 
-    torch.set_num_threads(1)
     random = torch.Generator().manual_seed(os.getpid())  # each starts elsewhere
     model = nn.ParameterList([torch.rand(size, generator=random) for size in SIZES]).to(getattr(torch, task.dtype))
     optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=0.5)

@@ -53,7 +53,6 @@ def fit(path: Path, lighthouse: str, task: Fit) -> None:
         signmuon_groups,
     )
 
-    torch.set_num_threads(1)
     torch.manual_seed(os.getpid())  # each starts elsewhere
     per_step, drawn = task.settings.get("accumulate_grad_batches", 1), list[list[int]]()
 

@@ -25,7 +25,6 @@ def use(path: Path, lighthouse: str, scaled: bool) -> None:
 
     from signsgd_lightning import Signum, enable_elastic_vote
 
-    torch.set_num_threads(1)
     random = torch.Generator().manual_seed(os.getpid())
     model = nn.ParameterList([torch.rand(size, generator=random) for size in SIZES])
     optimizer = Signum(model.parameters(), **SETTINGS)
@@ -69,7 +68,6 @@ def schedule_by_numpy(path: Path, lighthouse: str, odd: bool) -> None:
 
     from signsgd_lightning import Signum, enable_elastic_vote
 
-    torch.set_num_threads(1)
     model = nn.ParameterList([torch.zeros(3)])
     optimizer = Signum(model.parameters(), betas=(0.0, 0.0))
     timeout = timedelta(seconds=TIMEOUT)

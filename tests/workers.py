@@ -120,7 +120,6 @@ def free_port() -> int:
 def _serve(end: Connection) -> None:
     import torch
 
-    torch.set_num_threads(1)
     gc.freeze()  # what was imported is not looked through again and again, and stays shared with the other processes
     while True:
         try:

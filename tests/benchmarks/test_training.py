@@ -102,7 +102,7 @@ def test_a_grid_goes_on_where_it_was(text: Task, tmp_path: Path) -> None:
 
 
 def _run(*arguments: object, timeout: float = 280) -> str:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", *map(str, arguments)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == 0, done.stdout[-4_000:] + done.stderr[-8_000:]

@@ -22,7 +22,6 @@ from datetime import timedelta
 from pathlib import Path
 import torch
 from tests.faults.endless import train
-torch.set_num_threads(1)
 torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=float(sys.argv[1])))
 end = train(int(sys.argv[2]), Path(sys.argv[3]))
 Path(sys.argv[4]).write_text(json.dumps(end))

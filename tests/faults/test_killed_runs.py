@@ -40,7 +40,7 @@ run.fit(Net(samples=16), ckpt_path=resume or None)
 
 def _start(folder: Path, resume: str) -> subprocess.Popen[bytes]:
     """Start a run of two ranks in a session of its own, so that all of it can be killed at once."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     environment["GLOO_SOCKET_IFNAME"] = "lo"
     folder.mkdir(exist_ok=True)
     script = folder / "train.py"  # Lightning starts the other rank with the same file

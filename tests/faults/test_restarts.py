@@ -31,7 +31,7 @@ def _started(folder: Path, restarts: int) -> Iterator[subprocess.Popen[bytes]]:
     """The tutorial's script under torchrun in a folder of its own; none of its processes outlives it."""
     folder.mkdir()
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": paths}
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": paths}
     environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*torchrun, "--max-restarts", str(restarts), str(SCRIPT)]

@@ -25,7 +25,7 @@ def test_it_answers_and_saves_a_plot(tmp_path: Path) -> None:
     ran = subprocess.run(
         [sys.executable, "-m", "signsgd_lightning.breakeven", *options],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": paths},
         capture_output=True,
         text=True,
         timeout=120,

@@ -27,7 +27,7 @@ def test_a_vote_outlives_a_worker_that_lies(adversaries: str, tmp_path: Path) ->
         [sys.executable, "-m", "signsgd_lightning", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": paths},
         cwd=tmp_path,
         text=True,
         start_new_session=True,

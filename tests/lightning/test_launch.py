@@ -76,7 +76,7 @@ dist.destroy_process_group()
 def _run(*command: str, folder: Path) -> None:
     """Run a command to its end, with all processes that it starts; none may outlive it."""
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": paths}
     with (folder / "log").open("w+") as log:
         process = subprocess.Popen(
             [sys.executable, *command], env=environment, cwd=folder, stdout=log, stderr=log, start_new_session=True

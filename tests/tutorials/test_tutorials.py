@@ -77,7 +77,7 @@ pytestmark = [pytest.mark.timeout(480), pytest.mark.multiprocess]
 def _run(*command: str, folder: Path) -> str:
     """Return what a command printed; none of its processes outlives it."""
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    environment = {**os.environ, "MPLBACKEND": "Agg", "PYTHONPATH": paths}
     environment["GLOO_SOCKET_IFNAME"] = "lo"
     with (folder / "out").open("w+") as out, (folder / "err").open("w+") as err:
         process = subprocess.Popen(
