@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .adversaries import Adversary, check_adversaries
+from .adversaries import Adversary, check_adversaries, check_lie
 from .ballots import Zeros
 from .reference import Reference
 from .settings import check_count, check_share, check_size
@@ -153,7 +153,7 @@ class LocalReference:
             moved: ``moved[i][k]``, tensor `k` after worker `i`'s steps.
 
         Raises:
-            ValueError: if they are not one a worker and tensor, each of the tensor's shape.
+            ValueError: if they are not one a worker and tensor, each of the tensor's shape; nor may a lie have another.
         """
         self._vote.check_tensors(moved, "tensor")
         cast = [[self._displacement(i, k, x) for k, x in enumerate(tensors)] for i, tensors in enumerate(moved)]
@@ -174,8 +174,13 @@ class LocalReference:
     def _displacement(self, i: int, k: int, x: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """L1: what worker `i` votes with on tensor `k`."""
         delta = widened(self.parameters[k]) - widened(np.asarray(x))
-        sent = self.adversaries[i](delta) if i in self.adversaries and delta.any() else delta
-        return finite(np.zeros_like(delta) if sent is None else np.asarray(sent))
+        if i not in self.adversaries or not delta.any():
+            return finite(delta)
+        sent = self.adversaries[i](delta)
+        if sent is None:
+            return np.zeros_like(delta)
+        check_lie(sent, delta.shape)
+        return finite(np.asarray(sent))
 
 
 def widened(x: npt.NDArray[Any]) -> npt.NDArray[Any]:

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+from ..settings import check_count
 from ..wire import BUCKET_SIZE
 from . import traffic
 
@@ -163,10 +164,14 @@ def once_in(sync_every: int, round_cost: Cost, compute: float) -> Cost:
         round_cost: of a step that closes a round, ``flat(ROUND, …)``.
         compute: seconds of a step without exchange.
 
+    Raises:
+        ValueError: if `sync_every` is no whole number of 1 or more.
+
     Example:
         >>> once_in(4, Cost(fixed=3.0, bits=800), compute=1.0)
         Cost(fixed=1.5, bits=200.0)
     """
+    check_count("sync_every", sync_every, 1)
     return Cost(compute + (round_cost.fixed - compute) / sync_every, round_cost.bits / sync_every)
 
 
@@ -177,12 +182,18 @@ def sync_every(round_cost: Cost, compute: float, bandwidth: float, overhead: flo
         round_cost: of a step that closes a round, ``flat(ROUND, …)``.
         compute: seconds of a step without exchange, more than 0.
         bandwidth: bits per second.
-        overhead: the share.
+        overhead: the share, more than 0.
+
+    Raises:
+        ValueError: unless `compute`, `bandwidth` and `overhead` are more than 0.
 
     Example:
         >>> sync_every(Cost(fixed=1.0, bits=8e6), compute=1.0, bandwidth=1e7)
         16
     """
+    for name, value in (("compute", compute), ("overhead", overhead)):
+        if not value > 0:
+            raise ValueError(f"{name} must be more than 0, got {value!r}")
     spent = round_cost.seconds(bandwidth) - compute
     return 1 << max(0, math.ceil(math.log2(max(spent, 1e-12) / (overhead * compute))))
 

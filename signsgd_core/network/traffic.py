@@ -1,6 +1,7 @@
 """Bytes that a worker sends per step in each way to exchange gradients, from sizes alone; and the bytes really sent.
 
-`M` workers, `d` parameters. All figures are bytes of payload, without the headers of TCP and IP.
+`M` workers, `d` parameters. All figures are bytes of payload, without the headers of TCP and IP. Raises
+ValueError for a size that is no whole number, or too small.
 """
 
 import os
@@ -9,7 +10,14 @@ import stat
 import struct
 
 from ..ballots import Zeros, planes
+from ..settings import check_count
 from ..wire import HEADER_BYTES, shard_bytes
+
+
+def _check_sizes(parameters: int, **others: int) -> None:
+    check_count("parameters", parameters, 0)
+    for name, value in others.items():
+        check_count(name, value, 1)
 
 
 def majority_vote(parameters: int, workers: int, zeros: Zeros = "alternate") -> int:
@@ -24,6 +32,7 @@ def majority_vote(parameters: int, workers: int, zeros: Zeros = "alternate") -> 
         >>> majority_vote(1_000_000, workers=4)
         187632
     """
+    _check_sizes(parameters, workers=workers)
     shard = shard_bytes(parameters, workers) * planes(zeros)
     return (workers - 1) * (HEADER_BYTES + 2 * shard)
 
@@ -41,6 +50,7 @@ def local_steps(parameters: int, workers: int, sync_every: int, tensors: int = 0
         >>> local_steps(1_000_000, workers=4, sync_every=16)
         11727.75
     """
+    _check_sizes(parameters, workers=workers, sync_every=sync_every)
     return (majority_vote(parameters, workers) + (workers - 1) * 4 * (tensors + 1)) / sync_every
 
 
@@ -51,6 +61,7 @@ def sign_all_gather(parameters: int, workers: int) -> int:
         >>> sign_all_gather(1_000_000, workers=4)
         375000
     """
+    _check_sizes(parameters, workers=workers)
     return (workers - 1) * -(-parameters // 8)
 
 
@@ -61,6 +72,7 @@ def ring_all_reduce(parameters: int, workers: int, bits: int) -> int:
         >>> ring_all_reduce(1_000_000, workers=4, bits=32)
         6000000
     """
+    _check_sizes(parameters, workers=workers, bits=bits)
     return -(-2 * (workers - 1) * parameters * bits // (8 * workers))
 
 
@@ -80,6 +92,7 @@ def power_sgd(parameters: int, workers: int, rank: int, width: int = 1000) -> in
         >>> power_sgd(10_010_000, workers=4, rank=1)
         180000
     """
+    _check_sizes(parameters, workers=workers, rank=rank, width=width)
     numbers = -(-parameters * (2 * rank + 1) // (width + 1))
     return ring_all_reduce(numbers, workers, 32)
 

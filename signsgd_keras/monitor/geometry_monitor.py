@@ -129,7 +129,7 @@ class GeometryMonitor(keras.callbacks.Callback):  # type: ignore[misc]
         coordinates = sum(len(at) for at in self._chosen)
         self._rows = backend.current().gradient_rows(self.model, self.samples, coordinates)
         self.report = GeometryReport(self._rows.replicas, sum(sizes), coordinates)
-        self._tap = GradientTap(self._optimizer, self._keep)
+        self._tap = GradientTap(self._optimizer, self._keep, self.params)
         self.model.make_train_function(force=True)
 
     def _keep(self, gradients: Sequence[Tensor], variables: Sequence[Variable]) -> None:

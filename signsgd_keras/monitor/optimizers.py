@@ -34,25 +34,28 @@ class GradientTap:
     """Shows a function the gradients of any optimizer of Keras, each time that it applies them.
 
     Keras has no hook between gradients and optimizer. So an attribute of the instance hides its method `apply` until
-    `remove` is called. One that an earlier `fit` left behind, which ended in an error, is replaced.
+    `remove` is called. Those of one `fit` see the same gradients; one that an earlier `fit` left behind, which ended in
+    an error, is replaced.
 
     Args:
         optimizer: whose gradients are shown.
         show: takes a list of gradients and of their variables.
+        fit: any object that all callbacks of one `fit` share, and no other.
     """
 
-    def __init__(self, optimizer: Any, show: Callable[[Sequence[Tensor], Sequence[Variable]], None]) -> None:
+    def __init__(self, optimizer: Any, show: Callable[[Sequence[Tensor], Sequence[Variable]], None], fit: Any) -> None:
         self._optimizer = optimizer
         found = vars(optimizer).get("apply")
         self._hidden = getattr(found, "hidden", found)  # what the user put there
-        apply = self._hidden or type(optimizer).apply.__get__(optimizer)
+        beside = getattr(found, "fit", None) is fit
+        apply = found if beside else self._hidden or type(optimizer).apply.__get__(optimizer)
 
         def tapped(grads: Sequence[Tensor], trainable_variables: Sequence[Variable] | None = None) -> None:
             variables = trainable_variables
             show(grads, _compat.trainable_variables(optimizer) if variables is None else variables)
             apply(grads, variables)
 
-        tapped.hidden = self._hidden  # type: ignore[attr-defined]
+        tapped.hidden, tapped.fit = self._hidden, fit  # type: ignore[attr-defined]
         optimizer.apply = tapped
 
     def remove(self) -> None:

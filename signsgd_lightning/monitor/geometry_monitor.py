@@ -151,10 +151,10 @@ class GeometryMonitor(Callback):
             return own
         row = torch.from_numpy(Moments.pack(own, self.report.coordinates))
         everyone = self._everyone
-        wire, traffic = everyone.wire(self._parameters[0].device), (everyone.sent_bytes, everyone.waited_seconds)
-        meet(everyone, Purpose.MOMENTS, wire)
-        rows = everyone.gather(row.to(wire), Message.FIGURES)
-        everyone.sent_bytes, everyone.waited_seconds = traffic  # which VoteMonitor shows: this is no vote's
+        wire = everyone.wire(self._parameters[0].device)
+        with everyone.uncounted():
+            meet(everyone, Purpose.MOMENTS, wire)
+            rows = everyone.gather(row.to(wire), Message.FIGURES)
         return Moments.unpack(rows.cpu().numpy())
 
 

@@ -100,7 +100,7 @@ class VoteMonitor(Callback):
         counted, vote = torch.tensor(row, dtype=torch.float64, device=device), self._watched[0][0]
         comes_and_goes = vote.topology.changes  # then a worker has its own figures alone: it waits for nobody
         rows = (counted.cpu()[None] if comes_and_goes else vote.gather_counts(counted)).numpy()
-        self._sent, self._waited = self._traffic()
+        self._sent, self._waited = sent, waited
         if self._local is None:
             values = figures(rows, steps, self._nonfinite)
         else:

@@ -1,7 +1,8 @@
 """How bytes travel between ranks: rows swapped with all of them, point to point, so that a failure names its rank."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from enum import Enum
 
 import torch
@@ -116,6 +117,13 @@ class PointToPoint:
         operations = [dist.P2POp(dist.irecv, incoming[j], None, group, tag, j) for j in others]
         operations += [dist.P2POp(dist.isend, outgoing[j], None, group, tag, j) for j in others]
         return dist.batch_isend_irecv(operations)
+
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """Leave what is sent meanwhile, a monitor's own messages, out of `sent_bytes` and `waited_seconds`."""
+        before = self.sent_bytes, self.waited_seconds
+        yield
+        self.sent_bytes, self.waited_seconds = before
 
     def gather(self, row: Tensor, message: Message) -> Tensor:
         """Return every rank's row, shape (world_size, *row.shape)."""

@@ -204,8 +204,10 @@ class Vote:
         """Return what each worker counted, from what each rank did: shape (workers, counts), on the CPU."""
         everyone = self.topology.everyone
         wire = everyone.wire(row.device)
-        meet(everyone, Purpose.FIGURES, wire)
-        return self.topology.by_worker(everyone.gather(row.to(wire), Message.FIGURES).cpu())
+        with everyone.uncounted():
+            meet(everyone, Purpose.FIGURES, wire)
+            rows = everyone.gather(row.to(wire), Message.FIGURES)
+        return self.topology.by_worker(rows.cpu())
 
     def name_of(self, parameter: Tensor) -> str:
         """Return what to call a parameter in messages."""

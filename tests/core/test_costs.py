@@ -137,6 +137,12 @@ def test_what_makes_no_sense_is_refused() -> None:
         flat(OURS, 1, 2).seconds(0.0)
     with pytest.raises(ValueError, match="scheme must be one that votes, .* got 'DDP fp32'"):
         vote_work("DDP fp32", 2, 1.0, 1.0, 1.0)
+    with pytest.raises(ValueError, match="sync_every must be a whole number of 1 or more, got 0"):
+        once_in(0, Cost(1.0, 8), 1.0)
+    with pytest.raises(ValueError, match="compute must be more than 0, got 0.0"):
+        sync_every(Cost(1.0, 8), 0.0, 1e6)
+    with pytest.raises(ValueError, match="overhead must be more than 0, got -0.1"):
+        sync_every(Cost(1.0, 8), 1.0, 1e6, -0.1)
 
 
 def test_local_steps() -> None:

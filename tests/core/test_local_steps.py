@@ -111,6 +111,13 @@ def test_a_liar_cannot_shout(attack: Adversary) -> None:
     np.testing.assert_array_equal(reference.parameters[0], -reference.magnitudes[0])
 
 
+def test_a_lie_has_the_displacements_shape() -> None:
+    reference = LocalReference([np.zeros(3)], workers=1, adversaries={0: lambda delta: delta[:1]})
+    with pytest.raises(ValueError, match=r"must return a gradient of the shape \(3,\) that it got, not \(1,\)"):
+        reference.close([[np.ones(3)]])
+    assert not reference.parameters[0].any()
+
+
 @given(st.lists(st.floats(allow_nan=True), min_size=1, max_size=7), st.lists(st.floats(1, 2), min_size=8, max_size=9))
 def test_the_median_is_bounded_by_honest_workers(lies: list[float], honest: list[float]) -> None:
     """As long as they are more than half of all."""

@@ -1,13 +1,15 @@
 import os
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from threading import Thread
 
 import pytest
 
 from signsgd_core.network.traffic import (
+    local_steps,
     majority_vote,
+    power_sgd,
     ring_all_reduce,
     sent_since,
     sign_all_gather,
@@ -49,6 +51,24 @@ def test_ring_all_reduce() -> None:
     assert ring_all_reduce(MILLION, 4, bits=16) == 3_000_000
     assert ring_all_reduce(10, 3, bits=32) == 54  # 2·2/3·10·4 = 53⅓
     assert ring_all_reduce(MILLION, 1, bits=32) == 0
+
+
+@pytest.mark.parametrize(
+    ("sent", "sentence"),
+    [
+        (lambda: majority_vote(10, 0), "workers must be a whole number of 1 or more, got 0"),
+        (lambda: majority_vote(-1, 2), "parameters must be a whole number of 0 or more, got -1"),
+        (lambda: local_steps(10, 2, 0), "sync_every must be a whole number of 1 or more, got 0"),
+        (lambda: sign_all_gather(10, 0), "workers must be a whole number of 1 or more, got 0"),
+        (lambda: ring_all_reduce(10, 0, 32), "workers must be a whole number of 1 or more, got 0"),
+        (lambda: ring_all_reduce(10, 2, 0), "bits must be a whole number of 1 or more, got 0"),
+        (lambda: power_sgd(10, 2, 0), "rank must be a whole number of 1 or more, got 0"),
+        (lambda: power_sgd(10, 2, 1, -1), "width must be a whole number of 1 or more, got -1"),
+    ],
+)
+def test_sizes_that_make_no_sense_are_refused(sent: Callable[[], float], sentence: str) -> None:
+    with pytest.raises(ValueError, match=f"^{sentence}$"):
+        sent()
 
 
 @pytest.mark.parametrize("workers", [2, 3, 4, 8, 64])

@@ -106,6 +106,15 @@ def test_several_steps_at_once() -> None:
         assert_record(record, seen[first : first + 3])
 
 
+def test_two_of_one_fit_see_the_same() -> None:
+    model, monitors = compiled(_optimizer("SGD")), [GeometryMonitor(8, 8, directory=None) for _ in range(2)]
+    for _ in range(2):  # the second time they replace nothing but themselves
+        fit(model, *monitors)
+        assert len(records(monitors[0])) == 2
+        assert records(monitors[0]) == records(monitors[1])
+        assert "apply" not in vars(model.optimizer)
+
+
 @everywhere
 def test_where_gradients_are_accumulated_a_step_is_an_update() -> None:
     """Of 2 batches, in the midst of an epoch, too; of 6 single gradients the first 3 are looked at."""

@@ -184,7 +184,7 @@ def test_one_that_differs_may_not_join(here: Here) -> None:
 
 
 def test_a_private_momentum_starts_at_zero(here: Here) -> None:
-    """A newcomer's is that of its first gradient alone; all have the same parameters."""
+    """A newcomer's is that of its first gradient alone, which every attempt takes in; all have the same parameters."""
     workers, _ = here
     task = Task(steps=100_000, pause=0.01, signum={"lr": 2.0**-6, "betas": (0.5, 0.5)}, closure=False)
     names = [workers.start(task) for _ in range(2)]
@@ -192,7 +192,8 @@ def test_a_private_momentum_starts_at_zero(here: Here) -> None:
     newcomer = workers.start(task)
     workers.wait(lambda: workers.step(newcomer) > 0)
     first = workers.log(newcomer)[0]
-    np.testing.assert_array_equal(first["momentum"], gradient(first["drawn"])[0] / 2)
+    drawn = gradient(first["drawn"])[0]
+    assert first["momentum"] in [((1 - 0.5**attempts) * drawn).tolist() for attempts in (1, 2, 3)]
     for lines in lines_by_step(workers).values():
         assert len({line["bits"] for line in lines}) == 1
 
