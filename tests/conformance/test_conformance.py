@@ -54,7 +54,7 @@ def test_every_case_is_exact(case: Case) -> None:
 
 def long(end: FrontEnd, case: Case) -> bool:
     """Whether a front end takes seconds for so many workers, where its cases of fewer guard the same code."""
-    slow = {"keras-multi-worker": range(4, 9), "keras-mirrored": range(4, 9), "keras-mirrored-eager": range(4, 8)}
+    slow = {"keras-multi-worker": range(3, 9), "keras-mirrored": range(4, 9), "keras-mirrored-eager": range(3, 9)}
     return case.workers in slow.get(end.name, ())
 
 

@@ -15,6 +15,7 @@ from signsgd_lightning import PeerLostError, Signum, enable_local_steps, enable_
 from signsgd_lightning.local_steps.rounds import find_local_steps
 from signsgd_lightning.vote import failures
 from signsgd_lightning.vote.transport import PointToPoint
+from tests.tiers import nightly_where
 from tests.votes import set_bucket_size
 from tests.workers import fresh_workers
 
@@ -132,7 +133,7 @@ def _judge(kind: str, right: list[Snapshot], victim: int, swap: int, after: bool
             assert len(snapshots) <= 3  # it errs in this step, or in the next
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", nightly_where(lambda kind: kind == "overlap", KINDS))
 @pytest.mark.parametrize("after", [False, pytest.param(True, marks=pytest.mark.nightly)], ids=["before", "after"])
 def test_killed_at_every_point(after: bool, kind: str, fault: Fault) -> None:
     """Before the victim sends, or as soon as it has sent."""

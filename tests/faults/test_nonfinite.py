@@ -72,8 +72,11 @@ def _fuzz(steps: int, settings: dict[str, Any]) -> tuple[int, float, list[bytes]
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"betas": (0.9, 0.99), "weight_decay": 0.1}, {"betas": (0.0, 0.0), "verdict_momentum": 0.8}],
-    ids=["Signum", "Lion", "verdict momentum"],
+    [
+        pytest.param({}, id="Signum"),
+        pytest.param({"betas": (0.9, 0.99), "weight_decay": 0.1}, id="Lion", marks=pytest.mark.nightly),
+        pytest.param({"betas": (0.0, 0.0), "verdict_momentum": 0.8}, id="verdict momentum", marks=pytest.mark.nightly),
+    ],
 )
 @pytest.mark.parametrize("steps", [200, pytest.param(10_000, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
 def test_nonfinite_gradients(steps: int, settings: dict[str, Any], workers: Workers, fault: Fault) -> None:

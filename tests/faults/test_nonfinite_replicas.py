@@ -46,7 +46,7 @@ def _gradients(steps: int) -> Array:
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in cast")
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", pytest.param("bfloat16", marks=pytest.mark.nightly)])
 @pytest.mark.parametrize("steps", [200, pytest.param(10_000, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
 def test_nothing_is_lost(steps: int, dtype: str, fault: Fault) -> None:
     """Parameters and momenta are `Reference`'s, finite, and the same on all replicas; the monitor misses no entry."""

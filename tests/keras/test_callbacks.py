@@ -72,7 +72,7 @@ def _ballot_bytes(replicas: int) -> int:
     [
         (2, "alternate"),
         (3, "abstain"),
-        (3, "positive"),
+        pytest.param(3, "positive", marks=pytest.mark.nightly),
         pytest.param(3, "alternate", marks=pytest.mark.nightly),
         pytest.param(2, "abstain", marks=pytest.mark.nightly),
         pytest.param(2, "positive", marks=pytest.mark.nightly),
@@ -115,6 +115,7 @@ def test_other_callbacks_see_the_figures_and_the_vote_stays_the_same(tmp_path: P
     assert len(logged) == 2 == STEPS // 3
 
 
+@pytest.mark.nightly
 def test_it_counts_no_longer_than_its_fit() -> None:
     with mirrored(2).scope():
         model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])

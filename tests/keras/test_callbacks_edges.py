@@ -80,6 +80,7 @@ def test_votes_are_counted_not_batches(tmp_path: Path) -> None:
         assert [float(row[name]) for row in rows] == pytest.approx(values, rel=0, nan_ok=True)
 
 
+@pytest.mark.nightly
 def test_scaled_losses() -> None:
     model = _model(scale=2.0**4)
     assert _fit(model, VoteMonitor()) == _monitored()[1]
@@ -109,6 +110,7 @@ def test_frozen_parameters_are_not_counted() -> None:
     }
 
 
+@pytest.mark.nightly
 def test_a_fit_after_it_is_as_if_it_had_never_been() -> None:
     monitored, plain = _monitored()[0], _model()
     _fit(plain)

@@ -77,6 +77,7 @@ def test_load_model_in_the_scope_goes_on_bit_for_bit(saved: tuple[Path, keras.Mo
     assert same(state(made), state(ended))
 
 
+@pytest.mark.nightly
 def test_load_weights_goes_on_bit_for_bit(saved: tuple[Path, keras.Model, list[Array]]) -> None:
     folder, ended, _ = saved
     made = model()

@@ -70,6 +70,7 @@ def test_other_optimizers_train_exactly_as_without_it(name: str, replicas: int, 
     assert len(set(ours[0]["loss"])) == 2
 
 
+@pytest.mark.nightly
 def test_losses_metrics_and_batch_statistics_under_signum_are_those_of_an_optimizer_that_stands_still() -> None:
     """With a learning rate of 0 only the batch statistics move."""
     ours = train(mirrored(2), lambda: Signum(0.0))

@@ -1,5 +1,7 @@
 """`python -m signsgd_keras` as a user runs it, in both modes; what it trains; wrong options; workers that die."""
 
+import contextlib
+import io
 import os
 import re
 import signal
@@ -7,7 +9,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import keras
@@ -19,6 +20,7 @@ from signsgd_core import demo
 from signsgd_core.network import traffic
 from signsgd_keras.__main__ import main
 from signsgd_keras.demo import batches, network
+from tests.clusters import Cluster
 from tests.devices import mirrored
 
 ROOT = Path(__file__).parents[2]
@@ -54,7 +56,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
     yield start
     for process in started:
-        with suppress(ProcessLookupError):
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
 
@@ -77,7 +79,7 @@ def _workers(group: int) -> list[int]:
     """The processes of a session that are alive, but for its leader."""
     found = []
     for status in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):
+        with contextlib.suppress(OSError):
             state, _, _, session = status.read_text().rpartition(")")[2].split()[:4]
             if int(session) == group and state != "Z" and int(status.parent.name) != group:
                 found.append(int(status.parent.name))
@@ -177,10 +179,14 @@ def test_help_names_methods_and_modes(capsys: pytest.CaptureFixture[str]) -> Non
     assert "--processes start the workers as processes, on the CPU" in words
 
 
-def test_another_backend_is_refused_with_a_sentence(start: Start) -> None:
-    process = start(KERAS_BACKEND="jax")
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 2
+def _errors() -> str:
+    with contextlib.redirect_stderr(io.StringIO()) as errors, pytest.raises(SystemExit, match="^2$"):
+        main([])
+    return errors.getvalue()
+
+
+def test_another_backend_is_refused_with_a_sentence(backend: Callable[[str], Cluster]) -> None:
+    (errors,) = backend("jax").run(_errors)
     assert errors.endswith("needs Keras' TensorFlow backend, got 'jax': set KERAS_BACKEND=tensorflow\n")
 
 

@@ -14,7 +14,7 @@ from signsgd_core.analysis.geometry import NAMES, Moments, density, figures, sam
 from signsgd_keras import GeometryMonitor, Signum
 from signsgd_keras.backend import current
 
-from .backends import Array, assert_equal, everywhere, numbers
+from .backends import Array, assert_equal, everywhere, everywhere_jax_nightly, numbers
 from .models import compiled, data, net
 
 STEPS, ROWS, PARAMETERS = 8, 4, 19
@@ -115,7 +115,7 @@ def test_two_of_one_fit_see_the_same() -> None:
         assert "apply" not in vars(model.optimizer)
 
 
-@everywhere
+@everywhere_jax_nightly
 def test_where_gradients_are_accumulated_a_step_is_an_update() -> None:
     """Of 2 batches, in the midst of an epoch, too; of 6 single gradients the first 3 are looked at."""
     monitor = GeometryMonitor(every_n_steps=3, samples=3, directory=None)
@@ -126,7 +126,7 @@ def test_where_gradients_are_accumulated_a_step_is_an_update() -> None:
         assert_record(record, seen[first : first + 3])
 
 
-@everywhere
+@everywhere_jax_nightly
 def test_a_gradient_that_is_not_finite_is_left_out() -> None:
     x, y = data(STEPS * ROWS)
     y[2 * ROWS] = np.nan
@@ -135,7 +135,7 @@ def test_a_gradient_that_is_not_finite_is_left_out() -> None:
     assert_record(records(monitor)[0], np.delete(gradients(x, y), 2, axis=0))
 
 
-@everywhere
+@everywhere_jax_nightly
 def test_steps_that_a_loss_scale_skips_do_not_count() -> None:
     """Nor is there a record of a stretch without a gradient."""
     x, y = data(STEPS * ROWS)
@@ -170,7 +170,7 @@ class _Idle(keras.layers.Layer):  # type: ignore[misc]
         return inputs
 
 
-@everywhere
+@everywhere_jax_nightly
 def test_a_parameter_without_a_gradient_has_zeros() -> None:
     model, monitor = net(), GeometryMonitor(every_n_steps=8, samples=8, directory=None)
     model.add(_Idle())

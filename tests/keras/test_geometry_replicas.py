@@ -66,7 +66,7 @@ OPTIMIZERS: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", nightly_where(lambda name: name == "Keras' loss scale", OPTIMIZERS))
+@pytest.mark.parametrize("name", nightly_where(lambda name: name in ("Adam", "Keras' loss scale"), OPTIMIZERS))
 def test_each_replica_has_its_own_gradients(name: str) -> None:
     scope, optimizer = OPTIMIZERS[name]
     strategy, watching = scope(), monitor()
@@ -86,6 +86,7 @@ def _squares(model: Any) -> Any:
     return keras.ops.sum(keras.ops.square(model.trainable_variables[1]))
 
 
+@pytest.mark.nightly
 def test_votes_are_the_same_and_other_monitors_see_them() -> None:
     ends = []
     for watching in (None, monitor(curvature_loss=_squares)):

@@ -84,5 +84,6 @@ def test_the_optimizer_imports_no_other_framework(backend_name: str) -> None:
     assert asked == [*names, "module 'signsgd_keras' has no attribute 'Adam'"]
 
 
+@pytest.mark.nightly  # what is imported by default: tests/lightning/test_imports.py
 def test_the_torch_side_imports_no_keras() -> None:
     assert printed(TORCH_SIDE, "tensorflow") == ["[]"]

@@ -57,7 +57,7 @@ CASES = {
 """Those of three batch numbers also run with three workers."""
 
 
-@pytest.fixture(scope="module", params=[2, 3])
+@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.nightly)])
 def table(request: pytest.FixtureRequest, cluster: Callable[[int], Cluster]) -> dict[str, list[Run]]:
     """What all workers saw of each case, run by one cluster."""
     cases = {name: case for name, case in CASES.items() if request.param <= len(case.batches)}

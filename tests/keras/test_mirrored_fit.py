@@ -12,7 +12,6 @@ import tensorflow as tf
 
 from signsgd_keras import Signum
 from tests.devices import mirrored
-from tests.tiers import nightly_where
 
 from .models import Array, arrays, compiled, data, dataset, net, replay, same, shares
 
@@ -35,7 +34,7 @@ def expected(replicas: int = 2, make: Callable[[], keras.Model] = net, epochs: i
     [
         pytest.param({"jit_compile": "auto"}, marks=pytest.mark.nightly),  # as the other tests have it
         pytest.param({"jit_compile": False}, marks=pytest.mark.nightly),
-        {"run_eagerly": True},
+        pytest.param({"run_eagerly": True}, marks=pytest.mark.nightly),  # as the conformance cases have it
         {"steps_per_execution": 3},  # four batches an epoch: three and one
     ],
 )
@@ -71,10 +70,8 @@ INPUTS: dict[str, Callable[[], tuple[Any, ...]]] = {
 }
 
 
-@pytest.mark.parametrize(
-    "kind",
-    nightly_where(lambda kind: kind != "PyDataset of two threads", INPUTS),
-)
+@pytest.mark.nightly  # test_multi_worker_fit.py has two of them
+@pytest.mark.parametrize("kind", INPUTS)
 def test_inputs_end_alike(kind: str) -> None:
     options = {"batch_size": 6} if kind == "tensors" else {}
     with mirrored(2).scope():
@@ -141,6 +138,7 @@ def test_an_overflow() -> None:
     assert optimizer.dynamic_scale.numpy() == 4.0
 
 
+@pytest.mark.nightly
 def test_early_stopping_plateau_and_logs(tmp_path: Path) -> None:
     """A rate of 2^-30 gains nothing: it is halved after two epochs, and four epochs end it."""
     with mirrored(2).scope():
@@ -158,7 +156,7 @@ def test_early_stopping_plateau_and_logs(tmp_path: Path) -> None:
         callbacks=[
             keras.callbacks.EarlyStopping("val_loss", patience=4, min_delta=0.5),
             keras.callbacks.ReduceLROnPlateau("val_loss", factor=0.5, patience=2, min_delta=0.5),
-            keras.callbacks.TensorBoard(tmp_path),
+            keras.callbacks.TensorBoard(tmp_path, write_graph=False),
             keras.callbacks.CSVLogger(tmp_path / "log.csv"),
             note,
         ],

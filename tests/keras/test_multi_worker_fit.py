@@ -33,7 +33,8 @@ def _train(name: str) -> Trained:
         return train(name)
 
 
-@pytest.mark.parametrize("name", ["Adam", pytest.param("SGD", marks=pytest.mark.nightly)])
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", ["Adam", "SGD"])
 def test_keras_own_optimizers_train_as_in_one_process(name: str, cluster: Callable[[int], Cluster]) -> None:
     """All batches split evenly, so that the mean over workers is that of the batch; to rounding."""
     one = train(name)
@@ -156,7 +157,11 @@ def _inputs(kind: str) -> list[Array]:
 
 @pytest.mark.parametrize(
     "kinds",
-    [("NumPy", "tf.data", "PyDataset"), pytest.param(("NumPy", "tensors"), marks=pytest.mark.nightly)],
+    [
+        ("NumPy", "tf.data"),
+        pytest.param(("NumPy", "PyDataset"), marks=pytest.mark.nightly),
+        pytest.param(("NumPy", "tensors"), marks=pytest.mark.nightly),
+    ],
     ids=", ".join,
 )
 def test_inputs_train_the_same(kinds: tuple[str, ...], cluster: Callable[[int], Cluster]) -> None:

@@ -10,7 +10,17 @@ import pytest
 from signsgd_core import Reference
 from signsgd_keras import Signum
 
-from .backends import Array, assert_equal, everywhere, gradients, numbers, start, train, variables
+from .backends import (
+    Array,
+    assert_equal,
+    everywhere,
+    everywhere_jax_nightly,
+    gradients,
+    numbers,
+    start,
+    train,
+    variables,
+)
 
 Settings = dict[str, Any]
 Trajectory = list[list[Array]]
@@ -212,7 +222,7 @@ def test_moving_average() -> None:
         assert_equal([numbers(x) for x in xs], averages)
 
 
-@everywhere
+@everywhere_jax_nightly
 def test_accumulated_gradients_are_one_vote_with_their_mean() -> None:
     """Momentum, warmup and the alternation of zeros count votes, not batches; between votes nothing moves."""
     steps = gradients(8)

@@ -67,7 +67,7 @@ WAYS: dict[str, tuple[dict[str, Any], ...]] = {
 torch.compile, which takes a minute of compiling for any."""
 
 
-@everywhere
+@everywhere_jax_nightly
 def test_every_way_to_compile() -> None:
     for options in WAYS[keras.backend.backend()]:
         model = model_of(Signum(learning_rate=0.02, verdict_momentum=0.5), **options)

@@ -142,6 +142,7 @@ def test_workers_that_differ(cluster: Callable[[int], Cluster]) -> None:
         assert "orthogonalize=True found nothing to orthogonalize" in found[-1]
 
 
+@pytest.mark.nightly
 def test_fit_with_all_that_is_around_it() -> None:
     """Each replica's loss scale, monitors, clipping, and half precision; replicas stay the same bits."""
     from tests.devices import mirrored

@@ -198,6 +198,7 @@ def test_a_private_momentum_starts_at_zero(here: Here) -> None:
         assert len({line["bits"] for line in lines}) == 1
 
 
+@pytest.mark.nightly
 def test_a_memory_error_is_mended(here: Here) -> None:
     """One whose bits differ is named, and takes over those of the others."""
     workers, _ = here

@@ -18,7 +18,6 @@ from torch.distributed._serialization import _streaming_save
 from signsgd_lightning import Signum
 from signsgd_lightning.checkpoint.loading import SAVED_BY
 from tests.elastic import crew
-from tests.lightning.test_imports import printed
 
 pytest.importorskip("torchft", reason="the extra `elastic` is not installed")
 
@@ -230,17 +229,3 @@ def test_batches() -> None:
     assert next(ElasticBatches(10, 3, place, seed=6)) != next(batches)
     with pytest.raises(ValueError, match="at most the 10 examples, got 11"):
         ElasticBatches(10, 11, place)
-
-
-IMPORTED = """
-import sys, signsgd_lightning
-print("torchft" in sys.modules)
-signsgd_lightning.enable_elastic_vote
-print("torchft" in sys.modules)
-"""
-
-
-@pytest.mark.multiprocess
-def test_torchft_is_imported_when_asked_for() -> None:
-    """Where it is not installed: see test_imports.py."""
-    assert printed(IMPORTED) == ["False", "True"]

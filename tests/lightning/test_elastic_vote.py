@@ -57,7 +57,8 @@ SETTINGS = {
 
 @multiprocess
 @pytest.mark.parametrize(
-    "task", [pytest.param(task, id=k, marks=[pytest.mark.nightly] * (k == "manual")) for k, task in SETTINGS.items()]
+    "task",
+    [pytest.param(task, id=k, marks=[pytest.mark.nightly] * k.startswith("manual")) for k, task in SETTINGS.items()],
 )
 def test_one_is_killed_and_one_joins(task: Fit, workers: Crew, tmp_path: Path) -> None:
     """All who are there at the end have the same bits, the step counter and the schedule; the first one writes."""

@@ -19,9 +19,10 @@ optimizer = signsgd_lightning.Signum([x])
 x.sum().backward()
 optimizer.step()
 signsgd_lightning.enable_majority_vote, signsgd_lightning.gather_state, dir(signsgd_lightning)
-OTHERS = ("lightning", "pytorch_lightning", "transformers", "torchft")
+OTHERS = ("lightning", "pytorch_lightning", "transformers", "torchft", "keras", "tensorflow", "jax", "signsgd_keras")
 print([name for name in sys.modules if name.partition(".")[0] in OTHERS])
 print(signsgd_lightning.MajorityVoteStrategy.__name__, "lightning" in sys.modules)
+print("torchft" in sys.modules, signsgd_lightning.enable_elastic_vote.__name__, "torchft" in sys.modules)
 """
 
 BY_NAME = """
@@ -50,15 +51,15 @@ def printed(code: str) -> list[str]:
     return ran.stdout.splitlines()
 
 
-def test_lightning_is_imported_when_asked_for() -> None:
-    assert printed(PLAIN) == ["[]", "MajorityVoteStrategy True"]
+def test_what_is_imported_when_asked_for() -> None:
+    assert printed(PLAIN) == ["[]", "MajorityVoteStrategy True", "False enable_elastic_vote True"]
 
 
 @pytest.mark.parametrize(
     "imports",
     [
-        "import signsgd_lightning, lightning.pytorch",
         "import lightning.pytorch, signsgd_lightning",
+        pytest.param("import signsgd_lightning, lightning.pytorch", marks=pytest.mark.nightly),
         pytest.param("import lightning.pytorch\nfrom signsgd_lightning import Signum", marks=pytest.mark.nightly),
     ],
 )

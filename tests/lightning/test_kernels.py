@@ -281,6 +281,7 @@ def test_it_is_compiled_once_and_anew_with_other_options(tmp_path: Path) -> None
     assert made.stat().st_mtime_ns == when
 
 
+@pytest.mark.nightly
 @pytest.mark.multiprocess
 def test_a_folder_that_cannot_be_written_to(tmp_path: Path) -> None:
     (tmp_path / "signsgd").write_text("a file in its place")

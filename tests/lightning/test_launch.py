@@ -114,10 +114,11 @@ def _same_on_both_ranks(folder: Path) -> None:
     "strategy",
     [
         "majority_vote",
-        pytest.param("majority_vote_spawn", marks=pytest.mark.nightly),
-        pytest.param("majority_vote_fork", marks=pytest.mark.nightly),
+        "majority_vote_spawn",
+        "majority_vote_fork",
     ],
 )
+@pytest.mark.nightly  # test_demo.py starts processes as the first does
 def test_lightnings_own_launchers(strategy: str, tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text(LIGHTNING)
     _run("train.py", strategy, str(tmp_path), folder=tmp_path)
