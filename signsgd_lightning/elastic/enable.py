@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from signsgd_core.adversaries import Adversary
 
 from .. import _compat
-from ..enable import check
+from ..checks import check_vote
 from ..optimizer import Signum, find_signum
 from ..vote import PeerLostError, RanksDifferError, StepInput, Vote, VoteOptions
 from ..vote.local_gradients import keep_local, release
@@ -72,7 +72,7 @@ def enable_elastic_vote(
         raise ValueError("workers that come and go do without DistributedDataParallel: pass the model unwrapped")
     if optimizer.vote is not None:
         raise ValueError("this optimizer votes already: make a new one for an elastic vote")
-    check(model, [optimizer])
+    check_vote(model, [optimizer])
     place = find_place(lighthouse, min_workers, timeout, hostname)
     return ElasticVote(model, optimizer, place, state or {}, VoteOptions(verify_every_n_steps, adversaries))
 

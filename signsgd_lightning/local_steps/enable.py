@@ -10,7 +10,8 @@ from torch.optim import Optimizer
 from signsgd_core.adversaries import Adversary, check_adversaries
 
 from .. import _compat
-from ..enable import agree_on_model, broadcast, check_group, check_optimizers, refuse_fsdp1, refuse_mean
+from ..checks import check_group, check_optimizers, refuse_fsdp1, refuse_mean
+from ..enable import agree_on_model, broadcast
 from ..optimizer import see_through
 from ..sharding import refuse_sharded
 from ..vote.topology import Flat

@@ -14,10 +14,10 @@ from torch.optim import Optimizer
 from signsgd_core.adversaries import Adversary
 
 from .. import _compat
+from ..checks import check_vote
 from ..elastic import ElasticLocalSteps, ElasticVote
 from ..elastic.membership import find_place
 from ..elastic.state import Stateful
-from ..enable import check as check_vote
 from ..local_steps.enable import check as check_local_steps
 from ..local_steps.options import LocalStepOptions
 from ..optimizer import find_signum, see_through
