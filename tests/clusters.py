@@ -63,7 +63,11 @@ class Nursery:
 
 
 class Cluster:
-    """`size` processes that see each other through ``TF_CONFIG``; with one, a process alone."""
+    """`size` processes that see each other through ``TF_CONFIG``; with one, a process alone.
+
+    Attributes:
+        failed: whether one did not do what it was asked for. TensorFlow's collectives stay aborted after an error.
+    """
 
     def __init__(self, nursery: Nursery, size: int) -> None:
         workers = [f"127.0.0.1:{free_port()}" for _ in range(size)]
@@ -77,6 +81,7 @@ class Cluster:
         self, function: Callable[..., Any], *args: Any, lost: tuple[int, ...] = (), timeout: float = 240.0
     ) -> list[Any]:
         """Return what `function(*args)` returned in each process; None for those that are expected to get `lost`."""
+        self.failed = True
         for end in self.ends:
             end.send((function, args))
         results: list[Any] = [None] * len(self.ends)
@@ -92,6 +97,7 @@ class Cluster:
                 if not ok:
                     raise AssertionError(f"worker {worker} raised\n{result}")
                 results[worker] = result
+        self.failed = False
         return results
 
     def close(self) -> None:

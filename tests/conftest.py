@@ -15,8 +15,7 @@ with contextlib.suppress(ImportError):
 
 os.environ["KERAS_BACKEND"] = "tensorflow"  # of this process; the others are in processes of their own
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-for _name in ("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS"):  # threads that spin where all cores are busy cost a fifth
-    os.environ.setdefault(_name, "1")  # before torch, TensorFlow, or a process that a test starts
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: threads that spin where all cores are busy cost a fifth
 
 
 LEFT_OUT = ("nightly", "slow")
@@ -97,6 +96,8 @@ def cluster(nursery: Callable[[str], Nursery]) -> Iterator[Callable[[int], Clust
     opened: dict[int, Cluster] = {}
 
     def of(size: int) -> Cluster:
+        if size in opened and opened[size].failed:
+            opened.pop(size).close()
         if size not in opened:
             opened[size] = Cluster(nursery("tensorflow"), size)
         return opened[size]
