@@ -40,14 +40,14 @@ class GradientTap:
     Args:
         optimizer: whose gradients are shown.
         show: takes a list of gradients and of their variables.
-        fit: any object that all callbacks of one `fit` share, and no other.
+        fit: any object that all callbacks of one `fit` share, and no other; None where there is none.
     """
 
     def __init__(self, optimizer: Any, show: Callable[[Sequence[Tensor], Sequence[Variable]], None], fit: Any) -> None:
         self._optimizer = optimizer
         found = vars(optimizer).get("apply")
         self._hidden = getattr(found, "hidden", found)  # what the user put there
-        beside = getattr(found, "fit", None) is fit
+        beside = fit is not None and getattr(found, "fit", None) is fit
         apply = found if beside else self._hidden or type(optimizer).apply.__get__(optimizer)
 
         def tapped(grads: Sequence[Tensor], trainable_variables: Sequence[Variable] | None = None) -> None:

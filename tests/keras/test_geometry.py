@@ -106,6 +106,16 @@ def test_several_steps_at_once() -> None:
         assert_record(record, seen[first : first + 3])
 
 
+def test_a_loop_of_ones_own_that_tells_callbacks_no_params() -> None:
+    model, monitor = compiled(_optimizer("SGD")), GeometryMonitor(8, 8, directory=None)
+    callbacks = keras.callbacks.CallbackList([monitor], model=model)
+    callbacks.on_train_begin()
+    for _ in range(3):
+        model.train_on_batch(*data(ROWS))
+    callbacks.on_train_end()
+    assert [record["samples"] for record in records(monitor)] == [3]
+
+
 def test_two_of_one_fit_see_the_same() -> None:
     model, monitors = compiled(_optimizer("SGD")), [GeometryMonitor(8, 8, directory=None) for _ in range(2)]
     for _ in range(2):  # the second time they replace nothing but themselves
