@@ -50,7 +50,7 @@ def local_steps(parameters: int, workers: int, sync_every: int, tensors: int = 0
         >>> local_steps(1_000_000, workers=4, sync_every=16)
         11727.75
     """
-    _check_sizes(parameters, workers=workers, sync_every=sync_every)
+    check_count("sync_every", sync_every, 1)
     return (majority_vote(parameters, workers) + (workers - 1) * 4 * (tensors + 1)) / sync_every
 
 
@@ -92,7 +92,7 @@ def power_sgd(parameters: int, workers: int, rank: int, width: int = 1000) -> in
         >>> power_sgd(10_010_000, workers=4, rank=1)
         180000
     """
-    _check_sizes(parameters, workers=workers, rank=rank, width=width)
+    _check_sizes(parameters, rank=rank, width=width)
     numbers = -(-parameters * (2 * rank + 1) // (width + 1))
     return ring_all_reduce(numbers, workers, 32)
 

@@ -156,7 +156,7 @@ def test_early_stopping_plateau_and_logs(tmp_path: Path) -> None:
         callbacks=[
             keras.callbacks.EarlyStopping("val_loss", patience=4, min_delta=0.5),
             keras.callbacks.ReduceLROnPlateau("val_loss", factor=0.5, patience=2, min_delta=0.5),
-            keras.callbacks.TensorBoard(tmp_path, write_graph=False),
+            keras.callbacks.TensorBoard(tmp_path),
             keras.callbacks.CSVLogger(tmp_path / "log.csv"),
             note,
         ],

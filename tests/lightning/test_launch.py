@@ -110,14 +110,7 @@ def _same_on_both_ranks(folder: Path) -> None:
     assert lines[0].startswith("4 steps, 2 votes, [[")
 
 
-@pytest.mark.parametrize(
-    "strategy",
-    [
-        "majority_vote",
-        "majority_vote_spawn",
-        "majority_vote_fork",
-    ],
-)
+@pytest.mark.parametrize("strategy", ["majority_vote", "majority_vote_spawn", "majority_vote_fork"])
 @pytest.mark.nightly  # test_demo.py starts processes as the first does
 def test_lightnings_own_launchers(strategy: str, tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text(LIGHTNING)
