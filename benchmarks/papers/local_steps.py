@@ -3,11 +3,11 @@
 python -m benchmarks.papers.local_steps --text FILE --images DIR --out benchmarks/results/papers
 
 The inner learning rates are about the best that signmuon.py found of the same optimizer. Every row of local steps has
-three inner rates and two outer settings to be tuned by; of DiLoCo, the peer, the best one's neighbours are tried, too,
-until the best is at no edge. The two best have two more seeds, and the better mean counts. Then the vote with other
-numbers of workers, and a longer training of the GPT by vote and mean with the first optimizer inside, at these rates,
-halved until worse, and by the other outer step from the best of these on. Each task has a result file of its own. What
-was trained is kept in trainings.json: started again, it goes on where it was.
+three inner rates and two outer settings to be tuned by, and the best one's neighbours, until the best is at no edge.
+The two best have two more seeds, and the better mean counts. Then the vote with other numbers of workers, and a longer
+training of the GPT by vote and mean with the first optimizer inside, at these rates, halved until worse, and by the
+other outer step from the best of these on. Each task has a result file of its own. What was trained is kept in
+trainings.json: started again, it goes on where it was.
 """
 
 import argparse
@@ -40,10 +40,10 @@ RATES = (1.0, 2.0, 0.5)
 """Shares of the best inner learning rate that are tried."""
 MOST = 16
 """Runs that tune a row."""
-EVERY = {MUON: (4, 16, 64), ADAMW: (16,)}
-"""Steps between exchanges, with each optimizer inside."""
-MANY, OTHERS, LONG = 4, (2, 8), (16,)
-"""Workers, afterwards other numbers of them, and steps between exchanges of the longer training."""
+EVERY, LONG = (4, 16, 64), (16,)
+"""Steps between exchanges, and those of the longer training."""
+MANY, OTHERS = 4, (2, 8)
+"""Workers, and afterwards other numbers of them."""
 
 
 class Found(NamedTuple):
@@ -119,12 +119,9 @@ def measure(kind: str, options: argparse.Namespace, store: Store) -> Table:
     for method in BEST[kind]:
         jobs = [base(task, kind, method, steps)._replace(seed=seed) for seed in SEEDS]
         found.append(Found(method, 1, Row(jobs[0], store.run(task, jobs, f"{task.key}, {method}")), 1))
-    chosen = [(method, every) for method in options.inner for every in EVERY[method] if every in options.every]
-    for (method, every), outer in itertools.product(chosen, options.outer):
+    for method, every, outer in itertools.product(options.inner, options.every, options.outer):
         sync_every = 2 if options.short else every
-        jobs = candidates(base(task, kind, method, steps), outer, sync_every)
-        if outer == "DiLoCo":
-            jobs = inside(task, store, jobs)
+        jobs = inside(task, store, candidates(base(task, kind, method, steps), outer, sync_every))
         found.append(Found(f"{method}, {outer}", sync_every, better_of_two(task, store, jobs), len(jobs)))
     votes = [one.row.job for one in found if one.row.job.exchange == "vote"]
     jobs = [job._replace(workers=workers) for job in votes for workers in options.workers]
@@ -194,7 +191,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=list(BEST), default=list(BEST))
     parser.add_argument("--inner", nargs="+", choices=[ADAMW, MUON], default=[MUON, ADAMW])
     parser.add_argument("--outer", nargs="+", choices=list(OUTER), default=list(OUTER), help="what is exchanged")
-    parser.add_argument("--every", nargs="+", type=int, default=list(EVERY[MUON]), help=f"H, some of {EVERY}")
+    parser.add_argument("--every", nargs="+", type=int, default=list(EVERY), help="H (default: %(default)s)")
     parser.add_argument("--workers", nargs="*", type=int, default=list(OTHERS), help="besides 4 (default: %(default)s)")
     parser.add_argument("--long", nargs="*", type=int, default=list(LONG), help="H of the longer training")
     parser.add_argument("--processes", type=int, help="trainings at a time (default: one a core)")
