@@ -35,7 +35,7 @@ def check_vote(model: nn.Module, optimizers: Sequence[Signum]) -> None:
 
 
 def check_optimizers(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
-    """Make sure that every optimizer holds parameters of the model, on one device.
+    """Make sure that every optimizer holds parameters of the model, on one device that has memory.
 
     Raises:
         ValueError: if not.
@@ -49,6 +49,11 @@ def check_optimizers(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
         if len(devices) > 1:
             raise ValueError(
                 f"optimizer {k} has parameters on {', '.join(sorted(devices))}; a vote needs them on one device"
+            )
+        if devices == {"meta"}:
+            raise ValueError(
+                f"optimizer {k} has parameters without values, on the meta device: materialize the model first, by "
+                "to_empty and then its initial values or a checkpoint's, and make the optimizer of what that leaves"
             )
         foreign = [p for p in parameters if id(p) not in model_parameters]
         if foreign:

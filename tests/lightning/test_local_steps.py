@@ -251,5 +251,8 @@ def test_what_cannot_work_is_refused() -> None:
         enable_local_steps(sgd, sgd)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="holds parameters that are not the model's"):
         enable_local_steps(nn.Linear(2, 1), sgd)
+    unmade = nn.Linear(2, 1, device="meta")
+    with pytest.raises(ValueError, match=r"optimizer 0 has parameters without values, on the meta device: .* to_empty"):
+        enable_local_steps(unmade, torch.optim.SGD(unmade.parameters(), lr=0.1))
     with pytest.raises(RuntimeError, match="local steps need a process group"):
         enable_local_steps(net, sgd)

@@ -188,11 +188,13 @@ def _misuse(kind: str) -> tuple[str, str]:
     ddp = DistributedDataParallel(net if kind == "sparse" else small_net())
     good = Signum(ddp.parameters())
     foreign = Signum([*ddp.parameters(), nn.Parameter(torch.ones(1))])
+    unmade = nn.Linear(2, 1, device="meta")
     arguments: dict[str, tuple[Any, ...]] = {
         "no model": (good,),
         "no optimizer": (ddp,),
         "other class": (ddp, good, torch.optim.AdamW(ddp.parameters())),
         "foreign parameter": (ddp, foreign),
+        "meta": (unmade, Signum(unmade.parameters())),
         "sparse": (ddp, good),
     }
     try:
@@ -214,6 +216,8 @@ MISUSES = {
     "foreign parameter": "ValueError: optimizer 0 holds parameters that are not the model's: 1, the first of shape "
     "(1,). Let the model have them, as a parameter or submodule; or, if they are another model's, make one optimizer "
     "for each model and enable each with its own",
+    "meta": "ValueError: optimizer 0 has parameters without values, on the meta device: materialize the model first, "
+    "by to_empty and then its initial values or a checkpoint's, and make the optimizer of what that leaves",
     "sparse": "ValueError: 0 (EmbeddingBag) has sparse gradients, which cannot vote; use sparse=False",
 }
 
