@@ -152,8 +152,13 @@ def agree_on_model(model: nn.Module, group: dist.ProcessGroup) -> None:
 
 def _agree_on_options(model: nn.Module, optimizers: int, options: VoteOptions, group: dist.ProcessGroup) -> int:
     """Make sure that all ranks want votes of the same workers, on as many optimizers; return the model's number."""
-    global _enabled
     _agree(model, group, [f"vote_between={options.vote_between!r}", f"optimizers: {optimizers}"])
+    return number_of(model, group)
+
+
+def number_of(model: nn.Module, group: dist.ProcessGroup) -> int:
+    """Return the number of a model that is about to vote, the same on all ranks."""
+    global _enabled
     everyone = PointToPoint(group)
     own = torch.tensor([_enabled], device=everyone.wire(next(model.parameters()).device))
     number = int(everyone.gather(own, Message.NUMBER).max())

@@ -11,7 +11,7 @@ from signsgd_core.adversaries import Adversary, check_adversaries
 
 from .. import _compat
 from ..checks import check_group, check_optimizers, refuse_fsdp1, refuse_mean
-from ..enable import agree_on_model, broadcast
+from ..enable import agree_on_model, broadcast, number_of
 from ..optimizer import see_through
 from ..sharding import refuse_sharded
 from ..vote.topology import Flat
@@ -92,7 +92,8 @@ def let_step(
         refuse_mean(optimizers, "enable_local_steps")
     check_adversaries(options.adversaries, dist.get_world_size(group), "rank")
     agree_on_model(model, group)
-    local = LocalSteps(model, optimizers, options, Flat(PointToPoint(group)), counts_steps)
+    label = f"local steps of model {number_of(model, group)}"
+    local = LocalSteps(model, optimizers, options, Flat(PointToPoint(group)), counts_steps, label=label)
     local.start_from(lambda: broadcast(model, group))  # once the ranks agree on all: a refusal changes nothing
     return local
 

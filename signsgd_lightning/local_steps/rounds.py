@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import signsgd_core as core
-from signsgd_core.adversaries import Adversary
+from signsgd_core.adversaries import Adversary, check_lie
 
 from .. import kernels
 from ..optimizer import LOCAL_STEPS, Signum, see_through
@@ -45,6 +45,7 @@ class LocalSteps:
         ranks: those that vote.
         counts_steps: False where the caller calls `count`.
         taker: takes a round; None takes it once.
+        label: of the votes, the same on all ranks.
 
     Attributes:
         optimizers: as above.
@@ -63,6 +64,7 @@ class LocalSteps:
         ranks: Flat,
         counts_steps: bool = True,
         taker: Taker | None = None,
+        label: str = "local steps",
     ) -> None:
         self.optimizers, self.options = list(optimizers), options
         self.steps, self.drift = 0, (0.0, 0)
@@ -73,7 +75,7 @@ class LocalSteps:
         self.outer = Signum([{"params": []}], lr=options.outer_lr, betas=(0.0, 0.0))
         self.outer.param_groups[0]["outer_momentum"] = options.outer_momentum
         votes = VoteOptions(options.verify_every_n_rounds)
-        self.vote = self.outer.vote = Vote(ranks, self._anchors.names, "local steps", votes)
+        self.vote = self.outer.vote = Vote(ranks, self._anchors.names, label, votes)
         self.find_parameters()
         self.vote.agree(self.outer.views(), self.settings(), Purpose.ENABLE)
         self._handles = [optimizer.register_step_pre_hook(self.open) for optimizer in self.optimizers]
@@ -184,20 +186,21 @@ class LocalSteps:
                 self._anchors[p].copy_(p)
                 self._moved = True
 
+    @torch.inference_mode(False)  # outside of no_grad, which it would undo: momenta that it made could not be written
     @torch.no_grad()
     def close(self, early: bool) -> bool:
         """Close one round with the steps that this rank has; return whether that was early on all ranks."""
         self.open()
         try:
             outcome = self._taker.take(lambda: self._attempt(early))
-        except BaseException:
+            if outcome is not None:
+                ends = self._ends(outcome.given.views)
+                self._commit(outcome.verdicts, outcome.magnitudes)
+                self._note_drift(ends)
+                self._buffers.take(outcome.means)
+        except BaseException:  # also an interrupt between two lines: parameters may hold displacements
             self.give_up()
             raise
-        if outcome is not None:
-            ends = self._ends(outcome.given.views)
-            self._commit(outcome.verdicts, outcome.magnitudes)
-            self._note_drift(ends)
-            self._buffers.take(outcome.means)
         self._finish()
         if outcome is not None and outcome.verdicts:  # a round in which nobody moved is none
             self.outer.param_groups[0]["step"] += 1
@@ -352,4 +355,6 @@ def _zeros(view: FlatView) -> FlatView:
 def _lie(adversary: Adversary, delta: Tensor) -> Tensor:
     """Return what an adversary sends instead of a displacement; nothing is zeros."""
     sent = adversary(delta.cpu().numpy())
+    if sent is not None:
+        check_lie(sent, tuple(delta.shape))
     return torch.zeros_like(delta) if sent is None else torch.as_tensor(sent).to(delta).contiguous()

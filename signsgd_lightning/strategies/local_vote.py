@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.optim import Optimizer
 
@@ -44,7 +44,7 @@ class LocalVoteStrategy(WorkerStateStrategy):
 
     Raises:
         ValueError: for settings outside their range, or a communication hook; at the start of `fit` beside
-            `EMAWeightAveraging`, whose averages of each step would be each rank's own.
+            `EMAWeightAveraging` or `WeightAveraging`, whose averages of each step would be each rank's own.
         TypeError: for an argument that neither this class nor `DistributedDataParallel` has.
         RuntimeError: before the first step, if the ranks differ in model or settings.
 
@@ -78,9 +78,9 @@ class LocalVoteStrategy(WorkerStateStrategy):
     def setup(self, trainer: "Trainer") -> None:
         """Set up the optimizers, then let them take steps of their own."""
         fits = trainer.state.fn == TrainerFn.FITTING
-        if fits and any(isinstance(callback, EMAWeightAveraging) for callback in averaging(trainer)):
+        if fits and (steps := [one for one in averaging(trainer) if _averages_steps(one)]):
             raise ValueError(
-                "EMAWeightAveraging averages after every step, when parameters are each rank's own: take "
+                f"{type(steps[0]).__name__} averages after every step, when parameters are each rank's own: take "
                 "StochasticWeightAveraging, which averages epochs, or strategy='majority_vote'"
             )
         super().setup(trainer)
@@ -114,6 +114,12 @@ class LocalVoteStrategy(WorkerStateStrategy):
     def _close_round(self) -> None:
         if self.local_steps is not None and not self._interrupted:
             self.local_steps.close_round()
+
+
+def _averages_steps(callback: Callback) -> bool:
+    """Whether a callback averages weights after steps, as `WeightAveraging` does where no other class says when."""
+    own = getattr(type(callback), "should_update", None)
+    return own in (WeightAveraging.should_update, EMAWeightAveraging.should_update)
 
 
 class _Closing(Callback):

@@ -263,3 +263,85 @@ def test_a_momentum_goes_from_a_vote_to_local_steps_and_back(workers: Workers) -
             assert [words[:46] for words in said] == ["this state holds the momenta of several ranks,"], (
                 "torch's own way"
             )
+
+
+def _two_models() -> str:
+    """Two models of one structure, each with rounds of its own; rank 1 takes a step of the first less."""
+    first, second = _line(), _line()
+    both = [torch.optim.SGD(net.parameters(), lr=1.0) for net in (first, second)]
+    rounds = [enable_local_steps(net, sgd, sync_every=2) for net, sgd in zip((first, second), both, strict=True)]
+    try:
+        for t in range(4):
+            for k, sgd in enumerate(both):
+                if (k, t, dist.get_rank()) != (0, 1, 1):
+                    _step(sgd, [1.0, -1.0])
+        for local in rounds:
+            local.close_round()
+    except RuntimeError as error:
+        return str(error)
+    return "nothing"
+
+
+def test_rounds_of_two_models_are_told_apart(workers: Workers) -> None:
+    first, second = workers.run(2, _two_models, group_timeout=10)
+    assert first == second
+    assert "has «local steps of model 0" in first
+    assert "«local steps of model 1" in first
+
+
+def _interrupted(monkey: str) -> list[Any]:
+    """A round whose commit fails on rank 1, as by an interrupt, then one that does not."""
+    net = _line(value=8.0)
+    local = enable_local_steps(net, sgd := torch.optim.SGD(net.parameters(), lr=1.0), sync_every=1)
+    whole = getattr(local, monkey)
+
+    def fail(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    if dist.get_rank() == 1:
+        setattr(local, monkey, fail)
+    try:
+        _step(sgd, [1.0, 1.0])
+    except KeyboardInterrupt:
+        setattr(local, monkey, whole)
+    return [net.weight.flatten().tolist(), local.is_open]
+
+
+def test_a_failure_behind_the_vote_leaves_no_displacements(workers: Workers) -> None:
+    assert workers.run(2, _interrupted, "_commit") == [[[7.0, 7.0], False], [[8.0, 8.0], False]]
+
+
+def _evaluated() -> Any:
+    """Close a round in inference mode; the next one, outside of it, writes to its momenta."""
+    net = _line(value=8.0)
+    local = enable_local_steps(net, sgd := torch.optim.SGD(net.parameters(), lr=1.0), outer_momentum=0.5)
+    for evaluates in (True, False):
+        _step(sgd, [1.0, 1.0])
+        with torch.inference_mode(evaluates):
+            local.close_round()
+    return net.weight.flatten().tolist()
+
+
+def test_a_round_may_close_in_inference_mode(workers: Workers) -> None:
+    """With steps of 1 and μ = 0.5 the first round goes 1.5 far, the second 1 + 0.5·1.5."""
+    assert workers.run(2, _evaluated) == [[4.75, 4.75]] * 2
+
+
+def _lie_of_another_shape() -> str:
+    net = _line()
+    adversaries = {1: lambda delta: np.ones(10, np.float32)}
+    local = enable_local_steps(net, sgd := torch.optim.SGD(net.parameters(), lr=1.0), adversaries=adversaries)
+    _step(sgd, [1.0, 1.0])
+    try:
+        local.close_round()
+    except ValueError as error:
+        return str(error)
+    except RuntimeError:
+        return "the other failed"
+    return "nothing"
+
+
+def test_an_adversary_of_another_shape_is_refused(workers: Workers) -> None:
+    honest, liar = workers.run(2, _lie_of_another_shape, group_timeout=5)
+    assert "(10,)" in liar
+    assert honest == "the other failed"

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -232,17 +232,18 @@ def test_callbacks_see_what_is_the_same_on_all_ranks(averages: bool, batches: fl
         np.testing.assert_array_equal(a, b)
 
 
-def _averages_of_steps() -> str:
+def _averages_of_steps(callback: type[WeightAveraging]) -> str:
     try:
-        trainer(strategy=LocalVoteStrategy(), callbacks=[EMAWeightAveraging()]).fit(Model())
+        trainer(strategy=LocalVoteStrategy(), callbacks=[callback()]).fit(Model())
     except ValueError as error:
         return str(error)
     return "nothing"
 
 
-def test_averages_of_steps_are_refused(workers: Workers) -> None:
-    for said in workers.run(2, _averages_of_steps):
-        assert said.startswith("EMAWeightAveraging averages after every step"), said
+@pytest.mark.parametrize("callback", [EMAWeightAveraging, WeightAveraging])
+def test_averages_of_steps_are_refused(callback: type[WeightAveraging], workers: Workers) -> None:
+    for said in workers.run(2, _averages_of_steps, callback):
+        assert said.startswith(f"{callback.__name__} averages after every step"), said
         assert "take StochasticWeightAveraging" in said
 
 
