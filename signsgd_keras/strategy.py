@@ -59,7 +59,10 @@ class MultiWorkerMajorityVoteStrategy(tf.distribute.MultiWorkerMirroredStrategy)
         self.adversaries = dict(adversaries or {})
 
     def reduce(self, reduce_op: Any, value: Any, axis: Any) -> Any:
-        """Reduce a value across replicas; of a structure of values, such as a batch, return this worker's own first.
+        """Reduce a value, or every value of a structure, across replicas.
+
+        The mean of a batch, a structure of tensors that are no scalars, is this worker's own first: Keras asks so for
+        a batch to build the model with, and batches of workers may differ in shape.
 
         Args:
             reduce_op: "SUM" or "MEAN", or a `tf.distribute.ReduceOp`.
@@ -67,11 +70,14 @@ class MultiWorkerMajorityVoteStrategy(tf.distribute.MultiWorkerMirroredStrategy)
             axis: along which to reduce within each replica; scalars have none.
         """
         if tf.nest.is_nested(value) and not isinstance(value, tf.distribute.DistributedValues):
-            return tf.nest.map_structure(lambda v: self.experimental_local_results(v)[0], value)
-        local = self.experimental_local_results(value)
-        if all(tf.is_tensor(v) and v.shape.rank == 0 for v in local):
-            axis = None
-        return super().reduce(reduce_op, value, axis)
+            means = reduce_op in ("MEAN", tf.distribute.ReduceOp.MEAN)
+            if means and not any(map(self._is_scalar, tf.nest.flatten(value))):
+                return tf.nest.map_structure(lambda v: self.experimental_local_results(v)[0], value)
+            return tf.nest.map_structure(lambda v: self.reduce(reduce_op, v, axis), value)
+        return super().reduce(reduce_op, value, None if self._is_scalar(value) else axis)
+
+    def _is_scalar(self, value: Any) -> bool:
+        return all(tf.is_tensor(v) and v.shape.rank == 0 for v in self.experimental_local_results(value))
 
 
 class _Extended(CollectiveAllReduceExtended):  # type: ignore[misc]

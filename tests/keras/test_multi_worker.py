@@ -102,6 +102,21 @@ def test_custom_loop_that_accumulates_and_clips(cluster: Callable[[int], Cluster
     judge(cluster(2).run(_loop, 0.125), betas=(0.875, 0.875), every=3, clip=clip)
 
 
+def _reduced() -> list[Any]:
+    """Reduce what a custom loop returns: a dict of losses."""
+    import tensorflow as tf
+
+    own = float(strategy().cluster_resolver.task_id + 1)
+    losses = strategy().run(lambda: {"loss": tf.constant(own), "of each class": tf.constant([own, -own])})
+    reduced = [strategy().reduce(op, losses, axis=None) for op in ("SUM", "MEAN")]
+    return [{name: value.numpy().tolist() for name, value in one.items()} for one in reduced]
+
+
+def test_a_structure_is_reduced_among_workers(cluster: Callable[[int], Cluster]) -> None:
+    totals = [{"loss": 3.0, "of each class": [3.0, -3.0]}, {"loss": 1.5, "of each class": [1.5, -1.5]}]
+    assert cluster(2).run(_reduced) == [totals] * 2
+
+
 def _overflow() -> tuple[list[list[Array]], list[float], int]:
     """Three steps; at the second worker 1 alone overflows."""
     import keras

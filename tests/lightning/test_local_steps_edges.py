@@ -1,5 +1,6 @@
 """Between rounds, and where one ends without a vote: other code moves parameters, a state is loaded, a round fails."""
 
+import re
 import warnings
 from typing import Any
 
@@ -285,8 +286,8 @@ def _two_models() -> str:
 def test_rounds_of_two_models_are_told_apart(workers: Workers) -> None:
     first, second = workers.run(2, _two_models, group_timeout=10)
     assert first == second
-    assert "has «local steps of model 0" in first
-    assert "«local steps of model 1" in first
+    numbers = re.findall(r"«local steps of model (\d+)", first)
+    assert len(set(numbers)) == 2, first
 
 
 def _interrupted(monkey: str) -> list[Any]:
