@@ -158,7 +158,7 @@ class FabricLocalVoteStrategy(_WorkerStateStrategy):
         **kwargs: those of `lightning.fabric.strategies.DDPStrategy` that concern processes.
 
     Attributes:
-        local_steps: the rounds, once a model is set up.
+        local_steps: the rounds of the model that was set up last; `fabric.save` closes those of all.
     """
 
     def __init__(
@@ -174,6 +174,7 @@ class FabricLocalVoteStrategy(_WorkerStateStrategy):
         super().__init__(**kwargs)
         _compat.check_ddp_options(self)
         self.local_steps: LocalSteps | None = None
+        self._all = list[LocalSteps]()
         _compat.leave_backward_alone(self)
 
     def setup_module(self, module: nn.Module) -> Any:
@@ -183,18 +184,19 @@ class FabricLocalVoteStrategy(_WorkerStateStrategy):
     def setup_module_and_optimizers(self, module: nn.Module, optimizers: list[Any], scheduler: Any = None) -> Any:
         """Let the optimizers take steps of their own."""
         self.local_steps = let_step(module, optimizers, self.options)
+        self._all.append(self.local_steps)
         return module, optimizers, scheduler
 
     def save_checkpoint(self, path: str | Path, state: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         """Close the round and write a whole file; see `fabric.save`."""
-        if self.local_steps is not None:
-            self.local_steps.close_round()
+        for rounds in self._all:
+            rounds.close_round()
         super().save_checkpoint(path, state, *args, **kwargs)
 
     def _load(self, obj: Any, state: Any, strict: bool) -> None:
         super()._load(obj, state, strict)
-        if self.local_steps is not None and isinstance(obj, nn.Module):
-            self.local_steps.keep_loaded(obj)
+        for rounds in self._all if isinstance(obj, nn.Module) else ():
+            rounds.keep_loaded(obj)
 
 
 def _is_own(obj: Any) -> bool:

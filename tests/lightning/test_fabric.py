@@ -121,6 +121,24 @@ def _local(path: str) -> list[Any]:
     return [*said, bits[0] == bits[1], bits[0][: len(list(net.parameters()))], bits[0]]
 
 
+def _two_models(path: str) -> list[bool]:
+    """Save within a round of each of two models; tell whether its round is open then."""
+    fabric = _fabric(FabricLocalVoteStrategy(sync_every=4))
+    nets, rounds = [small_net(), small_net()], []
+    for net in nets:
+        model, optimizer = fabric.setup(net, torch.optim.AdamW(net.parameters(), lr=0.1))
+        strategy: Any = fabric.strategy
+        rounds.append(strategy.local_steps)
+        _backward(fabric, model, 0)
+        optimizer.step()
+    fabric.save(path, {"first": nets[0], "second": nets[1]})
+    return [local.is_open for local in rounds]
+
+
+def test_saving_closes_the_rounds_of_all_models(tmp_path: Path, workers: Workers) -> None:
+    assert workers.run(2, _two_models, str(tmp_path / "two.ckpt")) == [[False, False]] * 2
+
+
 def test_local_vote(tmp_path: Path, workers: Workers) -> None:
     first, second = workers.run(2, _local, str(tmp_path / "local.ckpt"))
     assert first[:3] == second[:3] == [2, 2, True]
