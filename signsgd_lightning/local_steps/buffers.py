@@ -70,8 +70,8 @@ class Buffers:
         ]
 
     def in_words(self) -> list[str]:
-        """Return what all ranks must have in common."""
-        return [describe(f"buffer {name}", buffer) for name, buffer in self._now().items()]
+        """Return what all ranks must have in common, of all buffers: those of whole numbers start from rank 0's."""
+        return [describe(f"buffer {name}", buffer) for name, buffer in self._model.named_buffers()]
 
     def _now(self) -> dict[str, Tensor]:
         return {name: buffer for name, buffer in self._model.named_buffers() if buffer.is_floating_point()}

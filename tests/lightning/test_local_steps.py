@@ -251,6 +251,10 @@ def test_what_cannot_work_is_refused() -> None:
         enable_local_steps(sgd, sgd)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="holds parameters that are not the model's"):
         enable_local_steps(nn.Linear(2, 1), sgd)
+    tied = nn.ModuleList([nn.Linear(2, 1), nn.Linear(2, 1)])
+    tied[1].weight.data = tied[0].weight.data
+    with pytest.raises(ValueError, match=r"parameters 0\.weight and 1\.weight share memory"):
+        enable_local_steps(tied, torch.optim.SGD(tied.parameters(), lr=0.1))
     unmade = nn.Linear(2, 1, device="meta")
     with pytest.raises(ValueError, match=r"optimizer 0 has parameters without values, on the meta device: .* to_empty"):
         enable_local_steps(unmade, torch.optim.SGD(unmade.parameters(), lr=0.1))

@@ -5,6 +5,7 @@ import warnings
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -346,3 +347,22 @@ def test_an_adversary_of_another_shape_is_refused(workers: Workers) -> None:
     honest, liar = workers.run(2, _lie_of_another_shape, group_timeout=5)
     assert "(10,)" in liar
     assert honest == "the other failed"
+
+
+def _counts(sizes: tuple[int, int]) -> str:
+    """Take local steps with a buffer of a size of this rank's own; 0 is none."""
+    net = _line()
+    if size := sizes[dist.get_rank()]:
+        net.register_buffer("seen", torch.zeros(size, dtype=torch.int64))
+    try:
+        enable_local_steps(net, torch.optim.SGD(net.parameters(), lr=1.0))
+    except RuntimeError as error:
+        return str(error)
+    return "nothing"
+
+
+@pytest.mark.parametrize("sizes", [(1, 0), (2, 3)])
+def test_buffers_of_whole_numbers_must_be_the_same(sizes: tuple[int, int], workers: Workers) -> None:
+    for said in workers.run(2, _counts, sizes, group_timeout=5):
+        assert "«buffer seen: shape" in said
+        assert "the ranks disagree" in said
