@@ -91,7 +91,6 @@ class ElasticLocalSteps:
         options: of the rounds.
         place: where and how workers meet.
         others: what else a newcomer takes over, by name.
-        counts_steps: False where the caller calls `LocalSteps.count`.
 
     Attributes:
         local: the rounds themselves.
@@ -104,14 +103,13 @@ class ElasticLocalSteps:
         options: LocalStepOptions,
         place: Place,
         others: Mapping[str, Stateful],
-        counts_steps: bool = True,
     ) -> None:
         self._members, self._closed = Members(place.timeout), False
         # Ahead of the hooks of LocalSteps, which begin a round.
         self._handles = [optimizer.register_step_pre_hook(self._before) for optimizer in optimizers]
         self._taker = _Taker(options.sync_every)
         ranks = Flat(self._members, changes=True)
-        self.local = LocalSteps(model, optimizers, options, ranks, counts_steps, self._taker)
+        self.local = LocalSteps(model, optimizers, options, ranks, self._taker)
         shared = SharedRounds(model, self.local, lambda: self._taker.voted_on, self._taker.go_on)
         state = SharedState(shared, others)
         self._taker.membership = Membership(place, self._members, state.save, state.load, lambda: self.rounds)

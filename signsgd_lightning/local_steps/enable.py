@@ -75,7 +75,6 @@ def let_step(
     optimizers: Sequence[Optimizer],
     options: LocalStepOptions,
     process_group: dist.ProcessGroup | None = None,
-    counts_steps: bool = True,
 ) -> LocalSteps:
     """Let the optimizers take steps of their own; see `enable_local_steps`.
 
@@ -84,7 +83,6 @@ def let_step(
         optimizers: of the ranks.
         options: of the rounds.
         process_group: of the ranks.
-        counts_steps: False where the caller calls `LocalSteps.count`.
     """
     model, optimizers = _compat.uncompiled(model), [see_through(optimizer) for optimizer in optimizers]
     check(model, optimizers)
@@ -94,7 +92,7 @@ def let_step(
     check_adversaries(options.adversaries, dist.get_world_size(group), "rank")
     agree_on_model(model, group)
     label = f"local steps of model {number_of(model, group)}"
-    local = LocalSteps(model, optimizers, options, Flat(PointToPoint(group)), counts_steps, label=label)
+    local = LocalSteps(model, optimizers, options, Flat(PointToPoint(group)), label=label)
     local.start_from(lambda: broadcast(model, group))  # once the ranks agree on all: a refusal changes nothing
     return local
 

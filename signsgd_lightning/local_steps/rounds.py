@@ -43,7 +43,6 @@ class LocalSteps:
         optimizers: whose parameters are voted on; the last one's steps are counted.
         options: of the rounds.
         ranks: those that vote.
-        counts_steps: False where the caller calls `count`.
         taker: takes a round; None takes it once.
         label: of the votes, the same on all ranks.
 
@@ -52,6 +51,7 @@ class LocalSteps:
         outer: has `x_0` for its parameters, and keeps the outer momenta and the number of rounds.
         vote: of all ranks.
         steps: of this rank since the last round.
+        counted: all steps of this rank.
         drift: while somebody observes the vote, the sum of squares of what this rank's parameters differed by from the
             common ones at the ends of rounds, and of how many.
     """
@@ -62,12 +62,11 @@ class LocalSteps:
         optimizers: Sequence[Optimizer],
         options: LocalStepOptions,
         ranks: Flat,
-        counts_steps: bool = True,
         taker: Taker | None = None,
         label: str = "local steps",
     ) -> None:
         self.optimizers, self.options = list(optimizers), options
-        self.steps, self.drift = 0, (0.0, 0)
+        self.steps, self.counted, self.drift = 0, 0, (0.0, 0)
         self._buffers, self._begun, self._moved = Buffers(model), False, False
         self._taker: Taker = taker or Once()
         self._displaced: Displaced | None = None
@@ -79,8 +78,7 @@ class LocalSteps:
         self.find_parameters()
         self.vote.agree(self.outer.views(), self.settings(), Purpose.ENABLE)
         self._handles = [optimizer.register_step_pre_hook(self.open) for optimizer in self.optimizers]
-        if counts_steps:
-            self._handles.append(self.optimizers[-1].register_step_post_hook(self.count))
+        self._handles.append(self.optimizers[-1].register_step_post_hook(self.count))
         self._allow_ddp = refuse_other_wrappers(model, _OWN_GRADIENTS)
         for optimizer in self.optimizers:
             setattr(optimizer, LOCAL_STEPS, self)
@@ -92,7 +90,7 @@ class LocalSteps:
         Raises:
             PeerLostError: as `close_round`, and what else that raises.
         """
-        self.steps += 1
+        self.steps, self.counted = self.steps + 1, self.counted + 1
         if self.steps >= self.options.sync_every:
             self.close(early=False)
 

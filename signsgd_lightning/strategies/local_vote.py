@@ -86,14 +86,16 @@ class LocalVoteStrategy(WorkerStateStrategy):
         super().setup(trainer)
         if fits:
             assert self.model is not None
-            self.local_steps = let_step(self.model, self._stepping, self.options, counts_steps=False)
+            self.local_steps = let_step(self.model, self._stepping, self.options)
             callbacks(trainer).insert(0, self._first)
 
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:
-        """Take a step and count it, also one that a gradient scaler skips: so ranks close rounds at the same batch."""
+        """Take a step; count one that a gradient scaler skips, too: so ranks close rounds at the same batch."""
+        local = self.local_steps
+        before = 0 if local is None else local.counted
         result = super().optimizer_step(optimizer, closure, *args, **kwargs)
-        if self.local_steps is not None and optimizer is self.optimizers[-1]:
-            self.local_steps.count()
+        if local is not None and optimizer is self.optimizers[-1] and local.counted == before:
+            local.count()
         return result
 
     def lightning_module_state_dict(self) -> dict[str, Any]:

@@ -24,7 +24,9 @@ class Recorder:
     def __init__(self, net: Any, optimizers: list[Optimizer]) -> None:
         self.net, self.start, self.rounds, self.seen = net, Ends(), list[Round](), 0
         self.before = ends_of(net)
-        optimizers[-1].register_step_post_hook(self.note_own)
+        handle = optimizers[-1].register_step_post_hook(self.note_own)
+        hooks: Any = optimizers[-1]._optimizer_step_post_hooks
+        hooks.move_to_end(handle.id, last=False)  # ahead of what closes a round
 
     def note_own(self, *_: Any) -> None:
         self.before = ends_of(self.net)

@@ -28,11 +28,11 @@ class Model(Net):
     def __init__(self, inner: str = "AdamW") -> None:
         super().__init__(lambda: nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 1)), 96)
         self.inner, self.seen = inner, list[Ends]()
-        self.automatic_optimization = inner != "Muon and AdamW"
+        self.automatic_optimization = not inner.startswith("Muon and AdamW")
 
     def configure_optimizers(self) -> Any:
         p = list(self.net.parameters())
-        if self.inner == "Muon and AdamW":
+        if not self.automatic_optimization:
             rest = [x for x in p if x.dim() != 2]
             return [torch.optim.Muon([x for x in p if x.dim() == 2], lr=0.05), torch.optim.AdamW(rest, lr=0.05)]
         if self.inner == "Signum":
@@ -48,7 +48,7 @@ class Model(Net):
             return loss
         self.zero_grad()
         self.manual_backward(loss)
-        for optimizer in self.optimizers():  # type: ignore[union-attr]
+        for optimizer in self.optimizers(use_pl_optimizer="raw" not in self.inner):  # type: ignore[union-attr]
             optimizer.step()
         return None
 
@@ -81,6 +81,7 @@ CASES: list[tuple[int, str, dict[str, Any], dict[str, Any]]] = [
     (2, "AdamW", {"sync_every": 2}, {}),
     (3, "SGD", {"sync_every": 1, "outer_momentum": 0.5}, {"accumulate_grad_batches": 2}),
     (3, "Muon and AdamW", {"sync_every": 3, "outer_lr": 1.25}, {}),
+    (2, "Muon and AdamW, raw", {"sync_every": 3}, {}),
     (2, "Signum", {"sync_every": 3, "verify_every_n_rounds": 1}, {"gradient_clip_val": 0.5, "precision": "bf16-mixed"}),
     (2, "AdamW", {"sync_every": 2}, {"precision": "16-mixed", "val_check_interval": 3}),
 ]
