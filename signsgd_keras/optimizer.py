@@ -168,8 +168,11 @@ class Signum(keras.optimizers.Optimizer):  # type: ignore[misc]
         for share, value in (("beta_1", beta_1), ("beta_2", beta_2), ("verdict_momentum", verdict_momentum)):
             core.check_share(share, value)
         core.check_size("weight_decay", 0.0 if weight_decay is None else weight_decay)
-        if loss_scale_factor is not None:
-            core.check_factor("loss_scale_factor", loss_scale_factor)
+        check_flag("use_ema", use_ema)
+        clips = {"clipnorm": clipnorm, "clipvalue": clipvalue, "global_clipnorm": global_clipnorm}
+        for factor, given in {**clips, "loss_scale_factor": loss_scale_factor}.items():
+            if given is not None:
+                core.check_factor(factor, given)
         if gradient_accumulation_steps is not None:
             core.check_count("gradient_accumulation_steps", gradient_accumulation_steps, 1)
         if zeros is not None:
