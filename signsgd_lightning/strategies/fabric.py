@@ -158,7 +158,7 @@ class FabricLocalVoteStrategy(_WorkerStateStrategy):
         **kwargs: those of `lightning.fabric.strategies.DDPStrategy` that concern processes.
 
     Attributes:
-        local_steps: the rounds of the model that was set up last; `fabric.save` closes those of all.
+        local_steps: the rounds of the model that was set up last; `fabric.save` closes those of every model.
     """
 
     def __init__(
@@ -173,9 +173,13 @@ class FabricLocalVoteStrategy(_WorkerStateStrategy):
         self.options = LocalStepOptions(sync_every, outer_lr, outer_momentum, verify_every_n_rounds, adversaries)
         super().__init__(**kwargs)
         _compat.check_ddp_options(self)
-        self.local_steps: LocalSteps | None = None
-        self._all = list[LocalSteps]()
+        self._rounds = dict[nn.Module, LocalSteps]()
         _compat.leave_backward_alone(self)
+
+    @property
+    def local_steps(self) -> LocalSteps | None:
+        """The rounds of the model that was set up last; None before one is."""
+        return next(reversed(self._rounds.values()), None)
 
     def setup_module(self, module: nn.Module) -> Any:
         """Leave the model as it is: every rank keeps its own gradients."""
@@ -183,20 +187,21 @@ class FabricLocalVoteStrategy(_WorkerStateStrategy):
 
     def setup_module_and_optimizers(self, module: nn.Module, optimizers: list[Any], scheduler: Any = None) -> Any:
         """Let the optimizers take steps of their own."""
-        self.local_steps = let_step(module, optimizers, self.options)
-        self._all.append(self.local_steps)
+        local = let_step(module, optimizers, self.options)
+        self._rounds.pop(module, None)  # those of a model that is set up again would compare what is not common yet
+        self._rounds[module] = local
         return module, optimizers, scheduler
 
     def save_checkpoint(self, path: str | Path, state: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         """Close the round and write a whole file; see `fabric.save`."""
-        for rounds in self._all:
-            rounds.close_round()
+        for local in self._rounds.values():
+            local.close_round()
         super().save_checkpoint(path, state, *args, **kwargs)
 
     def _load(self, obj: Any, state: Any, strict: bool) -> None:
         super()._load(obj, state, strict)
-        for rounds in self._all if isinstance(obj, nn.Module) else ():
-            rounds.keep_loaded(obj)
+        for local in self._rounds.values() if isinstance(obj, nn.Module) else ():
+            local.keep_loaded(obj)
 
 
 def _is_own(obj: Any) -> bool:

@@ -135,6 +135,27 @@ def _two_models(path: str) -> list[bool]:
     return [local.is_open for local in rounds]
 
 
+def _again(path: str) -> list[bool]:
+    """Set a model up with another optimizer, and save within a round of that; tell whether rounds are open then."""
+    fabric, net, rounds = _fabric(FabricLocalVoteStrategy(sync_every=4)), small_net(), []
+    for lr in (0.1, 0.05):
+        model, optimizer = fabric.setup(net, torch.optim.AdamW(net.parameters(), lr=lr))
+        strategy: Any = fabric.strategy
+        rounds.append(strategy.local_steps)
+        for t in range(2):
+            _backward(fabric, model, t)
+            optimizer.step()
+            optimizer.zero_grad()
+        if lr == 0.1:
+            rounds[0].close_round()
+    fabric.save(path, {"model": model})
+    return [local.is_open for local in rounds]
+
+
+def test_a_model_that_is_set_up_again_has_its_new_rounds_closed(tmp_path: Path, workers: Workers) -> None:
+    assert workers.run(2, _again, str(tmp_path / "again.ckpt"), group_timeout=10) == [[False, False]] * 2
+
+
 def test_saving_closes_the_rounds_of_all_models(tmp_path: Path, workers: Workers) -> None:
     assert workers.run(2, _two_models, str(tmp_path / "two.ckpt")) == [[False, False]] * 2
 
