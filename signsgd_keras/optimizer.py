@@ -12,7 +12,7 @@ from signsgd_core import Matrices, WarmupSteps, Zeros
 from . import backend, state
 from .checkpoints import origin, saving
 from .polar import NewtonSchulz, Polar, Selection
-from .settings import AGREED, check_flag, check_keywords, lr_ratio
+from .settings import AGREED, check_factors, check_flag, check_keywords, lr_ratio
 from .slot import Slot
 from .step import Accumulation, StepInput
 from .update import Update
@@ -169,10 +169,8 @@ class Signum(keras.optimizers.Optimizer):  # type: ignore[misc]
             core.check_share(share, value)
         core.check_size("weight_decay", 0.0 if weight_decay is None else weight_decay)
         check_flag("use_ema", use_ema)
-        clips = {"clipnorm": clipnorm, "clipvalue": clipvalue, "global_clipnorm": global_clipnorm}
-        for factor, given in {**clips, "loss_scale_factor": loss_scale_factor}.items():
-            if given is not None:
-                core.check_factor(factor, given)
+        check_factors(clipnorm=clipnorm, clipvalue=clipvalue, global_clipnorm=global_clipnorm)
+        check_factors(loss_scale_factor=loss_scale_factor)
         if gradient_accumulation_steps is not None:
             core.check_count("gradient_accumulation_steps", gradient_accumulation_steps, 1)
         if zeros is not None:

@@ -41,6 +41,17 @@ def check_flag(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be True or False, got {value!r}")
 
 
+def check_factors(**given: Any) -> None:
+    """Make sure that settings are finite numbers above 0, where they are given.
+
+    Raises:
+        ValueError: if one is not.
+    """
+    for name, value in given.items():
+        if value is not None:
+            core.check_factor(name, value)
+
+
 def check_keywords(exclude_layers: Any) -> tuple[str, ...]:
     """Return the keywords of layers that are excluded.
 

@@ -77,6 +77,7 @@ class MultiWorkerMajorityVoteStrategy(tf.distribute.MultiWorkerMirroredStrategy)
         return super().reduce(reduce_op, value, None if self._is_scalar(value) else axis)
 
     def _is_scalar(self, value: Any) -> bool:
+        """Tell whether a value is a number on every replica of this worker."""
         return all(tf.is_tensor(v) and v.shape.rank == 0 for v in self.experimental_local_results(value))
 
 

@@ -114,7 +114,8 @@ def let_vote(
         return
     everyone = group if shards is None else shards.everyone
     refuse_mean(optimizers, "enable_majority_vote")
-    number_of_model = _agree_on_options(model, len(optimizers), options, everyone)
+    _agree(model, everyone, [f"vote_between={options.vote_between!r}", f"optimizers: {len(optimizers)}"])
+    number_of_model = number_of(model, everyone)
     topologies = [Sharded(shards) if shards else _topology(model, options, group, place) for _ in optimizers]
     options.check_workers(topologies[0].workers.world_size)
     if not isinstance(model, DistributedDataParallel):
@@ -148,12 +149,6 @@ def agree_on_model(model: nn.Module, group: dist.ProcessGroup) -> None:
     parameters = dict(model.named_parameters())
     if parameters and not any(map(is_lazy, parameters.values())):  # DDP has its own words for these
         _agree(model, group, [describe(name, p) for name, p in parameters.items()])
-
-
-def _agree_on_options(model: nn.Module, optimizers: int, options: VoteOptions, group: dist.ProcessGroup) -> int:
-    """Make sure that all ranks want votes of the same workers, on as many optimizers; return the model's number."""
-    _agree(model, group, [f"vote_between={options.vote_between!r}", f"optimizers: {optimizers}"])
-    return number_of(model, group)
 
 
 def number_of(model: nn.Module, group: dist.ProcessGroup) -> int:

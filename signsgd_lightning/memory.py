@@ -1,5 +1,8 @@
 """Tensors whose memory is not their value: none of them may be read or written through a pointer."""
 
+import itertools
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -64,6 +67,21 @@ def once(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def find_shared(tensors: Mapping[str, Tensor]) -> tuple[str, str] | None:
+    """Return the names of two tensors that share memory, None where no two do.
+
+    Example:
+        >>> import torch
+        >>> x = torch.ones(4)
+        >>> find_shared({"a": x[:2], "b": x[2:]}), find_shared({"a": x[:2], "b": x[1:]})
+        (None, ('a', 'b'))
+    """
+    there = {name: x for name, x in tensors.items() if x.numel() and not x.is_meta}
+    ranges = sorted((x.data_ptr(), x.data_ptr() + _extent(x), name) for name, x in there.items())
+    overlaps = ((a, b) for (_, end, a), (start, _, b) in itertools.pairwise(ranges) if start < end)
+    return next(overlaps, None)
+
+
 def check_memory(tensor: Tensor, name: str) -> None:
     """Make sure that a tensor has memory of its own.
 
@@ -76,6 +94,12 @@ def check_memory(tensor: Tensor, name: str) -> None:
             f"{name} is a {kind}, whose values are not in its own memory, and Signum takes ordinary tensors and shards "
             "of DTensors: step outside of torch.func transforms and tracing"
         )
+
+
+def _extent(tensor: Tensor) -> int:
+    """Return how many bytes there are from a tensor's first entry to the end of its last."""
+    strides = zip(tensor.shape, tensor.stride(), strict=True)
+    return tensor.element_size() * (1 + sum((size - 1) * stride for size, stride in strides))
 
 
 def _wrapper(tensor: Tensor) -> str | None:

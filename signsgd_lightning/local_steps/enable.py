@@ -1,10 +1,9 @@
 """Local steps in plain torch: one line behind the optimizers."""
 
-import itertools
 from collections.abc import Mapping, Sequence
 
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
@@ -13,6 +12,7 @@ from signsgd_core.adversaries import Adversary, check_adversaries
 from .. import _compat
 from ..checks import check_group, check_optimizers, refuse_fsdp1, refuse_mean
 from ..enable import agree_on_model, broadcast, number_of
+from ..memory import find_shared
 from ..optimizer import see_through
 from ..sharding import refuse_sharded
 from ..vote.topology import Flat
@@ -136,26 +136,9 @@ def check(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
     for name, p in model.named_parameters():
         if not p.is_floating_point():
             raise ValueError(f"parameters must be real floating point, {name} is {p.dtype}")
-    _check_memory(model)
-
-
-def _check_memory(model: nn.Module) -> None:
-    """Make sure that no parameter has another one's memory: displacements are computed in it.
-
-    Raises:
-        ValueError: if one has.
-    """
-    named = [(p, name) for name, p in model.named_parameters() if p.numel() and p.device.type != "meta"]
-    ends = sorted((p.data_ptr(), p.data_ptr() + _extent(p), name) for p, name in named)
-    for (_, end, name), (start, _, other) in itertools.pairwise(ends):
-        if start < end:
-            raise ValueError(
-                f"parameters {name} and {other} share memory, and local steps would move it twice: let both modules "
-                "have one nn.Parameter"
-            )
-
-
-def _extent(p: Tensor) -> int:
-    """Return how many bytes lie between a tensor's first and the end of its last."""
-    steps = zip(p.shape, p.stride(), strict=True)
-    return p.element_size() * (1 + sum((size - 1) * stride for size, stride in steps))
+    shared = find_shared(dict(model.named_parameters()))
+    if shared is not None:  # displacements are computed in the memory of parameters
+        raise ValueError(
+            f"parameters {shared[0]} and {shared[1]} share memory, and local steps would move it twice: let both "
+            "modules have one nn.Parameter"
+        )

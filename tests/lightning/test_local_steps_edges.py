@@ -1,5 +1,6 @@
 """Between rounds, and where one ends without a vote: other code moves parameters, a state is loaded, a round fails."""
 
+import contextlib
 import re
 import warnings
 from typing import Any
@@ -291,26 +292,23 @@ def test_rounds_of_two_models_are_told_apart(workers: Workers) -> None:
     assert len(set(numbers)) == 2, first
 
 
-def _interrupted(monkey: str) -> list[Any]:
-    """A round whose commit fails on rank 1, as by an interrupt, then one that does not."""
+def _interrupted() -> list[Any]:
+    """Close a round whose commit fails on rank 1, as by an interrupt; return where that leaves parameters."""
     net = _line(value=8.0)
-    local = enable_local_steps(net, sgd := torch.optim.SGD(net.parameters(), lr=1.0), sync_every=1)
-    whole = getattr(local, monkey)
+    local: Any = enable_local_steps(net, sgd := torch.optim.SGD(net.parameters(), lr=1.0), sync_every=1)
 
     def fail(*args: Any) -> None:
         raise KeyboardInterrupt
 
     if dist.get_rank() == 1:
-        setattr(local, monkey, fail)
-    try:
+        local._commit = fail
+    with contextlib.suppress(KeyboardInterrupt):
         _step(sgd, [1.0, 1.0])
-    except KeyboardInterrupt:
-        setattr(local, monkey, whole)
     return [net.weight.flatten().tolist(), local.is_open]
 
 
 def test_a_failure_behind_the_vote_leaves_no_displacements(workers: Workers) -> None:
-    assert workers.run(2, _interrupted, "_commit") == [[[7.0, 7.0], False], [[8.0, 8.0], False]]
+    assert workers.run(2, _interrupted) == [[[7.0, 7.0], False], [[8.0, 8.0], False]]
 
 
 def _evaluated() -> Any:
