@@ -35,12 +35,14 @@ def check_vote(model: nn.Module, optimizers: Sequence[Signum]) -> None:
 
 
 def check_optimizers(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
-    """Make sure that every optimizer holds parameters of the model, on one device that has memory.
+    """Make sure that every optimizer is another one and holds parameters of the model, on one device that has memory.
 
     Raises:
         ValueError: if not.
     """
     model_parameters = {id(p) for p in model.parameters()}
+    if len({id(optimizer) for optimizer in optimizers}) < len(optimizers):
+        raise ValueError(f"got {len(optimizers)} optimizers of which two are the same: pass each once")
     for k, optimizer in enumerate(optimizers):
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         if not parameters:

@@ -89,6 +89,9 @@ class Workers:
                 if not ok:
                     raise AssertionError(f"rank {rank} raised\n{result}")
                 results[rank] = result
+        for end in self._ends[:world_size]:
+            with contextlib.suppress(OSError):  # of a process that was killed
+                end.send(None)
         return results
 
     def close(self) -> None:
@@ -134,6 +137,7 @@ def _serve(end: Connection) -> None:
             answer = (False, traceback.format_exc())
         end.send(answer)
         try:
+            end.recv()  # all have answered: rank 0's store is not taken from others that still join a group
             torch.distributed.destroy_process_group()
             _forget_meshes()
         except Exception:

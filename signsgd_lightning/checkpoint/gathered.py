@@ -83,8 +83,8 @@ def scatter_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
         state: what `gather_state` or `Signum.state_dict` returned, loaded on every rank.
 
     Raises:
-        ValueError: if the state is another optimizer's or of a sharded checkpoint, or a momentum does not fit its
-            parameter; then nothing was loaded.
+        ValueError: if the state is another optimizer's or of a sharded checkpoint, or a momentum of a vote or of the
+            outer step does not fit its parameter; then nothing was loaded.
         TypeError: if the optimizer is no `Signum`, and takes no local steps.
 
     Example:

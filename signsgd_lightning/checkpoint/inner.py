@@ -60,10 +60,10 @@ def scatter_inner(local: LocalSteps, optimizer: Optimizer, state: Mapping[str, A
     everyone = [first["state"], *state.get(INNER, ()), *_by_worker(first["state"], others)]
     ranks = local.vote.topology.everyone
     old = core.predecessors(ranks.rank, ranks.world_size, len(everyone))[0]
+    if state.get(OUTER) is not None:
+        local.load_state_dict(state[OUTER])  # first: it is what refuses
     optimizer.load_state_dict({"state": everyone[old], "param_groups": state["param_groups"]})
     local.forget_steps()
-    if state.get(OUTER) is not None:
-        local.load_state_dict(state[OUTER])
 
 
 def of_a_vote(state: Mapping[str, Any]) -> dict[str, Any]:

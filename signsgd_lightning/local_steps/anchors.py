@@ -24,14 +24,22 @@ class Anchors(dict[Tensor, Tensor]):
         self._model, self._optimizers = model, optimizers
 
     def find(self) -> list[Tensor]:
-        """Give every parameter an `x_0`, also those of groups that were added since; return the new ones."""
+        """Give every parameter an `x_0`, also those of groups that were added since; return the new ones.
+
+        All are in the order of the groups then, whenever a group was added: a state is loaded by that order.
+        """
         groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
-        new = [p for group in groups for p in group["params"] if p not in self]
+        found = [p for group in groups for p in group["params"]]
+        new = [p for p in dict.fromkeys(found) if p not in self]
         names = {id(p): name for name, p in self._model.named_parameters()} if new else {}
         for p in new:
             wide = torch.promote_types(p.dtype, torch.float32)  # half types round once, at the end
             self[p] = p.detach().to(wide, copy=True, memory_format=torch.contiguous_format)
             self.names[id(self[p])] = names.get(id(p), "a parameter")
+        if new:
+            ordered = {p: self[p] for p in [*found, *self]}
+            self.clear()
+            self.update(ordered)
         return [self[p] for p in new]
 
     def has_all_of(self, optimizer: Optimizer) -> bool:

@@ -311,7 +311,7 @@ class LocalSteps:
     def find_parameters(self) -> bool:
         """Take the parameters of groups that were added since, too; return whether there were any."""
         new = self._anchors.find()
-        self.outer.param_groups[0]["params"] += new
+        self.outer.param_groups[0]["params"] = list(self._anchors.values())
         return bool(new)
 
     def settings(self, without: Collection[str] = ()) -> list[str]:

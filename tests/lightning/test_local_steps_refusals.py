@@ -117,6 +117,27 @@ def _adamws_state(net: nn.Module) -> None:
         assert optimizer.param_groups[0]["lr"] == 0.1
 
 
+def _one_twice(net: nn.Module) -> None:
+    optimizer = _sgd(net)
+    enable_local_steps(net, optimizer, optimizer)
+
+
+def _one_votes_twice(net: nn.Module) -> None:
+    optimizer = Signum(net.parameters())
+    enable_majority_vote(net, optimizer, optimizer)
+
+
+def _outer_momentum_of_another(net: nn.Module) -> None:
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.5)
+    enable_local_steps(net, optimizer, outer_momentum=0.5)
+    outer = {"rounds": 7, "outer_momenta": [torch.ones(3, 3), None]}
+    saved = {"momentum_buffer": torch.ones(2, 3)}
+    try:
+        scatter_state(optimizer, {**optimizer.state_dict(), "state": {0: saved}, "local_steps": outer})
+    finally:
+        assert not optimizer.state
+
+
 def _weights(net: nn.Module) -> None:
     optimizer = _sgd(net)
     enable_local_steps(net, optimizer)
@@ -136,6 +157,9 @@ MISTAKES: dict[Callable[[nn.Module], None], str] = {
     _loaded_before_the_vote: "ValueError: optimizer 0 got the mean of .* call enable_majority_vote, then scatter_state",
     _loaded_before_local_steps: "ValueError: optimizer 0 got the mean of .* enable_local_steps, then scatter_state",
     _adamws_state: "ValueError: this is the state of Adam or AdamW, not of SGD, which needs dampening, momentum",
+    _one_twice: "ValueError: got 2 optimizers of which two are the same: pass each once",
+    _one_votes_twice: "ValueError: got 2 optimizers of which two are the same: pass each once",
+    _outer_momentum_of_another: "ValueError: the outer momenta must fit 2 parameters, got 2 of the shapes .*(3, 3)",
     _weights: "ValueError: this is no state of SGD: it has no 'state', only 'weight', 'bias'",
     _sgd_loaded_before: r"TypeError: SGD takes no local steps, .* call enable_local_steps\(model, optimizer\) before",
 }
