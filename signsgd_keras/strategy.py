@@ -1,5 +1,7 @@
 """The strategy for several machines: MultiWorkerMirroredStrategy as Keras 3 needs it, and the vote over it."""
 
+import os
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +16,15 @@ from ._compat import CollectiveAllReduceExtended
 def patient() -> Any:
     """Return TensorFlow's options for exchanges that wait for other workers as long as torch's: half an hour."""
     return tf.distribute.experimental.CommunicationOptions(timeout_seconds=1800.0)
+
+
+def warn_if_alone() -> None:
+    """Say that this worker is the only one, where the variable that names all is not set: TensorFlow is silent."""
+    if "TF_CONFIG" not in os.environ:
+        warnings.warn(
+            "TF_CONFIG is not set, so this process trains alone and exchanges nothing: set it on every machine",
+            stacklevel=3,
+        )
 
 
 class MultiWorkerMajorityVoteStrategy(tf.distribute.MultiWorkerMirroredStrategy):  # type: ignore[misc]
@@ -52,6 +63,8 @@ class MultiWorkerMajorityVoteStrategy(tf.distribute.MultiWorkerMirroredStrategy)
         communication_options: Any = None,
         adversaries: Mapping[int, Adversary] | None = None,
     ) -> None:
+        if cluster_resolver is None:
+            warn_if_alone()
         options = communication_options or patient()
         extended = _Extended(self, cluster_resolver=cluster_resolver, communication_options=options)
         tf.distribute.Strategy.__init__(self, extended)

@@ -13,7 +13,7 @@ from signsgd_core import check_count, check_local_steps
 from signsgd_core.adversaries import Adversary, check_adversaries
 from signsgd_core.analysis.vote_figures import figures, names
 
-from ..strategy import patient
+from ..strategy import patient, warn_if_alone
 from .exchange import Exchange
 from .rounds import Rounds
 
@@ -91,6 +91,8 @@ class LocalVote(keras.callbacks.Callback):  # type: ignore[misc]
                 f"strategy must be a tf.distribute.MultiWorkerMirroredStrategy, got {strategy!r}: leave it out, and "
                 "TF_CONFIG names the workers"
             )
+        if strategy is None:
+            warn_if_alone()
         self._exchange = Exchange(strategy or _connections())
         check_adversaries(self.adversaries, self._exchange.workers)
         self._rounds: Rounds | None = None

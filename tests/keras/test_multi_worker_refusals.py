@@ -1,5 +1,6 @@
 """Workers that differ where a vote needs them alike: all of them end with the same sentence, and nothing hangs."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -181,3 +182,20 @@ def test_midway(kind: str, fresh_cluster: Callable[[int], Cluster]) -> None:
     for message, unchanged in fresh_cluster(2).run(_midway, kind):
         assert f"the workers disagree and cannot vote: their {kind} differ; worker by worker, as bits:" in message
         assert unchanged == [True]
+
+
+def _alone() -> list[tuple[str, bool]]:
+    """Make what exchanges between machines where no variable names them; return what was said, and whether of here."""
+    from signsgd_keras import LocalVote, MultiWorkerMajorityVoteStrategy
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        LocalVote(strategy=MultiWorkerMajorityVoteStrategy())
+        LocalVote()
+    return [(str(one.message), one.filename == __file__) for one in caught if "TF_CONFIG" in str(one.message)]
+
+
+def test_a_forgotten_cluster(backend: Callable[[str], Cluster]) -> None:
+    """And what is handed a strategy leaves that to it."""
+    said = "TF_CONFIG is not set, so this process trains alone and exchanges nothing: set it on every machine"
+    assert backend("tensorflow").run(_alone) == [[(said, True)] * 2]
