@@ -48,7 +48,8 @@ class Signum(keras.optimizers.Optimizer):  # type: ignore[misc]
     With one replica it is a worker whose verdict is its own ballot, on TensorFlow, JAX and torch. Made in the scope of
     a `tf.distribute.MirroredStrategy` or a `MultiWorkerMajorityVoteStrategy`, every step is a majority vote of all
     replicas: each clips and accumulates its own gradients and keeps its own momentum. A gradient entry that is NaN,
-    ±Inf or beyond float32's range counts as 0; a variable without a gradient stays untouched.
+    ±Inf or beyond float32's range counts as 0, and so do all that are clipped by a norm with such a one in it; a
+    variable without a gradient stays untouched.
 
     The momenta are float32 whatever the variable's dtype, and exist only where a setting needs them. Under
     ``mixed_float16`` take `LossScaleOptimizer(Signum(…))`, by which every replica has a loss scale of its own: Keras'
