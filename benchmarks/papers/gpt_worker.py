@@ -4,7 +4,6 @@ import argparse
 import json
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +39,6 @@ def half(ddp: DistributedDataParallel) -> None:
     ddp.register_comm_hook(None, default_hooks.fp16_compress_hook)
 
 
-def apart(ddp: DistributedDataParallel) -> None:
-    """Gradients are each worker's own."""
-
-
 def low_rank(rank: int) -> Hook:
     def register(ddp: DistributedDataParallel) -> None:
         state = powerSGD_hook.PowerSGDState(None, matrix_approximation_rank=rank, start_powerSGD_iter=EXACT)
@@ -58,7 +53,7 @@ DDP: dict[str, Any] = {"gradient_as_bucket_view": True, "bucket_cap_mb": 1 << 12
 ADAMW, MUON, LOCAL = f"AdamW .95{CLIPPED}", f"Muon{CLIPPED}", "local steps"
 EVERY = 16
 """Steps between votes of local steps, whose inner optimizer is Muon."""
-METHODS: dict[str, tuple[str, Hook]] = {
+METHODS: dict[str, tuple[str, Hook | None]] = {
     "AdamW, DDP fp32": (ADAMW, as_they_are),
     "AdamW, fp16 hook": (ADAMW, half),
     "AdamW, PowerSGD rank 1": (ADAMW, low_rank(1)),
@@ -66,15 +61,21 @@ METHODS: dict[str, tuple[str, Hook]] = {
     "Muon, DDP fp32": (MUON, as_they_are),
     "verdict momentum .8, vote": ("verdict momentum 0.8", as_they_are),
     "SignMuon, vote": ("SignMuon", as_they_are),
-    f"Muon, vote every {EVERY} steps": (LOCAL, apart),
+    f"Muon, vote every {EVERY} steps": (LOCAL, None),
 }
-"""Each one's method of methods.py, and what DDP sends where that averages."""
+"""Each one's method of methods.py, and what DDP sends where that averages; None for workers that step apart."""
+
+
+def set_up(model: nn.Module, job: Job, hook: Hook | None) -> tuple[nn.Module, Callable[[float], None]]:
+    """Return what gradients are computed through, and what takes a step by them at a share of the learning rate."""
+    if hook is None:
+        return model, stepping_apart(model, job)
+    ddp = DistributedDataParallel(model, **DDP)
+    return ddp, stepping(ddp, job, hook)
 
 
 def stepping(ddp: DistributedDataParallel, job: Job, hook: Hook) -> Callable[[float], None]:
-    """Return what takes a step by the gradients that are there, at a share of the learning rate."""
-    if hook is apart:
-        return stepping_apart(ddp.module, job)
+    """Return what takes a step by the gradients that DDP sends or leaves."""
     if not voted(job.method):
         hook(ddp)
         return averaged_step(ddp.module, job)
@@ -112,17 +113,15 @@ def train(options: argparse.Namespace) -> dict[str, list[Any]]:
     job = Job("", method, options.lr, 0.1, options.workers, options.steps, options.seed, options.other_lr)
     torch.manual_seed(job.seed)
     model = task.model()
-    ddp = DistributedDataParallel(model, **DDP)
-    take_step = stepping(ddp, job, hook)
+    trained, take_step = set_up(model, job, hook)
     source = np.random.default_rng([job.seed, options.rank])
     losses, seconds, sent = list[tuple[int, float]](), list[float](), list[int]()
     for step in tqdm(range(job.steps), options.title, disable=options.rank > 0, leave=False):
         batch = task.batch(options.batch_size, source)
         dist.barrier()
         before, begin = sent_bytes(), time.perf_counter()
-        ddp.zero_grad()
-        with ddp.no_sync() if hook is apart else nullcontext():
-            task.loss(ddp, batch).backward()  # type: ignore[no-untyped-call]
+        trained.zero_grad()
+        task.loss(trained, batch).backward()  # type: ignore[no-untyped-call]
         take_step(schedule(step, job.steps))
         dist.barrier()  # the slowest counts
         seconds.append(time.perf_counter() - begin)
@@ -132,9 +131,9 @@ def train(options: argparse.Namespace) -> dict[str, list[Any]]:
     return {"losses": losses, "seconds": seconds, "bytes": sent}
 
 
-def is_point(step: int, steps: int, hook: Hook) -> bool:
+def is_point(step: int, steps: int, hook: Hook | None) -> bool:
     """Tell whether the loss is looked at after a step: where workers step apart, they must have met."""
-    if hook is apart:
+    if hook is None:
         return step % EVERY == 0 or step == steps
     return step * POINTS // steps > (step - 1) * POINTS // steps
 

@@ -86,7 +86,7 @@ def _workers(group: int) -> list[int]:
     return sorted(found)
 
 
-def _until(what: Callable[[], bool], patience: float = 40) -> bool:
+def _until(what: Callable[[], bool], patience: float = 90) -> bool:
     deadline = time.monotonic() + patience
     while not what():
         if time.monotonic() > deadline:

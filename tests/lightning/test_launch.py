@@ -82,7 +82,7 @@ def _run(*command: str, folder: Path) -> None:
             [sys.executable, *command], env=environment, cwd=folder, stdout=log, stderr=log, start_new_session=True
         )
         try:
-            code = process.wait(timeout=90)
+            code = process.wait(timeout=200)
             log.seek(0)
             assert code == 0, log.read()
             assert _ends(process.pid), "a process was left behind"
