@@ -208,9 +208,10 @@ def test_a_run_is_reckoned_from_its_first_steps() -> None:
 
 @pytest.mark.nightly
 @pytest.mark.net
+@pytest.mark.timeout(900)  # it starts 36 processes
 @pytest.mark.skipif(not available(), reason="needs root and iproute2")
 def test_gpt_over_a_slow_network(tmp_path: Path) -> None:
-    printed = _run("benchmarks.papers.gpt_over_wire", "--short", "--out", tmp_path)
+    printed = _run("benchmarks.papers.gpt_over_wire", "--short", "--out", tmp_path, timeout=880)
     rows = re.findall(r"^(.{28})[ \d.e-]{30}([ \d.]{9})[ \d.]{23}   ", printed, re.MULTILINE)
     sent = {name.rstrip(): float(mb) for name, mb in rows}
     assert list(sent) == [DDP, OURS, APART, f"{OURS}, 3 steps"]
