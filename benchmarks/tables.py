@@ -137,10 +137,11 @@ def learning() -> list[str]:
         loss_bits, *loss, _ = min((gpt[method][-4:] for method in methods), key=lambda cells: float(cells[1]))
         bits, *score, _ = max((resnet[method][-4:] for method in methods), key=lambda cells: float(cells[1]))
         rows.append([label, loss_bits, _mean(loss), bits, f"{_mean(score, 100, 1)}%"])
-    loss_bits, *loss = _local(text_rows("papers/local_steps_gpt", "GPT on bytes"))
-    bits, *score = _local(text_rows("papers/local_steps_resnet", "ResNet on images"))
-    label = "**local steps**, `sync_every=16`, Muon inside"
-    rows.append([label, loss_bits, _mean(loss), bits, f"{_mean(score, 100, 1)}%"])
+    for every in (4, 16):
+        loss_bits, *loss = _local(text_rows("papers/local_steps_gpt", "GPT on bytes"), every)
+        bits, *score = _local(text_rows("papers/local_steps_resnet", "ResNet on images"), every)
+        label = f"**local steps**, `sync_every={every}`, Muon inside"
+        rows.append([label, loss_bits, _mean(loss), bits, f"{_mean(score, 100, 1)}%"])
     return markdown(head, rows)
 
 
@@ -233,9 +234,9 @@ def nodes() -> list[str]:
     return markdown(["milliseconds a step", "100 Mbit/s", "1 Gbit/s", "MB sent by a node"], rows)
 
 
-def _local(rows: Sequence[Sequence[str]]) -> Sequence[str]:
-    """Return bits, mean and spread of a vote every 16 steps with Muon inside."""
-    return next(row[-3:] for row in rows if row[:2] == ["Muon, clipped, vote", "16"])
+def _local(rows: Sequence[Sequence[str]], every: int) -> Sequence[str]:
+    """Return bits, mean and spread of a vote every so many steps with Muon inside."""
+    return next(row[-3:] for row in rows if row[:2] == ["Muon, clipped, vote", str(every)])
 
 
 def _first(rows: Sequence[Sequence[str]]) -> dict[str, Sequence[str]]:
