@@ -137,9 +137,11 @@ def learning() -> list[str]:
         loss_bits, *loss, _ = min((gpt[method][-4:] for method in methods), key=lambda cells: float(cells[1]))
         bits, *score, _ = max((resnet[method][-4:] for method in methods), key=lambda cells: float(cells[1]))
         rows.append([label, loss_bits, _mean(loss), bits, f"{_mean(score, 100, 1)}%"])
+    local_gpt = text_rows("papers/local_steps_gpt", "GPT on bytes")
+    local_resnet = text_rows("papers/local_steps_resnet", "ResNet on images")
     for every in (4, 16):
-        loss_bits, *loss = _local(text_rows("papers/local_steps_gpt", "GPT on bytes"), every)
-        bits, *score = _local(text_rows("papers/local_steps_resnet", "ResNet on images"), every)
+        loss_bits, *loss = _local(local_gpt, every)
+        bits, *score = _local(local_resnet, every)
         label = f"**local steps**, `sync_every={every}`, Muon inside"
         rows.append([label, loss_bits, _mean(loss), bits, f"{_mean(score, 100, 1)}%"])
     return markdown(head, rows)

@@ -75,7 +75,7 @@ def set_up(model: nn.Module, job: Job, hook: Hook | None) -> tuple[nn.Module, Ca
 
 
 def stepping(ddp: DistributedDataParallel, job: Job, hook: Hook) -> Callable[[float], None]:
-    """Return what takes a step by the gradients that DDP sends or leaves."""
+    """Return what takes a step of a model in DDP at a share of the learning rate: by sent gradients, or by a vote."""
     if not voted(job.method):
         hook(ddp)
         return averaged_step(ddp.module, job)

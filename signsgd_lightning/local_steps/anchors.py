@@ -29,8 +29,8 @@ class Anchors(dict[Tensor, Tensor]):
         All are in the order of the groups then, whenever a group was added: a state is loaded by that order.
         """
         groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
-        found = [p for group in groups for p in group["params"]]
-        new = [p for p in dict.fromkeys(found) if p not in self]
+        found = dict.fromkeys(p for group in groups for p in group["params"])
+        new = [p for p in found if p not in self]
         names = {id(p): name for name, p in self._model.named_parameters()} if new else {}
         for p in new:
             wide = torch.promote_types(p.dtype, torch.float32)  # half types round once, at the end

@@ -171,7 +171,7 @@ class LocalSteps:
     def start_from(self, load: Callable[[], None]) -> None:
         """Load parameters and buffers; the steps since the last round are forgotten, and vote no more."""
         load()
-        self._anchors.find()
+        self.find_parameters()
         self._anchors.take_down()
         self._buffers.take(())
         self._displaced = None

@@ -10,10 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from signsgd_lightning import (
-    RanksDifferError,
-    enable_local_steps,
-)
+from signsgd_lightning import RanksDifferError, enable_local_steps
 from tests.lightning.two_weights import Behind, line, step
 from tests.workers import Workers
 

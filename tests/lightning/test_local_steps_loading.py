@@ -18,15 +18,15 @@ def _resumed() -> list[list[float]]:
     optimizers = [torch.optim.SGD(net.parameters(), lr=1.0) for net in nets[:2]]
     local = enable_local_steps(nn.ModuleList(nets), *optimizers, sync_every=1, outer_momentum=0.5)
     optimizers[0].add_param_group({"params": list(nets[2].parameters())})
-    for lr, net in enumerate(nets, start=1):
-        net.weight.grad = torch.full((1, 2), float(lr))
+    for k, net in enumerate(nets, start=1):
+        net.weight.grad = torch.full((1, 2), float(k))
     for optimizer in optimizers:
         optimizer.step()
-    box = [local.state_dict()]
+    saved = local.state_dict()
     again = [torch.optim.SGD([*nets[0].parameters(), *nets[2].parameters()], lr=1.0), optimizers[1]]
     local.end()
     later = enable_local_steps(nn.ModuleList(nets), *again, sync_every=1, outer_momentum=0.5)
-    later.load_state_dict(box[0])
+    later.load_state_dict(saved)
     return [later.outer.state[later._anchors[net.weight]]["outer_momentum"].flatten().tolist() for net in nets]
 
 

@@ -159,7 +159,7 @@ MISTAKES: dict[Callable[[nn.Module], None], str] = {
     _adamws_state: "ValueError: this is the state of Adam or AdamW, not of SGD, which needs dampening, momentum",
     _one_twice: "ValueError: got 2 optimizers of which two are the same: pass each once",
     _one_votes_twice: "ValueError: got 2 optimizers of which two are the same: pass each once",
-    _outer_momentum_of_another: "ValueError: the outer momenta must fit 2 parameters, got 2 of the shapes .*(3, 3)",
+    _outer_momentum_of_another: r"ValueError: the outer momenta must fit 2 parameters, got 2 of .* \[\(3, 3\), None\]",
     _weights: "ValueError: this is no state of SGD: it has no 'state', only 'weight', 'bias'",
     _sgd_loaded_before: r"TypeError: SGD takes no local steps, .* call enable_local_steps\(model, optimizer\) before",
 }
