@@ -118,7 +118,7 @@ class ElasticLocalSteps:
     @property
     def rounds(self) -> int:
         """How many rounds there were, of this worker or of whom it took over from."""
-        return self.local.outer.t
+        return self.local.outer.rounds
 
     @property
     def is_open(self) -> bool:

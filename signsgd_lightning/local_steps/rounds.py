@@ -13,19 +13,19 @@ import signsgd_core as core
 from signsgd_core.adversaries import Adversary, check_lie
 
 from .. import kernels
-from ..optimizer import LOCAL_STEPS, Signum, see_through
-from ..state import OUTER_MOMENTUM
+from ..optimizer import LOCAL_STEPS, see_through
 from ..views import FlatView
 from ..vote import RanksDifferError, StepInput, Vote, VoteOptions
 from ..vote.agreement import Purpose
 from ..vote.local_gradients import refuse_other_wrappers
-from ..vote.topology import Flat, Verdict
+from ..vote.topology import Flat
 from ..vote.transport import Message
 from ..vote.verification import verify
 from ..vote.vote import Ballot
 from .anchors import Anchors
 from .buffers import Buffers
 from .options import LocalStepOptions
+from .outer import OuterStep
 from .taking import Displaced, Once, Outcome, Taker
 
 _EARLY, _MOVED = 1, 2
@@ -48,7 +48,7 @@ class LocalSteps:
 
     Attributes:
         optimizers: as above.
-        outer: has `x_0` for its parameters, and keeps the outer momenta and the number of rounds.
+        outer: what moves parameters when a round closes, and the number of rounds.
         vote: of all ranks.
         steps: of this rank since the last round.
         counted: all steps of this rank.
@@ -71,12 +71,11 @@ class LocalSteps:
         self._taker: Taker = taker or Once()
         self._displaced: Displaced | None = None
         self._anchors = Anchors(model, self.optimizers)
-        self.outer = Signum([{"params": []}], lr=options.outer_lr, betas=(0.0, 0.0))
-        self.outer.param_groups[0]["outer_momentum"] = options.outer_momentum
+        self.outer = OuterStep(self._anchors, options)
         votes = VoteOptions(options.verify_every_n_rounds)
-        self.vote = self.outer.vote = Vote(ranks, self._anchors.names, label, votes)
-        self.find_parameters()
-        self.vote.agree(self.outer.views(), self.settings(), Purpose.ENABLE)
+        self.vote = self.outer.optimizer.vote = Vote(ranks, self._anchors.names, label, votes)
+        self.outer.find_parameters()
+        self.vote.agree(self.outer.optimizer.views(), self.settings(), Purpose.ENABLE)
         self._handles = [optimizer.register_step_pre_hook(self.open) for optimizer in self.optimizers]
         self._handles.append(self.optimizers[-1].register_step_post_hook(self.count))
         self._allow_ddp = refuse_other_wrappers(model, _OWN_GRADIENTS)
@@ -123,8 +122,7 @@ class LocalSteps:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what is the same on all ranks between rounds, beside the parameters: outer momenta and the count."""
-        momenta = [self.outer.state.get(x, {}).get(OUTER_MOMENTUM.name) for x in self._anchors.values()]
-        return {"rounds": self.outer.t, "outer_momenta": momenta}
+        return self.outer.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` returned; settings stay as they are, and an open round ends without a vote.
@@ -132,19 +130,7 @@ class LocalSteps:
         Raises:
             ValueError: if it is of another model; then nothing was loaded.
         """
-        self.find_parameters()
-        anchors, momenta = list(self._anchors.values()), state["outer_momenta"]
-        shapes = [None if u is None else tuple(u.shape) for u in momenta]
-        if len(shapes) != len(anchors) or any(
-            shape not in (None, tuple(x.shape)) for shape, x in zip(shapes, anchors, strict=True)
-        ):
-            raise ValueError(
-                f"the outer momenta must fit {len(anchors)} parameters, got {len(shapes)} of the shapes {shapes}: "
-                "build the model that was saved"
-            )
-        self.outer.param_groups[0]["step"] = state["rounds"]
-        for x, u in zip(anchors, momenta, strict=True):
-            self.outer.state[x] = {} if u is None else {OUTER_MOMENTUM.name: u.to(x.device).clone()}
+        self.outer.load_state_dict(state)
         self.forget_steps()
         self.vote.verify_next()
 
@@ -158,7 +144,7 @@ class LocalSteps:
         """Take `x_0` down, before the first step of a round; of parameters that are added within one, before theirs."""
         if self._begun and stepping is not None and self._anchors.has_all_of(stepping):
             return
-        moved = self.find_parameters()  # what moves or adds any may be code of this rank alone
+        moved = self.outer.find_parameters()  # what moves or adds any may be code of this rank alone
         if not self._begun:
             moved |= self._anchors.take_down()
         self._moved, self._begun = self._moved or moved, True
@@ -171,7 +157,7 @@ class LocalSteps:
     def start_from(self, load: Callable[[], None]) -> None:
         """Load parameters and buffers; the steps since the last round are forgotten, and vote no more."""
         load()
-        self.find_parameters()
+        self.outer.find_parameters()
         self._anchors.take_down()
         self._buffers.take(())
         self._displaced = None
@@ -193,7 +179,7 @@ class LocalSteps:
             outcome = self._taker.take(lambda: self._attempt(early))
             if outcome is not None:
                 ends = self._ends(outcome.given.views)
-                self._commit(outcome.verdicts, outcome.magnitudes)
+                self.outer.take(outcome.verdicts, outcome.magnitudes)
                 self._note_drift(ends)
                 self._buffers.take(outcome.means)
         except BaseException:  # also an interrupt between two lines: parameters may hold displacements
@@ -201,7 +187,7 @@ class LocalSteps:
             raise
         self._finish()
         if outcome is not None and outcome.verdicts:  # a round in which nobody moved is none
-            self.outer.param_groups[0]["step"] += 1
+            self.outer.count()
             self._taker.end(lambda: self.vote.end(outcome.given))
         return outcome is not None and outcome.all_early
 
@@ -209,7 +195,7 @@ class LocalSteps:
         """Vote on the displacements, which stay as they are."""
         self._displaced = self._displaced or self._displace()
         views, own = self._displaced
-        given = StepInput(views, self.settings(), self.outer.zeros, self.outer.t)
+        given = StepInput(views, self.settings(), self.outer.optimizer.zeros, self.outer.rounds)
         ballot = self.vote.cast(given)
         magnitudes, changed, flags = self._exchange_magnitudes(own, _EARLY * early + _MOVED * self._moved)
         if (flags & _MOVED).any():
@@ -240,7 +226,7 @@ class LocalSteps:
 
         Displacements are in the memory of the parameters, which get their values back from `x_0` in any case.
         """
-        kernel, group = kernels.for_device(self._device), self.outer.param_groups[0]
+        kernel, outer = kernels.for_device(self._device), self.outer.optimizer
         adversary = (self.options.adversaries or {}).get(self.vote.topology.workers.rank)
         views, magnitudes = list[FlatView](), list[float]()
         for p, x in self._anchors.items():
@@ -249,7 +235,7 @@ class LocalSteps:
             if adversary is not None and total:
                 delta = _lie(adversary, delta)
                 total = kernel.displace(delta, torch.zeros_like(delta))
-            views.append(FlatView(x, group, self.outer.state, total > 0, sent=delta))
+            views.append(FlatView(x, outer.param_groups[0], outer.state, total > 0, sent=delta))
             magnitudes.append(total / max(x.numel(), 1))
         return views, magnitudes
 
@@ -267,25 +253,6 @@ class LocalSteps:
         rows = everyone.gather(row.to(everyone.wire(self._device)), Message.MAGNITUDES).cpu().numpy()
         magnitudes: list[float] = core.median_magnitudes(rows[:, cut:]).tolist()
         return magnitudes, rows[:, 1:cut] > 0, rows[:, 0].astype(np.int64)
-
-    def _commit(self, verdicts: Sequence[Verdict], magnitudes: Sequence[float]) -> None:
-        """Take the outer step (L4); nothing here waits for another rank."""
-        magnitude = {id(x): s for x, s in zip(self._anchors.values(), magnitudes, strict=True)}
-        for verdict in verdicts:
-            bits, move = verdict.bits.to(self._device), kernels.for_device(self._device).apply
-            for view in verdict.views:
-                view.magnitude = magnitude[id(view.parameter)]
-            if not self.options.outer_momentum:
-                move(verdict.views, 0, verdict.views[-1].stop, bits)  # x_0 - η·s·V
-                continue
-            steps = [_zeros(view) for view in verdict.views]
-            move(steps, 0, steps[-1].stop, bits)  # s·V
-            for view, step in zip(verdict.views, steps, strict=True):
-                x, u = view.parameter, view.entry(OUTER_MOMENTUM)
-                assert u is not None
-                new, later = core.outer_update(x, u, step.parameter, view.group["lr"], view.group["outer_momentum"])
-                x.copy_(new)
-                u.copy_(later)
 
     def _ends(self, views: Sequence[FlatView]) -> list[Tensor]:
         """Return where this rank's steps ended, if somebody wants to know: parameters hold displacements meanwhile."""
@@ -308,17 +275,11 @@ class LocalSteps:
         self._anchors.put_back()
         self.forget_steps()
 
-    def find_parameters(self) -> bool:
-        """Take the parameters of groups that were added since, too; return whether there were any."""
-        new = self._anchors.find()
-        self.outer.param_groups[0]["params"] = list(self._anchors.values())
-        return bool(new)
-
     def settings(self, without: Collection[str] = ()) -> list[str]:
         """Return what all ranks must have in common beside the parameters, without some settings of the outer step."""
         kinds = ", ".join(type(optimizer).__name__ for optimizer in self.optimizers)
         own = [self.options.in_words(), f"optimizers {kinds}", *self._buffers.in_words()]
-        return [*own, *self.outer.settings_in_words(without)]
+        return [*own, *self.outer.optimizer.settings_in_words(without)]
 
     @property
     def _device(self) -> torch.device:
@@ -341,13 +302,6 @@ _BETWEEN_ROUNDS = (
     "broadcast the same values there; a wrapper that moves parameters after its optimizer's step, as Lookahead does, "
     "cannot take local steps."
 )
-
-
-def _zeros(view: FlatView) -> FlatView:
-    """Return zeros from which a verdict takes ``−s·V``, in the memory of a displacement."""
-    assert view.sent is not None
-    group = {**view.group, "lr": -1.0}
-    return FlatView(view.sent.zero_(), group, {}, present=True, start=view.start, magnitude=view.magnitude)
 
 
 def _lie(adversary: Adversary, delta: Tensor) -> Tensor:

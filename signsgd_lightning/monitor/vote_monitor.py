@@ -65,7 +65,7 @@ class VoteMonitor(Callback):
         self._steps, self._global_step = self._steps + 1, trainer.global_step
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
         step = _compat.logged_step(trainer)
-        if not every or (step + 1) % every or (self._local and self._rounds == self._local.outer.t):
+        if not every or (step + 1) % every or (self._local and self._rounds == self._local.outer.rounds):
             return
         values = self._gather(self._steps, pl_module.device)
         self._steps = 0
@@ -112,4 +112,4 @@ class VoteMonitor(Callback):
 
     def _rounds_so_far(self) -> tuple[int, tuple[float, ...]]:
         """Return how many rounds of local steps there were, and how far their steps drifted; nothing without any."""
-        return (self._local.outer.t, self._local.drift) if self._local else (0, ())
+        return (self._local.outer.rounds, self._local.drift) if self._local else (0, ())

@@ -45,7 +45,7 @@ def _build(kind: str) -> tuple[nn.Module, Any, Signum]:
     if kind == "local steps":
         model = _net(nn.BatchNorm1d(20))
         inner = torch.optim.AdamW(model.parameters(), lr=0.125)
-        outer = enable_local_steps(model, inner, sync_every=2, outer_momentum=0.5).outer
+        outer = enable_local_steps(model, inner, sync_every=2, outer_momentum=0.5).outer.optimizer
         set_bucket_size(outer, 256)
         return model, inner, outer
     ddp = DistributedDataParallel(_net(nn.Tanh()))

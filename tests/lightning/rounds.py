@@ -32,8 +32,8 @@ class Recorder:
         self.before = ends_of(self.net)
 
     def note_common(self, local: LocalSteps) -> None:
-        if local.outer.t > self.seen:
-            self.seen = local.outer.t
+        if local.outer.rounds > self.seen:
+            self.seen = local.outer.rounds
             self.rounds.append((self.before, ends_of(self.net)))
 
 

@@ -98,7 +98,7 @@ class LocalModel(Net):
 
     def on_train_end(self) -> None:
         strategy: Any = self.trainer.strategy
-        self.rounds = strategy.local_steps.outer.t, strategy.options.sync_every, type(self.trainer.optimizers[0])
+        self.rounds = strategy.local_steps.outer.rounds, strategy.options.sync_every, type(self.trainer.optimizers[0])
 
 
 def _local_cli(*arguments: str) -> Any:

@@ -116,7 +116,7 @@ def _local(path: str) -> list[Any]:
             optimizer.step()
         if not seed:
             fabric.save(path, state)
-        said.append(strategy.local_steps.outer.t)
+        said.append(strategy.local_steps.outer.rounds)
         bits.append(_bits(model, optimizer))
     return [*said, bits[0] == bits[1], bits[0][: len(list(net.parameters()))], bits[0]]
 

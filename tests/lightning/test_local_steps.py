@@ -152,7 +152,7 @@ def _uneven() -> tuple[int, Ends, Ends]:
         optimizer.step()
     local.close_round()
     buffers = [b.double().numpy() for b in net.buffers() if b.is_floating_point()]
-    return local.outer.t, ends_of(net), buffers
+    return local.outer.rounds, ends_of(net), buffers
 
 
 def test_a_rank_that_has_more_batches_keeps_no_one_waiting(workers: Workers) -> None:
@@ -178,7 +178,7 @@ def _changes_between_rounds() -> tuple[Ends, Ends, float]:
     optimizer.add_param_group({"params": [added], "lr": 1.0})
     added.grad = torch.tensor([1.0, 1.0, -1.0])
     optimizer.step()
-    return ends_of(net), [added.detach().numpy()], float(local.outer.t)
+    return ends_of(net), [added.detach().numpy()], float(local.outer.rounds)
 
 
 def test_weights_and_groups_may_change_between_rounds(workers: Workers) -> None:

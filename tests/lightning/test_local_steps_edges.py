@@ -181,7 +181,7 @@ def _interrupted() -> list[Any]:
         raise KeyboardInterrupt
 
     if dist.get_rank() == 1:
-        local._commit = fail
+        local.outer.take = fail
     with contextlib.suppress(KeyboardInterrupt):
         step(sgd, [1.0, 1.0])
     return [net.weight.flatten().tolist(), local.is_open]

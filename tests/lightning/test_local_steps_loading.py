@@ -27,7 +27,9 @@ def _resumed() -> list[list[float]]:
     local.end()
     later = enable_local_steps(nn.ModuleList(nets), *again, sync_every=1, outer_momentum=0.5)
     later.load_state_dict(saved)
-    return [later.outer.state[later._anchors[net.weight]]["outer_momentum"].flatten().tolist() for net in nets]
+    return [
+        later.outer.optimizer.state[later._anchors[net.weight]]["outer_momentum"].flatten().tolist() for net in nets
+    ]
 
 
 def test_outer_momenta_are_saved_in_the_order_of_groups(workers: Workers) -> None:

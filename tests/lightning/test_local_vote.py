@@ -131,7 +131,7 @@ class Rounds(Callback):
     rounds = 0
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        self.rounds = trainer.strategy.local_steps.outer.t
+        self.rounds = trainer.strategy.local_steps.outer.rounds
 
 
 @pytest.mark.parametrize(
