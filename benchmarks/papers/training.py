@@ -118,13 +118,16 @@ class Store:
     def run(self, task: Task, jobs: Iterable[Job], title: str) -> list[Run]:
         """Return what the jobs come to, each trained in a process of its own unless it is known."""
         jobs = list(jobs)
-        new = list(dict.fromkeys(job for job in jobs if job.key not in self.known))
+        if new := list(dict.fromkeys(job for job in jobs if job.key not in self.known)):
+            self._train(task, new, title)
+        return [self.known[job.key] for job in jobs]
+
+    def _train(self, task: Task, jobs: Sequence[Job], title: str) -> None:
         with ProcessPoolExecutor(self.processes, initializer=_share, initargs=(task, self.device)) as pool:
-            futures = [(job, pool.submit(_job, self.trainer, job, self.scored)) for job in new]
+            futures = [(job, pool.submit(_job, self.trainer, job, self.scored)) for job in jobs]
             for job, future in tqdm(futures, title, leave=False):
                 self.known[job.key] = future.result()
                 self._save()
-        return [self.known[job.key] for job in jobs]
 
     def _save(self) -> None:
         if self.path is not None:
